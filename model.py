@@ -1,0 +1,660 @@
+"""A Llama-architecture language model, from config.json to logits to text, in one file.
+
+    tokens -> embedding -> [ norm -> attention -> + -> norm -> SwiGLU -> + ] x layers -> norm -> lm_head -> logits
+
+Llama 2/3, Qwen 1.5/2/2.5/3 (dense) and Mistral differ only in numbers and in a few optional pieces, so they are one class with different data in
+`Config`, not a class each. Modules carry Hugging Face's names: `state_dict()` keys equal the checkpoint's, and loading is strict, without a converter.
+
+What a token may look at is not the model's business but an argument, `attend(layer, q, k, v)`:
+
+    causal     every token sees the tokens before it: ordinary rows, (B, T)
+    Tree       many texts in one flat row, where a text may branch: a Step-DPO pair is prompt + steps, then s_win | s_lose
+    KVCache    generation: prompts are kept once, however many samples grow from each
+
+Shapes: B batch, T tokens of a row, N tokens of a flat row, C hidden size, H query heads, G key/value heads, D head size, V vocabulary.
+"""
+import ctypes
+import hashlib
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file or field, what was found and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# config.json
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+
+
+@dataclass
+class Config:
+    """The fields of config.json that decide the arithmetic, in Hugging Face's spelling; `raw` keeps the whole file."""
+    vocab_size: int
+    hidden_size: int                  # C
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int          # H
+    num_key_value_heads: int          # G: H for multi-head, 1 for multi-query, between for grouped-query attention
+    head_dim: int                     # D
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # None, or {"rope_type": "linear", ...} or {"rope_type": "llama3", ...}
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False             # Qwen3: RMSNorm on every head's q and k, before the rotation
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    raw: dict | None = None
+
+    @classmethod
+    def from_dict(cls, raw: dict, source: str = "config.json") -> "Config":
+        """Read a parsed config.json, in the older spelling (`rope_theta`, `rope_scaling`, `torch_dtype`) or transformers 5's
+        (`rope_parameters`, `dtype`). Raises CheckpointError naming the field when the model is of a kind that this file does not compute."""
+
+        def refuse(field, why):
+            raise CheckpointError(f"{source}: {field} is {raw.get(field)!r}: {why}")
+
+        def integer(field, default=None, most=2**24):
+            value = raw.get(field)
+            value = default if value is None else value
+            if type(value) is not int or not 1 <= value <= most:
+                refuse(field, f"expected a whole number from 1 to {most}")
+            return value
+
+        def number(field, default, where=raw):
+            value = where.get(field)
+            value = default if value is None else value
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise CheckpointError(f"{source}: {field} is {value!r}: expected a number above 0")
+            return float(value)
+
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"{source}: expected a JSON object, found {type(raw).__name__}")
+        family = raw.get("model_type")
+        if family not in FAMILIES:
+            refuse("model_type", f"this model.py computes {', '.join(FAMILIES)} (dense Llama-architecture models) and nothing else")
+        if raw.get("quantization_config"):
+            refuse("quantization_config", "quantized weights cannot be trained; use the unquantized checkpoint")
+        if (act := raw.get("hidden_act", raw.get("hidden_activation", "silu"))) not in ("silu", "swish"):
+            refuse("hidden_act" if "hidden_act" in raw else "hidden_activation", f"the MLP here is SwiGLU (silu), not {act}")
+        if raw.get("partial_rotary_factor") not in (None, 1, 1.0):
+            refuse("partial_rotary_factor", "only rotation of the whole head is computed")
+
+        longest = integer("max_position_embeddings", 2048, 2**31)
+        window = raw.get("sliding_window")
+        # Qwen files carry a window that `use_sliding_window: false` switches off; Mistral's is in force whenever it is shorter than the context.
+        in_force = raw.get("use_sliding_window", family == "mistral")
+        if window is not None and in_force and (type(window) is not int or window < longest):
+            refuse("sliding_window", "attention here has no sliding window; use a checkpoint where it is null or switched off")
+        if set(raw.get("layer_types") or ()) - {"full_attention"}:
+            refuse("layer_types", "only full_attention layers are computed")
+
+        # transformers 5 moved theta and the scaling into one object
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        field = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+        if not isinstance(rope, dict):
+            refuse(field, "expected an object")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        needs = {"default": (), "linear": ("factor",),
+                 "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+        if kind not in needs:
+            refuse(field, f"rope type {kind!r} is not computed; {', '.join(needs)} are")
+        scaling = {"rope_type": kind, **{key: number(key, None, rope) for key in needs[kind]}} if kind != "default" else None
+        if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+            refuse(field, "high_freq_factor must be above low_freq_factor")
+
+        heads = integer("num_attention_heads", most=2**16)
+        kv_heads = integer("num_key_value_heads", heads, most=2**16)
+        hidden = integer("hidden_size")
+        head_dim = integer("head_dim", hidden // heads)
+        if heads % kv_heads:
+            refuse("num_key_value_heads", f"must divide num_attention_heads = {heads}")
+        if head_dim % 2:
+            refuse("head_dim", "must be even: the rotation turns pairs")
+
+        bias = bool(raw.get("attention_bias", False))
+        eos = raw.get("eos_token_id")
+        eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+        if any(type(i) is not int for i in eos):
+            refuse("eos_token_id", "expected a token id or a list of them")
+        return cls(
+            vocab_size=integer("vocab_size"), hidden_size=hidden, intermediate_size=integer("intermediate_size"),
+            num_hidden_layers=integer("num_hidden_layers", most=1024), num_attention_heads=heads, num_key_value_heads=kv_heads,
+            head_dim=head_dim, rms_norm_eps=number("rms_norm_eps", 1e-6), rope_theta=number("rope_theta", number("rope_theta", 10000.0), rope),
+            rope_scaling=scaling, max_position_embeddings=longest, tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            qkv_bias=family == "qwen2" or (bias and family != "mistral"), o_bias=bias and family in ("llama", "qwen3"),
+            mlp_bias=bool(raw.get("mlp_bias", False)) and family == "llama", qk_norm=family == "qwen3",
+            initializer_range=number("initializer_range", 0.02), bos_token_id=raw.get("bos_token_id"), eos_token_ids=eos, raw=dict(raw))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# who sees whom: attention for ordinary rows and for flat rows of branching texts
+
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]   # (layer, q (B,H,T,D), k and v (B,G,T,D)) -> (B,H,T,D)
+
+
+def causal(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """softmax(q k^T / sqrt(D)) v over the tokens up to one's own. Padding on the right needs no mask: no real token looks that way."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
+class Tree:
+    """Attention for texts laid end to end in one flat row of N tokens, without padding and without a mask of N x N.
+
+    The row is a list of segments. A segment sees itself causally, and the whole of its parent, its parent's parent, and so on; `parents[j]` is the
+    index of an earlier segment, or -1. Independent texts are segments without parents. A preference pair is three segments,
+
+        lengths [P, S_win, S_lose]      parents [-1, 0, 0]      positions 0..P-1 | P..P+S_win-1 | P..P+S_lose-1
+
+    so the shared prefix runs through the network once: P + 2S tokens of work instead of 2(P + S), for the same numbers (DESIGN.md, decision 2;
+    Wang & Hegde 2024, arXiv 2410.20305, do the same with a block mask).
+    """
+
+    def __init__(self, lengths: list[int], parents: list[int]):
+        self.lengths = lengths
+        self.ancestors: list[list[int]] = []                # of each segment, oldest first
+        for j, parent in enumerate(parents):
+            if not -1 <= parent < j:
+                raise ValueError(f"segment {j}: its parent must be an earlier segment or -1, found {parent}")
+            self.ancestors.append([] if parent < 0 else self.ancestors[parent] + [parent])
+        self.masks: dict = {}
+
+    def lower_right(self, own: int, before: int, device) -> torch.Tensor:
+        """(own, before + own), True where seen: everything before, and oneself causally."""
+        key = own, before, device
+        if key not in self.masks:
+            self.masks[key] = torch.ones(own, before + own, dtype=torch.bool, device=device).tril(before)
+        return self.masks[key]
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q, k, v = (x.split(self.lengths, dim=2) for x in (q, k, v))
+        out = []
+        for j, ancestors in enumerate(self.ancestors):
+            if not ancestors:
+                out.append(causal(layer, q[j], k[j], v[j]))
+                continue
+            keys = torch.cat([k[a] for a in ancestors] + [k[j]], dim=2)
+            values = torch.cat([v[a] for a in ancestors] + [v[j]], dim=2)
+            own = self.lengths[j]
+            mask = self.lower_right(own, keys.shape[2] - own, keys.device)
+            out.append(F.scaled_dot_product_attention(q[j], keys, values, attn_mask=mask, enable_gqa=q[j].shape[1] != keys.shape[1]))
+        return torch.cat(out, dim=2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the network, small to large
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):   # x / sqrt(mean(x^2) + eps) * weight; F.rms_norm takes the mean in fp32 whatever x is
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def rope_frequencies(config: Config, device) -> torch.Tensor:
+    """(D/2,) radians per position: pair i turns by theta^(-2i/D), slowed for long contexts as `rope_scaling` says."""
+    freq = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return freq
+    if scaling["rope_type"] == "linear":
+        return freq / scaling["factor"]
+    # llama3: slow waves (few turns within the original context) are slowed by `factor`, fast ones are kept, with a linear blend between
+    turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return freq * keep + freq / scaling["factor"] * (1 - keep)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x (B, heads, T, D), cos and sin (..., T, D/2). Hugging Face's layout pairs x[i] with x[i + D/2], the two halves of a head;
+
+        [ a0 a1 a2 a3 | b0 b1 b2 b3 ]     (a_i, b_i) turns by position * freq_i
+
+    Meta's original release pairs neighbours (x[2i], x[2i+1]); its q and k weights are a permutation of these, and mixing the two fails in silence."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        c, self.layer, self.head_dim = config, layer, config.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.o_bias)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+
+    def forward(self, x, cos, sin, attend: Attend):
+        B, T, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)       # (B, H, T, D)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)       # (B, G, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)                    # (B, G, T, D)
+        cos, sin = cos.to(q.dtype), sin.to(q.dtype)
+        y = attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)                 # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, attend: Attend):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Everything below the vocabulary; Hugging Face's keys call it `model.`"""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Llama(nn.Module):
+    """`Llama(config)` has uninitialised weights: call `init_weights(seed)`, or build with `Llama.from_pretrained(folder_or_hub_id)`."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.source: Path | None = None          # the folder it was loaded from, whose tokenizer files `save_pretrained` copies along
+        self.gradient_checkpointing = False      # recompute each block in the backward pass instead of keeping its activations
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+
+    def tie_weights(self):
+        if self.config.tie_word_embeddings:      # one parameter under two names: it is counted, trained and saved once
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def hidden_states(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, attend: Attend = causal) -> torch.Tensor:
+        """(B, T) token ids -> (B, T, C), what lm_head reads. position_ids: (T,) or (B, T), 0..T-1 by default; a `Tree` wants (1, N) ids and its own positions."""
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
+        angles = position_ids[..., None].float() * rope_frequencies(self.config, input_ids.device)     # ((B,) T, D/2)
+        if angles.dim() == 3:
+            angles = angles[:, None]                                                                    # (B, 1, T, D/2): the same for all heads
+        cos, sin = angles.cos(), angles.sin()
+        x = self.model.embed_tokens(input_ids)
+        for block in self.model.layers:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, attend, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, attend)
+        return self.model.norm(x)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(B, T) token ids, padded on the right if at all -> (B, T, V) logits; logits at t score token t + 1."""
+        return self.lm_head(self.hidden_states(input_ids))
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> "Llama":
+        """Normal(0, initializer_range) matrices, unit norms, zero biases: what transformers does for these families."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                p.copy_(torch.empty(p.shape).normal_(0, self.config.initializer_range, generator=generator))
+            else:
+                p.fill_(0.0 if name.endswith("bias") else 1.0)
+        return self
+
+    @classmethod
+    def from_pretrained(cls, folder_or_hub_id: str | os.PathLike, dtype: torch.dtype = torch.float32, device="cpu") -> "Llama":
+        """Load a Hugging Face checkpoint: a folder, or a hub id when no such folder exists. Safetensors only, one file or a sharded index.
+
+        Built on the meta device and filled tensor by tensor, so memory peaks at the model's own size and one tensor more.
+        Raises CheckpointError listing every missing, unexpected or mis-shaped tensor by name, before any weight is read."""
+        folder = resolve(folder_or_hub_id)
+        config = Config.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
+        with torch.device("meta"):
+            model = cls(config)
+        files = weight_files(folder)                                     # tensor name -> file
+        wanted = dict(model.named_parameters())                          # a tied lm_head is not in here
+        optional = {name for name in files if name.endswith("rotary_emb.inv_freq")} | ({"lm_head.weight"} - set(wanted))
+        complaints = [f"missing: {name} {tuple(p.shape)}" for name, p in wanted.items() if name not in files]
+        complaints += [f"unexpected: {name}" for name in files if name not in wanted and name not in optional]
+        for name, (path, shape, kind) in files.items():
+            if name in wanted and tuple(shape) != tuple(wanted[name].shape):
+                complaints.append(f"wrong shape: {name} is {tuple(shape)}, config.json says {tuple(wanted[name].shape)}")
+            elif name in wanted and kind not in ("F64", "F32", "F16", "BF16"):
+                complaints.append(f"wrong dtype: {name} is {kind}, expected F64, F32, F16 or BF16")
+        if complaints:
+            more = f"\n  ... and {len(complaints) - 20} more" if len(complaints) > 20 else ""
+            raise CheckpointError(f"{folder}: the weights do not fit config.json:\n  " + "\n  ".join(complaints[:20]) + more)
+        for name in wanted:
+            # The file is opened anew for each tensor: the mapping, and with it the memory of pages already read, goes away in between.
+            with safe_open(files[name][0], framework="pt") as f:
+                tensor = f.get_tensor(name).to(device=device, dtype=dtype, copy=True)
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
+        model.tie_weights()
+        model.source = folder
+        return model
+
+    def save_pretrained(self, folder: str | os.PathLike, dtype: torch.dtype | None = None, shard_bytes: int = 5 * 10**9):
+        """Write config.json, model.safetensors (an index and shards above 5 GB) and the tokenizer files of the folder this model came from.
+
+        config.json keeps every key it had. All files are first written aside (`.saving/`), then renamed into place, config.json last."""
+        folder = Path(folder)
+        aside = folder / ".saving"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        params = {name: p.detach() for name, p in self.named_parameters()}
+        dtype = dtype or next(iter(params.values())).dtype
+        shards, room = [{}], shard_bytes
+        for name, p in params.items():
+            size = p.numel() * dtype.itemsize
+            if size > room and shards[-1]:
+                shards.append({})
+                room = shard_bytes
+            shards[-1][name] = p
+            room -= size
+        names = ["model.safetensors"] if len(shards) == 1 else \
+            [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        for filename, shard in zip(names, shards):
+            save_file({k: p.to("cpu", dtype).contiguous() for k, p in shard.items()}, aside / filename, metadata={"format": "pt"})
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": sum(p.numel() for p in params.values()) * dtype.itemsize},
+                     "weight_map": {k: filename for filename, shard in zip(names, shards) for k in shard}}
+            (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        if self.source is not None and self.source.resolve() != folder.resolve():
+            for filename in TOKENIZER_FILES:
+                if (self.source / filename).is_file():
+                    shutil.copyfile(self.source / filename, aside / filename)
+        raw = dict(self.config.raw or {})
+        raw["dtype" if "dtype" in raw else "torch_dtype"] = str(dtype).removeprefix("torch.")
+        (aside / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+
+        written = sorted(aside.iterdir(), key=lambda p: p.name == "config.json")
+        for stale in [*folder.glob("model*.safetensors"), *folder.glob("model.safetensors.index.json")]:
+            if stale.name not in {p.name for p in written}:
+                stale.unlink()
+        for path in written:
+            with open(path, "rb") as f:
+                os.fsync(f.fileno())
+            os.replace(path, folder / path.name)
+        aside.rmdir()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoint files
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+                   "merges.txt", "chat_template.jinja", "generation_config.json")
+
+
+def resolve(folder_or_hub_id: str | os.PathLike) -> Path:
+    """The folder itself, or, when there is none of that name and it looks like `owner/name`, the hub's copy of it (downloaded once)."""
+    folder = Path(folder_or_hub_id)
+    if folder.is_dir():
+        return folder
+    parts = str(folder_or_hub_id).split("/")
+    if folder.exists() or len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
+        raise CheckpointError(f"{folder}: no such folder (and not a hub id of the form owner/name)")
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(str(folder_or_hub_id), allow_patterns=["*.safetensors", "*.safetensors.index.json", "config.json", *TOKENIZER_FILES]))
+    except Exception as e:
+        raise CheckpointError(f"{folder}: no such folder, and the hub did not give it either ({type(e).__name__}: {str(e).splitlines()[0]})") from None
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a checkpoint's folder; CheckpointError names the file."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; a checkpoint folder holds config.json, *.safetensors and tokenizer.json") from None
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{path}: not valid JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def weight_files(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
+    """Tensor name -> (file, shape, dtype), read from the safetensors headers alone. Raises CheckpointError."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        placed = {folder / "model.safetensors": None}
+    elif index.is_file():
+        placed = {}
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{index}: weight_map is missing")
+        for name, filename in weight_map.items():
+            if not isinstance(filename, str) or Path(filename).name != filename or "\\" in filename:
+                raise CheckpointError(f"{index}: {name} is said to lie in {filename!r}; a shard must be a plain file name in this folder")
+            placed.setdefault(folder / filename, set()).add(name)
+    else:
+        other = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in folder.glob(pattern)]
+        hint = f" (found {other[0]}: convert it to safetensors first, pickle is never read here)" if other else ""
+        raise CheckpointError(f"{folder}: neither model.safetensors nor model.safetensors.index.json{hint}")
+    found = {}
+    for path, names in placed.items():
+        try:
+            with safe_open(path, framework="pt") as f:
+                here = {name: (path, list(s.get_shape()), s.get_dtype()) for name in f.keys() for s in [f.get_slice(name)]}
+        except (SafetensorError, OSError) as e:
+            raise CheckpointError(f"{path}: cannot be read as safetensors ({e}); download it again") from None
+        if names is not None and set(here) != names:
+            odd = sorted(set(here) ^ names)[0]
+            raise CheckpointError(f"{path}: {odd} is {'in the index but not in the file' if odd in names else 'in the file but not in the index'}")
+        found.update(here)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# generation
+
+@dataclass
+class Sample:
+    token_ids: list[int]      # the new tokens, without the EOS that ended them
+    text: str | None          # their text, cut before the stop string; None when no `decode` was given
+    stop_reason: str          # "eos", "stop" (a stop string) or "length"
+
+
+class KVCache:
+    """Keys and values of P prompts and of the grid of P x n samples that grow from them. A prompt's are stored once and read by its n samples
+    together, as one matrix product instead of n. As an `attend`, it first takes the prompts (`prefill`), then one token a call for every row."""
+
+    def __init__(self, lengths: list[int], n: int):
+        self.lengths, self.n, self.t = lengths, n, 0                     # t: new tokens that every row has
+        self.tree = Tree(lengths, [-1] * len(lengths))
+        self.prompt: list = []                                           # per layer: k, v (P, G, longest prompt, D), zeros behind the shorter ones
+        self.grown: list = []                                            # per layer: k, v (P*n, G, room for tokens, D)
+
+    def prefill(self, layer, q, k, v):
+        self.prompt.append(tuple(torch.nn.utils.rnn.pad_sequence([s[0].transpose(0, 1) for s in x.split(self.lengths, dim=2)], batch_first=True)
+                                 .transpose(1, 2).contiguous() for x in (k, v)))
+        self.grown.append(tuple(x.new_empty(len(self.lengths) * self.n, x.shape[1], 64, x.shape[3]) for x in (k, v)))
+        return self.tree(layer, q, k, v)
+
+    def __call__(self, layer, q, k, v):
+        R, H, _, D = q.shape                                             # R = P * n rows, one token each
+        (pk, pv), (P, G, Tp, _) = self.prompt[layer], self.prompt[layer][0].shape
+        if self.t == self.grown[layer][0].shape[2]:                      # full: double the room
+            self.grown[layer] = tuple(torch.cat((x, torch.empty_like(x)), dim=2) for x in self.grown[layer])
+        gk, gv = self.grown[layer]
+        gk[:, :, self.t], gv[:, :, self.t] = k[:, :, 0], v[:, :, 0]
+        gk, gv = gk[:, :, :self.t + 1], gv[:, :, :self.t + 1]            # (R, G, t+1, D)
+
+        q = q.reshape(R, G, H // G, D) * D ** -0.5
+        shared = q.view(P, self.n, G, H // G, D).transpose(1, 2).reshape(P, G, -1, D)            # the n samples of a prompt side by side
+        scores_prompt = (shared @ pk.transpose(-1, -2)).masked_fill_(self.padding[:, None, None], -math.inf)   # (P, G, n*H/G, Tp)
+        scores_grown = q @ gk.transpose(-1, -2)                                                                 # (R, G, H/G, t+1)
+        scores_prompt = scores_prompt.view(P, G, self.n, -1, Tp).transpose(1, 2).reshape(R, G, -1, Tp)
+        weights = torch.cat((scores_prompt, scores_grown), dim=-1).float().softmax(-1).to(q.dtype)
+        w_prompt, w_grown = weights.split([Tp, self.t + 1], dim=-1)
+        y = w_prompt.reshape(P, self.n, G, -1, Tp).transpose(1, 2).reshape(P, G, -1, Tp) @ pv                 # (P, G, n*H/G, D)
+        y = y.view(P, G, self.n, -1, D).transpose(1, 2).reshape(R, G, -1, D) + w_grown @ gv
+        return y.reshape(R, H, 1, D)
+
+    def start(self, device):
+        """After the prefill: which places of the padded prompts are padding, (P, Tp); and every row's next position, (R, 1)."""
+        lengths = torch.tensor(self.lengths, device=device)
+        self.padding = torch.arange(max(self.lengths), device=device) >= lengths[:, None]
+        self.positions = lengths.repeat_interleave(self.n)[:, None]
+
+    def keep(self, prompts: torch.Tensor, rows: torch.Tensor):
+        """Shrink the grid to these prompts (P',) and rows (P', n'), indices into the present ones."""
+        self.n = rows.shape[1]
+        rows = rows.flatten()
+        self.padding, self.positions = self.padding[prompts], self.positions[rows]
+        self.prompt = [(k[prompts], v[prompts]) for k, v in self.prompt]
+        self.grown = [(k[rows], v[rows]) for k, v in self.grown]
+
+
+def pick_tokens(logits: torch.Tensor, temperature: float, top_p: float, uniform: torch.Tensor) -> torch.Tensor:
+    """(R, V) logits -> (R,) token ids: the arg max at temperature 0, else by inverting the cumulative distribution of softmax(logits / temperature) at
+    `uniform` (R,), within the smallest set of most probable tokens whose mass reaches top_p (Holtzman et al. 2019)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = (logits.float() / temperature).softmax(-1)
+    k = 64 if top_p < 1 else probs.shape[-1]
+    while True:                                       # a full sort of the vocabulary is slow, and a nucleus is mostly small: look at more only if needed
+        k = min(k, probs.shape[-1])
+        top, ids = probs.topk(k)                      # sorted, highest first
+        mass = top.double().cumsum(-1)
+        if k == probs.shape[-1] or bool((mass[:, -1] >= top_p).all()):
+            break
+        k *= 8
+    nucleus = top.double().masked_fill(mass - top >= top_p, 0.0).cumsum(-1)
+    pick = torch.searchsorted(nucleus, (uniform.to(nucleus) * nucleus[:, -1])[:, None], right=True)
+    return ids.gather(1, pick.clamp(max=k - 1)).squeeze(1)
+
+
+@torch.inference_mode()
+def generate(model: Llama, prompts: list[list[int]], *, n: int = 1, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
+             eos_ids: tuple[int, ...] = (), stop: tuple[str, ...] = (), decode: Callable[[list[int]], str] | None = None, seed: int = 0,
+             on_finish: Callable[[int, int, Sample], None] | None = None) -> list[list[Sample]]:
+    """Continue every prompt (a list of token ids, of any lengths) n times; result[i][j] is sample j of prompt i.
+
+    Greedy at temperature 0, otherwise temperature and top-p. A sample ends at any of `eos_ids`, at any of the `stop` strings in its decoded text, or after
+    `max_new_tokens` (at the model's max_position_embeddings at the latest); `on_finish(i, j, sample)` hears of each as it ends, and the finished rows leave
+    the batch. Randomness comes from (seed, prompt ids, j) alone: what a prompt yields does not depend on its neighbours, but for the rounding of
+    matrix products of another shape."""
+    if stop and decode is None:
+        raise ValueError("stop strings need decode, a function from new token ids to text")
+    device, limit = model.lm_head.weight.device, model.config.max_position_embeddings
+    for i, ids in enumerate(prompts):
+        if not 0 < len(ids) < limit:
+            raise ValueError(f"prompt {i} has {len(ids)} tokens; expected 1 to {limit - 1} (max_position_embeddings is {limit})")
+    result: list[list] = [[None] * n for _ in prompts]
+    if not prompts or n == 0:
+        return result
+    was_training = model.training
+    model.eval()
+
+    rows = torch.arange(len(prompts) * n).view(len(prompts), n)          # the grid: which (prompt, sample) each row of the batch is
+    new = [[] for _ in range(len(prompts) * n)]
+    room = [min(max_new_tokens, limit - len(p)) for p in prompts for _ in range(n)]
+    noise = [np.random.Generator(np.random.Philox(key=stable_key(seed, p, j))).random(r) if temperature else None
+             for p, i in zip(prompts, range(len(prompts))) for j, r in zip(range(n), room[i * n:(i + 1) * n])]
+    tail = 4 * max(map(len, stop), default=0) + 8                        # so many last tokens hold any stop string that has just been completed
+
+    cache = KVCache([len(p) for p in prompts], n)
+    flat = torch.tensor([t for p in prompts for t in p], device=device)[None]
+    hidden = model.hidden_states(flat, torch.cat([torch.arange(len(p), device=device) for p in prompts]), cache.prefill)
+    cache.start(device)
+    ends = torch.tensor([len(p) for p in prompts], device=device).cumsum(0) - 1
+    hidden = hidden[0, ends].repeat_interleave(n, dim=0)                 # (R, C): the last token of its prompt, for every sample
+
+    while True:
+        live = rows.flatten().tolist()
+        uniform = torch.tensor([noise[r][len(new[r])] if temperature and len(new[r]) < room[r] else 0.0 for r in live], device=device, dtype=torch.float64)
+        tokens = pick_tokens(model.lm_head(hidden), temperature, top_p, uniform)
+        for r, token in zip(live, tokens.tolist()):
+            i, j = divmod(r, n)
+            if result[i][j] is not None:
+                continue                                                 # finished, but still in the batch until it shrinks
+            text, reason = None, None
+            if token in eos_ids:
+                reason = "eos"
+            else:
+                new[r].append(token)
+                if stop and any(s in decode(new[r][-tail:]) for s in stop):
+                    reason, text = "stop", decode(new[r])
+                    text = text[:min(at for s in stop if (at := text.find(s)) >= 0)]
+                elif len(new[r]) == room[r]:
+                    reason = "length"
+            if reason:
+                result[i][j] = Sample(new[r], text if text is not None else decode(new[r]) if decode else None, reason)
+                if on_finish:
+                    on_finish(i, j, result[i][j])
+
+        alive = torch.tensor([[result[r // n][r % n] is None for r in row] for row in rows.tolist()])
+        width = int(alive.sum(1).max())
+        if width == 0:
+            break
+        if int(alive.any(1).sum()) * width <= 0.75 * alive.numel():      # shrink: prompts with a live row, their live rows first
+            keep = alive.any(1).nonzero()[:, 0]
+            order = (~alive[keep]).int().argsort(dim=1, stable=True)[:, :width]
+            index = (keep[:, None] * rows.shape[1] + order)
+            tokens, rows = tokens[index.flatten().to(device)], rows.flatten()[index]
+            cache.keep(keep.to(device), index.to(device))
+        hidden = model.hidden_states(tokens[:, None], cache.positions, cache)[:, 0]
+        cache.t += 1
+        cache.positions = cache.positions + 1
+    model.train(was_training)
+    return result
+
+
+def stable_key(seed: int, prompt: list[int], sample: int) -> int:
+    """128 bits from (seed, prompt, sample), the same on every machine: Python's own hash() is neither stable nor wide."""
+    return int.from_bytes(hashlib.blake2b(json.dumps([seed, sample, prompt]).encode(), digest_size=16).digest(), "little")
+
+
+def keep_freed_memory():
+    """Tell glibc's malloc to reuse freed memory instead of returning it to the system, where it is glibc (elsewhere nothing happens).
+
+    By default every tensor above 128 KB is mapped afresh and its pages are zeroed by the kernel on first touch, for every activation of every step; on a CPU
+    that costs more than the element-wise arithmetic itself. GPUs are not concerned: their allocator caches already."""
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)              # M_MMAP_MAX: no allocation gets a mapping of its own
+        libc.mallopt(-1, 2**31 - 1)      # M_TRIM_THRESHOLD: the heap's top is not given back
+    except (OSError, AttributeError, TypeError):
+        pass

@@ -1,0 +1,321 @@
+"""model.py against transformers, against real trained checkpoints, and against itself by another road."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, tiny_config, tiny_model, write_json
+from safetensors.torch import load_file, save_file
+
+from model import CheckpointError, Config, Llama, Tree, generate, pick_tokens
+
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+VARIETIES = {   # name -> config.json of one tiny model; between them every family and every optional piece
+    "llama, grouped-query": tiny_config(),
+    "llama, multi-head": tiny_config(num_key_value_heads=4),
+    "llama, multi-query": tiny_config(num_key_value_heads=1),
+    "llama, head_dim": tiny_config(head_dim=12),
+    "llama, biases everywhere": tiny_config(attention_bias=True, mlp_bias=True),
+    "llama, tied": tiny_config(tie_word_embeddings=True),
+    "llama, linear rope": tiny_config(rope_scaling={"type": "linear", "factor": 4.0}),
+    "llama, llama3 rope": tiny_config(rope_theta=500000.0, rope_scaling=LLAMA3),
+    "llama, llama3 rope in the new spelling": tiny_config(rope_parameters={"rope_theta": 500000.0, **LLAMA3}),
+    "llama, theta in the new spelling": tiny_config(rope_parameters={"rope_theta": 1234.0, "rope_type": "default"}),
+    "qwen2": tiny_config("qwen2", rope_theta=1e6),
+    "qwen2, tied, window switched off": tiny_config("qwen2", tie_word_embeddings=True, use_sliding_window=False, sliding_window=16),
+    "qwen3": tiny_config("qwen3", head_dim=16),
+    "qwen3, bias": tiny_config("qwen3", head_dim=16, attention_bias=True),
+    "mistral": tiny_config("mistral", sliding_window=None),
+}
+
+
+def scramble(model: torch.nn.Module, seed: int = 0):
+    """Random everything, norms and biases too: a freshly initialised model has unit norms and zero biases, which hide mistakes."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=g) * (0.3 if p.dim() == 2 else 0.5) + (p.dim() == 1))
+
+
+@pytest.mark.parametrize("name", VARIETIES)
+def test_logits_equal_transformers_and_the_folder_travels_both_ways(name, tmp_path):
+    """Ours written, theirs loaded: the same logits to 2e-4. Theirs written (so, in transformers' present spelling), ours loaded: the same again."""
+    transformers = pytest.importorskip("transformers", reason="transformers is the oracle of this test")
+    ours = Llama(Config.from_dict(VARIETIES[name]))
+    scramble(ours)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32, attn_implementation="eager").eval()
+    ids = torch.randint(0, 97, (3, 100), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        assert (ours(ids) - expected).abs().max() < 2e-4
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = Llama.from_pretrained(tmp_path / "theirs")
+    assert again.state_dict().keys() == ours.state_dict().keys()
+    with torch.no_grad():
+        assert (again(ids) - expected).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize("name", ["hf-stories260K", "hf-aidreams260K"])
+def test_real_checkpoints_give_their_golden_logprobs_and_texts(assets, name):
+    """Two trained models; the goldens were made by transformers in float64 and by an independent C program."""
+    from tokenizers import Tokenizer
+    folder = assets / "weights" / name
+    model, tokenizer = Llama.from_pretrained(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    double = Llama.from_pretrained(folder, dtype=torch.float64)
+    for case in json.loads((folder.parent / "golden_weights_outputs.json").read_text())[name]:
+        ids = case["text_ids_first90"]
+        golden = torch.tensor(case["hf_fp64_token_logprobs"])
+        for m, tolerance in ((model, 1e-3), (double, 2e-4)):
+            with torch.no_grad():
+                logps = m(torch.tensor([ids]))[0, :-1].double().log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+            assert (logps[:len(golden)] - golden[:len(logps)]).abs().max() < tolerance
+        new = len(ids) - len(case["prompt_ids"])
+        sample = generate(model, [case["prompt_ids"]], max_new_tokens=new)[0][0]                         # with the KV cache
+        assert sample.token_ids == ids[len(case["prompt_ids"]):]
+        assert case["run_c_greedy_text"].startswith(tokenizer.decode(case["prompt_ids"] + sample.token_ids).strip())
+        slow = list(case["prompt_ids"])                                                                  # and without
+        for _ in range(new):
+            slow.append(int(model(torch.tensor([slow]))[0, -1].argmax()))
+        assert slow == ids
+
+
+def test_a_transposed_checkpoint_does_not_pass_as_right(assets):
+    """A stranger's copy of a trained model has its matrices transposed inside a file of the right size. Taken at its word it loads; its log-probs must be
+    seen to differ from the golden ones, by far."""
+    folder = assets / "weights"
+    case = json.loads((folder / "golden_weights_outputs.json").read_text())["hf-stories260K"][0]
+    model = Llama.from_pretrained(folder / "hf-stories260K")
+    raw = (folder / "plctlab_odd" / "stories260K.plctlab.bin").read_bytes()
+    C, I, L, H, G, V, _ = torch.frombuffer(bytearray(raw[:28]), dtype=torch.int32).tolist()
+    rest, at = torch.frombuffer(bytearray(raw[28:]), dtype=torch.float32), 0
+
+    def take(*shape):
+        nonlocal at
+        at += (count := torch.Size(shape).numel())
+        return rest[at - count:at].view(shape)
+
+    def halves(w, heads):    # llama2.c rotates neighbouring pairs, Hugging Face the two halves of a head
+        return w.view(heads, -1, 2, C).transpose(1, 2).reshape(w.shape)
+
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(take(V, C))
+        for place, shape in (("input_layernorm", (C,)), ("self_attn.q_proj", (C, C)), ("self_attn.k_proj", (C * G // H, C)),
+                             ("self_attn.v_proj", (C * G // H, C)), ("self_attn.o_proj", (C, C)), ("post_attention_layernorm", (C,)),
+                             ("mlp.gate_proj", (I, C)), ("mlp.down_proj", (C, I)), ("mlp.up_proj", (I, C))):
+            for block, w in zip(model.model.layers, take(L, *shape)):
+                heads = {"self_attn.q_proj": H, "self_attn.k_proj": G}.get(place)
+                block.get_submodule(place).weight.copy_(halves(w, heads) if heads else w)
+        model.model.norm.weight.copy_(take(C))
+        ids = case["text_ids_first90"]
+        logps = model(torch.tensor([ids]))[0, :-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    assert logps.sum() < sum(case["hf_fp64_token_logprobs"][:len(logps)]) - 100
+
+
+def test_a_tree_equals_its_branches_as_separate_rows():
+    """[prefix | a | b] and a deeper branch, in one flat row: hidden states and every parameter's gradient as from separate rows."""
+    model = tiny_model()
+    g = torch.Generator().manual_seed(0)
+    texts = {name: torch.randint(0, 97, (n,), generator=g) for name, n in dict(p=9, a=5, b=3, aa=4, q=6).items()}
+    rows = [["p", "a", "aa"], ["p", "b"], ["q"]]
+    names, parents, starts = ["p", "a", "b", "aa", "q"], [-1, 0, 0, 1, -1], [0, 9, 9, 14, 0]
+    weight = {n: torch.randn(len(texts[n]), 32, generator=g) for n in names}
+
+    flat = torch.cat([texts[n] for n in names])[None]
+    positions = torch.cat([torch.arange(s, s + len(texts[n])) for n, s in zip(names, starts)])
+    hidden = model.hidden_states(flat, positions, Tree([len(texts[n]) for n in names], parents))[0]
+    pieces = dict(zip(names, hidden.split([len(texts[n]) for n in names])))
+    sum((pieces[n] * weight[n]).sum() for n in names).backward()
+    grads = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    seen, loss = set(), 0
+    for row in rows:
+        whole = model.hidden_states(torch.cat([texts[n] for n in row])[None])[0].split([len(texts[n]) for n in row])
+        for n, h in zip(row, whole):
+            torch.testing.assert_close(pieces[n], h, atol=1e-5, rtol=1e-5)
+            loss, seen = loss + (0 if n in seen else (h * weight[n]).sum()), seen | {n}
+    loss.backward()
+    for k, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(grads[k], p.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    """Recomputing a block in the backward pass gives bit-identical gradients."""
+    grads = []
+    for on in (False, True):
+        model = tiny_model()
+        model.gradient_checkpointing = on
+        model(torch.arange(60).view(2, 30)).logsumexp(-1).sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13], [20, 21, 22], [7, 8, 9]]
+
+
+def test_greedy_generation_equals_recomputing_everything():
+    """Batched, ragged, cached, n samples: every row as a plain loop over full forwards would write it; rows that end early leave and disturb nobody."""
+    model = tiny_model()
+    scramble(model)
+    free = [samples[0].token_ids for samples in generate(model, PROMPTS, max_new_tokens=70)]
+    eos = next(t for t in free[1][5:] if any(t not in ids for ids in free))         # ends some rows, not all
+    heard = []
+    got = generate(model, PROMPTS, n=2, max_new_tokens=70, eos_ids=(eos,), on_finish=lambda i, j, s: heard.append((i, j)))
+    stopped = 0
+    for prompt, samples in zip(PROMPTS, got):
+        ids = list(prompt)
+        while len(ids) < len(prompt) + 70 and (token := int(model(torch.tensor([ids]))[0, -1].argmax())) != eos:
+            ids.append(token)
+        for s in samples:
+            assert s.token_ids == ids[len(prompt):]
+            assert s.stop_reason == ("length" if len(s.token_ids) == 70 else "eos")
+            stopped += s.stop_reason == "eos"
+    assert sorted(heard) == [(i, j) for i in range(4) for j in range(2)]
+    assert 0 < stopped < 8, "the test should see both ends"
+
+
+def test_samples_depend_on_seed_and_prompt_not_on_neighbours():
+    """Prompt 1 alone, among others, or asked for fewer samples: the same samples; another seed: others."""
+    model = tiny_model()
+    scramble(model)
+    settings = dict(max_new_tokens=20, temperature=1.0, top_p=0.9, eos_ids=(3, 4, 5))
+    together = generate(model, PROMPTS, n=4, seed=1, **settings)
+    alone = generate(model, [PROMPTS[1]], n=2, seed=1, **settings)
+    assert alone[0] == together[1][:2]
+    assert together[1][0] != together[1][1]
+    assert generate(model, [PROMPTS[1]], n=2, seed=2, **settings) != alone
+
+
+def test_stop_strings_cut_the_text_before_them():
+    """A stop string may be spread over tokens; the text ends before it."""
+    model = tiny_model()
+    scramble(model)
+    decode = lambda ids: "".join(f"<{i}>" for i in ids)
+    free = generate(model, [[5, 6]], max_new_tokens=12, decode=decode)[0][0]
+    assert free.stop_reason == "length" and free.text == decode(free.token_ids)
+    stop = f"{free.token_ids[4]}><{free.token_ids[5]}"
+    sample = generate(model, [[5, 6]], max_new_tokens=12, decode=decode, stop=(stop,))[0][0]
+    assert sample.stop_reason == "stop" and sample.text == free.text[:free.text.find(stop)]
+
+
+def test_top_p_draws_from_the_nucleus_with_the_right_frequencies():
+    """Inverting the cumulative distribution on an even grid of uniforms gives each token its renormalised share."""
+    probs = torch.tensor([0.02, 0.5, 0.08, 0.3, 0.1])
+    uniform = (torch.arange(10000) + 0.5) / 10000
+    ids = pick_tokens(probs.log().expand(10000, 5), 1.0, 0.85, uniform)          # nucleus: 0.5, 0.3, 0.1
+    share = torch.bincount(ids, minlength=5) / 10000
+    torch.testing.assert_close(share, torch.tensor([0, 5 / 9, 0, 3 / 9, 1 / 9]), atol=1e-3, rtol=0)
+    ids = pick_tokens(probs.log().expand(10000, 5) * 2, 2.0, 1.0, uniform)       # temperature undoes the doubling; the whole vocabulary
+    torch.testing.assert_close(torch.bincount(ids, minlength=5) / 10000, probs, atol=1e-3, rtol=0)
+    wide = torch.randn(4, 5000, generator=torch.Generator().manual_seed(0)) * 0.1     # a nucleus wider than the first look of 64 tokens
+    assert len(set(pick_tokens(wide[:1].expand(2000, -1), 1.0, 0.9, (torch.arange(2000) + 0.5) / 2000).tolist())) > 1500
+
+
+@pytest.mark.parametrize("changes, named", [
+    (dict(model_type="mixtral"), "model_type is 'mixtral'"),
+    (dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
+    (dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "'yarn'"),
+    (dict(rope_parameters={"rope_type": "dynamic", "factor": 4.0}), "'dynamic'"),
+    (dict(rope_scaling={"type": "linear"}), "factor"),
+    (dict(model_type="mistral", sliding_window=64), "sliding_window is 64"),
+    (dict(model_type="qwen2", use_sliding_window=True, sliding_window=64), "sliding_window is 64"),
+    (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types"),
+    (dict(quantization_config={"quant_method": "gptq"}), "quantization_config"),
+    (dict(num_hidden_layers=10**9), "num_hidden_layers is 1000000000"),
+    (dict(hidden_size="32"), "hidden_size is '32'"),
+    (dict(hidden_size=True), "hidden_size is True"),
+    (dict(vocab_size=-1), "vocab_size is -1"),
+    (dict(num_key_value_heads=3), "num_key_value_heads"),
+    (dict(head_dim=7), "head_dim"),
+    (dict(rms_norm_eps="tiny"), "rms_norm_eps"),
+])
+def test_what_is_not_computed_is_refused_by_name(changes, named):
+    """Never an approximation of another architecture: the message names field and value."""
+    with pytest.raises(CheckpointError) as e:
+        Config.from_dict({**tiny_config(), **changes})
+    assert named in str(e.value)
+
+
+def test_real_configs_are_read_or_refused(assets):
+    """Parameter counts of real models on the meta device, as published; quantized ones refused."""
+    published = {"tt-metal_Llama-3.1-8B-Instruct": 8030261248, "tt-metal_Llama-3.2-1B-Instruct": 1235814400, "tt-metal_Qwen2.5-7B-Instruct": 7615616512,
+                 "tt-metal_Qwen3-8B": 8190735360, "tt-metal_Mistral-7B-Instruct-v0.3": 7248023552, "TinyLlama-1.1B-Chat-v1.0": 1100048384,
+                 "DeepSeek-R1-Distill-Qwen-32B": 32763876352}
+    for name, count in published.items():
+        config = Config.from_dict(json.loads((assets / "configs" / f"{name}_config.json").read_text()))
+        with torch.device("meta"):
+            assert sum(p.numel() for p in Llama(config).parameters()) == count, name
+    for path in (assets / "configs").glob("*"):
+        if "GPTQ" in path.name or "8bit" in path.name:
+            with pytest.raises(CheckpointError, match="quantization_config"):
+                Config.from_dict(json.loads(path.read_text()))
+
+
+def test_loading_is_strict_and_lists_what_is_wrong(tmp_path):
+    """Missing, unexpected and mis-shaped tensors, each by name; a pickle is not read; a shard may not lie outside the folder."""
+    tiny_model().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    bad = {k: v for k, v in tensors.items() if k != "model.norm.weight"}
+    bad["model.layers.0.mlp.up_proj.weight"] = bad["model.layers.0.mlp.up_proj.weight"].T.contiguous()
+    bad["model.layers.1.mlp.down_proj.weight"] = bad["model.layers.1.mlp.down_proj.weight"].to(torch.int8)
+    bad["model.layers.9.mlp.up_proj.weight"] = torch.zeros(1)
+    save_file(bad, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError) as e:
+        Llama.from_pretrained(tmp_path)
+    for part in ("missing: model.norm.weight (32,)", "unexpected: model.layers.9.mlp.up_proj.weight", "wrong dtype: model.layers.1.mlp.down_proj.weight is I8",
+                 "wrong shape: model.layers.0.mlp.up_proj.weight is (32, 56), config.json says (56, 32)"):
+        assert part in str(e.value)
+
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="pytorch_model.bin: convert it to safetensors"):
+        Llama.from_pretrained(tmp_path)
+    for place in ("../elsewhere.safetensors", "/etc/passwd", "sub/x.safetensors", ["x"]):
+        write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {"model.norm.weight": place}})
+        with pytest.raises(CheckpointError, match="plain file name"):
+            Llama.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    (tmp_path / "model.safetensors").write_bytes((1 << 40).to_bytes(8, "little") + b"{}")
+    with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+        Llama.from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        Llama.from_pretrained(tmp_path / "nowhere")
+
+
+def test_shards_unknown_keys_and_tokenizer_files_survive_a_save(tmp_path):
+    """Saved in shards and loaded again: equal weights; config.json's own extras and the tokenizer's files come along; old layouts do not stay behind."""
+    model = tiny_model(my_extra={"kept": [1, 2]}, torch_dtype="bfloat16")
+    model.save_pretrained(tmp_path / "a")
+    (tmp_path / "a" / "tokenizer.json").write_text("{}")
+    model = Llama.from_pretrained(tmp_path / "a")
+    model.save_pretrained(tmp_path / "b", shard_bytes=20000)
+    files = sorted(p.name for p in (tmp_path / "b").iterdir())
+    assert "model.safetensors.index.json" in files and "tokenizer.json" in files and len(files) >= 6 and "model.safetensors" not in files
+    again = Llama.from_pretrained(tmp_path / "b")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert config["my_extra"] == {"kept": [1, 2]} and config["torch_dtype"] == "float32"
+    again.save_pretrained(tmp_path / "b", dtype=torch.bfloat16)
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert load_file(tmp_path / "b" / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from /proc")
+def test_loading_peaks_at_the_models_own_size(tmp_path):
+    """At most 1.2 x: built on the meta device, filled tensor by tensor, the file's pages let go. Measured in a process of its own."""
+    model = tiny_model(vocab_size=8000, hidden_size=512, intermediate_size=1536, num_hidden_layers=24)
+    size = sum(p.numel() * 4 for p in model.parameters())
+    model.save_pretrained(tmp_path / "large")
+    tiny_model().save_pretrained(tmp_path / "small")         # loaded first, so that what the libraries take for themselves is not counted
+    del model
+    code = ("import sys, re; from model import Llama\n"
+            "read = lambda key: int(re.search(key + r':\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024\n"
+            "Llama.from_pretrained(sys.argv[1] + '/small'); before = read('VmRSS')\n"
+            "m = Llama.from_pretrained(sys.argv[1] + '/large'); print(read('VmHWM') - before)")
+    out = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, check=True, env=os.environ)
+    shutil.rmtree(tmp_path)
+    assert size < int(out.stdout) <= 1.2 * size, f"{int(out.stdout) / size:.2f} x"
