@@ -1,0 +1,601 @@
+"""data.py, first half: rows in, tokens and batches out. Real tokenizers and real rows where ../shared/assets has
+them."""
+import json
+import sys
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from tokenizers import AddedToken, Tokenizer as Backend, decoders, models, pre_tokenizers, processors, trainers
+
+import data
+from data import (DataError, Example, Tokenizer, collate, encode_dataset, epoch_plan, read_rows, render_prompt,
+                  response_start)
+
+ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
+REAL = ("tinyllama", "llama3", "qwen2.5", "minimind")
+CHATML = ("{%- for m in messages %}\n    {{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}\n"
+          "{%- endfor %}\n"
+          "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n{%- endif %}")
+PAIR = {
+    "prompt": "What is 2 + 3?", "initial_reason_steps": "Let's think step by step.\nStep 1: We add.\nStep 2:",
+    "chosen": " 2 + 3 = 5.", "rejected": " 2 + 3 = 6.", "full_chosen": " 2 + 3 = 5.\nThe answer is: 5",
+    "full_rejected": " 2 + 3 = 6.\nThe answer is: 6"
+}
+
+
+def write_tokenizer(folder: Path, *, bos=True, template=CHATML, truncate=False, **config) -> Path:
+    """A small byte-level BPE tokenizer in Hugging Face's layout."""
+    folder.mkdir(exist_ok=True)
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = [AddedToken(token, special=True) for token in ("<s>", "</s>", "<|im_start|>", "<|im_end|>")]
+    text = [" ".join(PAIR.values())] * 3 + ["User: question\n\nAssistant: answer.\n\nStep"]
+    backend.train_from_iterator(text, trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False,
+                                                          initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    else:
+        backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    if truncate:
+        backend.enable_truncation(4)
+        backend.enable_padding(length=64)
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template} | config
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return Tokenizer.from_pretrained(write_tokenizer(tmp_path_factory.mktemp("tiny") / "m"))
+
+
+@pytest.fixture(scope="module")
+def real():
+    if not (ASSETS / "tokenizers").is_dir():
+        pytest.skip("real tokenizers: ../shared/assets is not here")
+    return {name: Tokenizer.from_pretrained(ASSETS / "tokenizers" / name) for name in REAL}
+
+
+def encode(tokenizer, *rows, method="stepdpo", style="alpaca", max_length=1024):
+    return encode_dataset([(f"f.jsonl:{i}", row) for i, row in enumerate(rows, 1)], tokenizer, method, style,
+                          max_length)
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+def test_reads_what_windows_and_web_tools_write(tmp_path):
+    """BOM, CRLF, blank lines and Unicode line separators inside a text change nothing; `where` counts the file's own
+    lines."""
+    file = tmp_path / "a.jsonl"
+    file.write_bytes('\ufeff{"a": "x\u2028y"}\r\n\r\n{"a": "z"}'.encode())
+    assert list(read_rows(file)) == [(f"{file}:1", {"a": "x\u2028y"}), (f"{file}:3", {"a": "z"})]
+    for text in ('[{"a": 1},\n {"a": 2}]', '{"a": 1}\n{"a": 2}\n'):
+        (tmp_path / "b.json").write_text(text)
+        assert [row for _, row in read_rows(tmp_path / "b.json")] == [{"a": 1}, {"a": 2}]
+
+
+@pytest.mark.parametrize("line, found", [(b'{"a": 1', "malformed"), (b'{"a": 1, "a": 2}', "'a' stands there twice"),
+                                         (b'[1]', "a list"), (b'"text"', "text"), (b"\xff{}", "not UTF-8"),
+                                         (b'{"a": NaN}', "NaN"), (b"[" * 100_000, "deep"),
+                                         (b'{"a": ' + b"9" * 5000 + b"}", "malformed"), (b"{} {}", "malformed"),
+                                         (b"version https://git-lfs.github.com/spec/v1", "malformed")])
+def test_a_bad_line_is_named(tmp_path, line, found):
+    """One sentence with file, line and finding; and with `bad` given, the good rows still come."""
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'{"a": "1"}\n' + line + b'\n{"a": "3"}\n')
+    with pytest.raises(DataError, match="rows.jsonl:2: ") as error:
+        list(read_rows(file))
+    assert found in str(error.value) and "\n" not in str(error.value)
+    bad = []
+    assert [row["a"] for _, row in read_rows(file, bad)] == ["1", "3"] and len(bad) == 1
+
+
+@pytest.mark.parametrize("name, content, found", [("a.jsonl", b"", "no rows"), ("a.json", b"[]", "no rows"),
+                                                  ("a.jsonl", b"\xff\xfe{\0}\0", "UTF-16"),
+                                                  ("a.csv", b"a,b", "cannot read .csv"),
+                                                  ("a.parquet", b"PAR1", "pyarrow|parquet"),
+                                                  ("a.json", b"[{]", "malformed")])
+def test_a_file_that_cannot_be_read(tmp_path, name, content, found):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=found):
+        list(read_rows(tmp_path / name))
+
+
+@given(st.binary(max_size=60) | st.lists(st.sampled_from([b'{"a": ', b'"x"', b"}", b"\n", b"[", b"]", b"\xff", b"1e999",
+                                                          b"\\ud800", b"\xef\xbb\xbf", b","])).map(b"".join))
+@settings(max_examples=300)
+def test_any_bytes_give_rows_or_a_data_error(tmp_path_factory, content):
+    """Whatever a file holds: rows that are objects, or DataError; never another exception."""
+    for name in ("a.jsonl", "a.json"):
+        file = tmp_path_factory.getbasetemp() / name
+        file.write_bytes(content)
+        try:
+            assert all(isinstance(row, dict) for _, row in read_rows(file))
+        except DataError as error:
+            assert "\n" not in str(error)
+        bad = []
+        try:
+            list(read_rows(file, bad))
+        except DataError as error:
+            assert "no rows" in str(error) or "UTF-16" in str(error)
+
+
+def test_missing_file_and_missing_pyarrow(tmp_path, monkeypatch):
+    """A typing error in a path is not taken for a hub id; parquet without pyarrow says what to install."""
+    with pytest.raises(DataError, match="no such file"):
+        list(read_rows("missing/pairs.jsonl"))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="pip install pyarrow"):
+        list(read_rows(tmp_path / "a.parquet"))
+
+
+def test_parquet(tmp_path):
+    """Math-Step-DPO-10K comes as parquet: the same rows, named by their number."""
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    import pyarrow
+    parquet.write_table(pyarrow.Table.from_pylist([PAIR, PAIR | {"chosen": "x"}]), tmp_path / "a.parquet")
+    assert list(read_rows(tmp_path / "a.parquet"))[1] == (f"{tmp_path / 'a.parquet'}:row 2", PAIR | {"chosen": "x"})
+
+
+def test_a_hub_dataset(tmp_path, monkeypatch):
+    """owner/name that is no path here: the files of one format are taken, "train" first; a failure is one line."""
+    import huggingface_hub
+    (tmp_path / "train-0.jsonl").write_text('{"a": 1}')
+    files = ["README.md", "data/test-0.jsonl", "data/train-0.jsonl"]
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name, repo_type: files)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file, repo_type: tmp_path / Path(file).name)
+    assert [row for _, row in read_rows("owner/name")] == [{"a": 1}]
+    files[:] = ["README.md"]
+    with pytest.raises(DataError, match="owner/name: no .parquet, .jsonl or .json file in it .found: README.md"):
+        list(read_rows("owner/name"))
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: 1 / 0)
+    with pytest.raises(DataError, match="owner/name: neither a file here nor a dataset of the hub"):
+        list(read_rows("owner/name"))
+
+
+@pytest.mark.parametrize("value, found", [(5, "a number 5|a number '5'"), (None, "null"), (["a"], "a list"),
+                                          ("a\0b", "NUL character at position 1"), ("ab\ud83d", r"ud83d.* position 2")])
+def test_a_field_that_is_no_text(tiny, value, found):
+    with pytest.raises(DataError, match=rf"f.jsonl:1: field 'chosen': .*({found})"):
+        encode(tiny, PAIR | {"chosen": value})
+
+
+@pytest.mark.parametrize("method, missing", [("stepdpo", "initial_reason_steps, chosen, rejected"),
+                                             ("dpo", "chosen, rejected"), ("sft", "chosen")])
+def test_wrong_columns_are_listed(tiny, method, missing):
+    with pytest.raises(DataError, match=f"needs the columns prompt, .*found question, prompt; missing {missing}"):
+        encode(tiny, {"question": "?", "prompt": "?"}, method=method)
+
+
+# ----------------------------------------------------------------------------------------------------------- tokenizer
+
+@pytest.mark.parametrize("name, golden", [("qwen2.5", "qwen2"), ("llama3", "llama-bpe"), ("tinyllama", "llama-spm")])
+def test_ids_equal_llama_cpp(real, name, golden):
+    """47 awkward texts a vocabulary: our ids, BOS aside, are those that llama.cpp checks itself against."""
+    stem = ASSETS / "tokenizers" / "golden_llamacpp" / f"ggml-vocab-{golden}.gguf"
+    texts = stem.with_suffix(".gguf.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
+    wanted = [[int(id) for id in line.split()] for line in stem.with_suffix(".gguf.out").read_text().split("\n")]
+    bos = [real[name].bos_id] if real[name].bos_id is not None else []
+    assert [real[name].encode(text).ids for text in texts] == [bos + ids for ids in wanted[:len(texts)]]
+
+
+def test_chats_equal_transformers(real):
+    """Rendered text and ids of six chats a model, byte for byte; qwen2-boxed is Qwen2's own template with the paper's
+    suffix."""
+    golden = json.loads((ASSETS / "tokenizers" / "golden_chat_transformers5.23.json").read_text())
+    for name in ("qwen2.5", "llama3", "minimind"):
+        for row in golden[name]["rows"]:
+            text = real[name].render_chat(row["messages"], row["add_generation_prompt"])
+            assert (text, real[name].encode(text).ids) == (row["text"], row["ids"])
+    for row in golden["qwen2"]["rows"][:3]:
+        question = row["messages"][0]["content"].removesuffix(data.BOXED)
+        assert render_prompt("qwen2-boxed", question, real["qwen2.5"]) == row["text"]
+
+
+@pytest.mark.parametrize("file", ["Qwen-Qwen2.5-7B-Instruct", "meta-llama-Llama-3.1-8B-Instruct",
+                                  "meta-llama-Llama-3.2-3B-Instruct", "mistralai-Mistral-Nemo-Instruct-2407"])
+def test_real_templates_render_as_in_transformers(tmp_path, assets, file):
+    """Other people's templates, with dates, white space control and helper functions: character for character."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    template = (assets / "tokenizers" / "templates" / f"{file}.jinja").read_text()
+    folder = write_tokenizer(tmp_path / "t", template=template)
+    oracle = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), bos_token="<s>",
+                                                  eos_token="</s>", chat_template=template)
+    ours = Tokenizer.from_pretrained(folder)
+    for messages in ([{"role": "user", "content": " What is\n2 + 3? "}],
+                     [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]):
+        for add in (True, False):
+            wanted = oracle.apply_chat_template(messages, tokenize=False, add_generation_prompt=add)
+            assert ours.render_chat(messages, add) == wanted
+
+
+def test_end_tokens_of_real_checkpoints(real):
+    """Llama 3 calls <|end_of_text|> its EOS and ends chat turns with <|eot_id|>: the template is believed. Plain styles
+    end with EOS."""
+    ends = {
+        name: [real[name].decode([real[name].end_of_turn_id(style)])
+               for style in ("chat", "alpaca", "qwen2-boxed")]
+        for name in REAL
+    }
+    assert ends == {
+        "tinyllama": ["</s>"] * 3, "llama3": ["<|eot_id|>"] + ["<|end_of_text|>"] * 2, "qwen2.5": ["<|im_end|>"] * 3,
+        "minimind": ["<|im_end|>"] * 3
+    }
+
+
+def test_exactly_one_bos(real, tmp_path):
+    """Added where the checkpoint wants one, not doubled where the template wrote it, never for Qwen2."""
+    for name, bos in (("tinyllama", "<s>"), ("llama3", "<|begin_of_text|>")):
+        for style in data.PROMPT_STYLES:
+            ids = real[name].encode(render_prompt(style, "1+1?", real[name])).ids
+            assert ids.count(real[name].bos_id) == 1 and real[name].decode(ids[:1]) == bos
+    assert real["qwen2.5"].bos_id is None and real["minimind"].bos_id is None
+    off = Tokenizer.from_pretrained(write_tokenizer(tmp_path / "off", add_bos_token=False))
+    assert off.bos_id is None and 0 not in off.encode("2 + 3").ids
+
+
+def test_truncation_in_tokenizer_json_is_not_obeyed(tmp_path):
+    """A tokenizer.json may say "cut at 4, pad to 64": training rows are neither cut nor padded in silence."""
+    a, b = (Tokenizer.from_pretrained(write_tokenizer(tmp_path / f"{truncate}", truncate=truncate))
+            for truncate in (True, False))
+    assert a.encode(PAIR["full_chosen"]) == b.encode(PAIR["full_chosen"])
+
+
+def test_damaged_tokenizers_are_refused_in_one_line(tmp_path):
+    folder = write_tokenizer(tmp_path / "t")
+    whole = (folder / "tokenizer.json").read_bytes()
+    for damage in (b"", b"{}", whole[:-100], b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}'):
+        (folder / "tokenizer.json").write_bytes(damage)
+        with pytest.raises(DataError, match="tokenizer.json: damaged") as error:
+            Tokenizer.from_pretrained(folder)
+        assert "\n" not in str(error.value)
+    (folder / "tokenizer.json").write_bytes(whole)
+    (folder / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"77": {"content": "</s>"}}}')
+    with pytest.raises(DataError, match="'</s>' has id 77, but tokenizer.json gives it 1"):
+        Tokenizer.from_pretrained(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match="not there"):
+        Tokenizer.from_pretrained(folder)
+
+
+def test_the_real_damaged_file(tmp_path):
+    file = ASSETS / "tokenizers" / "llama2_damaged" / "tokenizer.DAMAGED_ort.json"
+    if not file.is_file():
+        pytest.skip("the damaged tokenizer: ../shared/assets is not here")
+    (tmp_path / "tokenizer.json").symlink_to(file)
+    with pytest.raises(DataError, match="tokenizer.json: damaged .*line 93391"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=40),
+       cut=st.integers(0, 40))
+@settings(max_examples=60)
+def test_continuation_is_exactly_the_new_text(real, text, cut):
+    """prompt text + continuation = whole text at every token that ends a character, in every vocabulary
+    (SentencePiece's spaces, emoji)."""
+    text = unicodedata.normalize("NFC", text)
+    for tokenizer in real.values():
+        ids = tokenizer.encode("a " + text).ids
+        cut = 1 + cut % len(ids)
+        if "\ufffd" not in tokenizer.decode(ids[:cut]):
+            assert tokenizer.decode(ids[:cut]) + tokenizer.continuation(ids[:cut], ids[cut:]) == tokenizer.decode(ids)
+
+
+# ------------------------------------------------------------------------------------------------------- chat template
+
+def test_template_helpers_of_transformers(tmp_path):
+    """raise_exception, tojson without escapes, strftime_now, loop controls, {% generation %}, and blocks trimmed as
+    transformers trims."""
+    template = ("{% for m in messages %}\n  {% if m.role == 'system' %}{% continue %}{% endif %}\n{{ m | tojson }}"
+                "{% generation %}[{{ m.content }}]{% endgeneration %}{% endfor %}"
+                "{{ strftime_now('%Y')|length }}{{ bos_token }}{{ eos_token }}")
+    tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path / "t", template=template))
+    assert render_prompt("chat", "é<", tokenizer) == '{"role": "user", "content": "é<"}[é<]4<s></s>'
+
+
+@pytest.mark.parametrize("template", [
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ cycler.__init__.__globals__.os.system('true') }}",
+    "{{ messages.append(1) }}", "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
+    "{{ 'a' * 10**9 }}", "{{ 9**9**9 }}",
+    "{% for i in range(90000) %}{{ messages[0].content ~ 'aaaaaaaaaaaaaaaaaaaaaaaa' }}{% endfor %}",
+    "{{ raise_exception('no') }}", "{% if %}", "{{ 1/0 }}", "{{ messages[9].content.x.y }}",
+    "{% include '/etc/passwd' %}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"
+])
+def test_a_hostile_or_broken_template_is_an_error(tmp_path, template):
+    tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path / "t", template=template))
+    with pytest.raises(DataError, match="the chat template fails .*choose --prompt alpaca or raw"):
+        render_prompt("chat", "2 + 3", tokenizer)
+
+
+def test_no_template_says_what_to_do(tmp_path):
+    tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path / "t", template=None))
+    with pytest.raises(DataError, match="no chat template; choose --prompt alpaca"):
+        render_prompt("chat", "2 + 3", tokenizer)
+
+
+def test_template_file_comes_before_the_config(tmp_path):
+    folder = write_tokenizer(tmp_path / "t")
+    (folder / "chat_template.jinja").write_text("file: {{ messages[0].content }}")
+    assert render_prompt("chat", "x", Tokenizer.from_pretrained(folder)) == "file: x"
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
+    tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path / "u", template=named))
+    assert render_prompt("chat", "x", tokenizer) == "yes"
+
+
+def test_prompts_of_the_paper(tiny):
+    """Character for character what the authors' code feeds its models, question {braces} included."""
+    q = "Is {x} = 2?"
+    assert {style: render_prompt(style, q, tiny) for style in data.PROMPT_STYLES} == {
+        "qwen2-boxed": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nIs {x} = 2?\n"
+                       "Please reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+                       "<|im_start|>assistant\n",
+        "alpaca": "Below is an instruction that describes a task. Write a response that appropriately completes the "
+                  "request.\n\n### Instruction:\nIs {x} = 2?\n\n### Response:\n",
+        "deepseek-math": "User: Is {x} = 2?\nPlease reason step by step, and put your final answer within \\boxed{}."
+                         "\n\nAssistant: ",
+        "chat": "<|im_start|>user\nIs {x} = 2?<|im_end|>\n<|im_start|>assistant\n", "raw": "Is {x} = 2?"}
+
+
+# ------------------------------------------------------------------------------------------------------ rows to tokens
+
+def test_what_each_method_trains(tiny):
+    """Context and response of the three methods as text; a step gets no end token, a whole answer exactly one, at the
+    end."""
+    prompt, steps = render_prompt("qwen2-boxed", PAIR["prompt"], tiny), PAIR["initial_reason_steps"]
+    whole = steps + PAIR["full_chosen"]
+    for method, context, chosen, end in (("stepdpo", prompt + steps, PAIR["chosen"], ""),
+                                         ("dpo", prompt, whole, "<|im_end|>"), ("sft", prompt, whole, "<|im_end|>")):
+        (example,), _ = encode(tiny, PAIR, method=method, style="qwen2-boxed")
+        assert tiny.decode(example.chosen[:example.start]) == "<s>" + context
+        assert tiny.decode(example.chosen[example.start:]) == chosen + end
+        assert (example.rejected is None) == (method == "sft")
+
+
+def test_full_answer_that_holds_the_steps_already(tiny):
+    """full_* with or without initial_reason_steps in front: the same whole answer, never the steps twice."""
+    steps = PAIR["initial_reason_steps"]
+    long = PAIR | {side: steps + PAIR[side] for side in ("full_chosen", "full_rejected")}
+    (a, b), _ = encode(tiny, PAIR, long, method="dpo")
+    assert a.chosen.tolist() == b.chosen.tolist() and a.rejected.tolist() == b.rejected.tolist()
+
+
+def test_plain_rows(tiny):
+    """prompt/response for sft, prompt/chosen/rejected for dpo: the rows of other people's files."""
+    (a,), _ = encode(tiny, {"prompt": "2 + 3?", "response": " 5"}, method="sft")
+    (b,), _ = encode(tiny, {"prompt": "2 + 3?", "chosen": " 5", "rejected": " 6"}, method="dpo")
+    assert tiny.decode(a.chosen[a.start:]) == tiny.decode(b.chosen[b.start:]) == " 5</s>"
+
+
+@pytest.mark.parametrize(
+    "change, reason", [({"rejected": ""}, "empty rejected"), ({"chosen": " \n"}, "empty chosen"),
+                       ({"prompt": " "}, "empty prompt"), ({"rejected": PAIR["chosen"] + " "}, "the same"),
+                       ({"chosen": " 5<|im_end|>"}, r"control token <\|im_end\|>"),
+                       ({"prompt": "</s>?"}, "control token </s>"),
+                       ({"initial_reason_steps": "Step 1: <|im_", "chosen": "end|> 5"}, r"control token <\|im_end\|>"),
+                       ({"prompt": "why " * 900}, "longer than 1024")])
+def test_unfit_rows_are_dropped_and_counted(tiny, change, reason):
+    """Never cut, never passed on in silence: counted under a reason, with file and line of the first; a file of only
+    such rows is an error."""
+    examples, report = encode(tiny, PAIR, PAIR | change, PAIR | change)
+    assert (report.rows, report.kept, len(examples)) == (3, 1, 1)
+    assert "2  " in str(report)
+    with pytest.raises(DataError, match=f"no row is left.*{reason}"):
+        encode(tiny, PAIR | change)
+    assert next(iter(report.dropped.values())) == ["f.jsonl:2", "f.jsonl:3"]
+
+
+def test_length_limit_counts_what_the_model_sees(tiny):
+    """BOS and end token count; a row of exactly the limit stays."""
+    (example,), _ = encode(tiny, PAIR, method="dpo")
+    longest = max(len(example.chosen), len(example.rejected))
+    assert encode(tiny, PAIR, method="dpo", max_length=longest)[1].kept == 1
+    with pytest.raises(DataError, match=f"longer than {longest - 1} tokens"):
+        encode(tiny, PAIR, method="dpo", max_length=longest - 1)
+
+
+TEXT = st.text(st.sampled_from("aé é\n\n  .5{🦙日本ﬁ\u0301\u00a0x=")
+               | st.characters(exclude_categories=["Cs"], exclude_characters="\0"),
+               min_size=1,
+               max_size=12)
+
+
+@given(context=TEXT, chosen=TEXT, rejected=TEXT)
+@settings(max_examples=80)
+def test_the_boundary_falls_between_context_and_response(real, context, chosen, rejected):
+    """Four real vocabularies, awkward characters: sides are tokenised as whole texts, and no character of a response is
+    left in the context.
+
+    Checked without offsets: the tokens before `start` spell a beginning of the context; one token more on one of the
+    sides goes beyond it.
+    """
+    row = {"prompt": "Q", "initial_reason_steps": context, "chosen": chosen, "rejected": rejected}
+    for name, tokenizer in real.items():
+        before = render_prompt("alpaca", "Q", tokenizer) + context
+        try:
+            (example,), _ = encode(tokenizer, row)
+        except DataError as error:
+            assert any(word in str(error) for word in ("empty", "the same", "without a token", "not tokenised alike",
+                                                       "control token")), error
+            continue
+        assert example.chosen.tolist() == tokenizer.encode(before + chosen).ids
+        assert example.rejected.tolist() == tokenizer.encode(before + rejected).ids
+        assert example.chosen[:example.shared].tolist() == example.rejected[:example.shared].tolist()
+        if name == "qwen2.5":                                # NFC: compare with normalised text
+            before = unicodedata.normalize("NFC", before)
+        bos = 0 if tokenizer.bos_id is None else 1
+        spelled = lambda ids: tokenizer.decode(ids[bos:]).rstrip("\ufffd")
+        assert before.startswith(spelled(example.chosen[:example.start].tolist()))
+        one_more = [side[:example.start + 1].tolist() for side in (example.chosen, example.rejected)]
+        assert any("\ufffd" in tokenizer.decode(ids) or not before.startswith(spelled(ids)) for ids in one_more)
+
+
+def test_a_token_across_the_boundary_belongs_to_the_response(real):
+    r"""Context ends in "\n", response begins with one: the vocabulary has "\n\n" as one token, which the response must
+    answer for."""
+    (example,), _ = encode(real["llama3"],
+                            PAIR | {"initial_reason_steps": "Step 1: x.\n", "chosen": "\nSo 5.", "rejected": "So 6."})
+    assert real["llama3"].decode(example.chosen[example.start:example.start + 1]) == ".\n\n"
+    assert real["llama3"].decode(example.rejected[example.start:example.start + 1]) == ".\n"
+    assert response_start([(0, 2), (2, 3), (3, 5), (5, 6)], 4) == 2
+
+
+def test_a_normaliser_that_melts_the_boundary(real):
+    """NFC joins "e" (context) and a combining accent (response) into one token: it counts as response, though its
+    offsets end before."""
+    (example,), _ = encode(real["qwen2.5"],
+                            PAIR | {"initial_reason_steps": "caf e", "chosen": "\u0301x", "rejected": "y"})
+    assert real["qwen2.5"].decode(example.chosen[example.start:]) == " éx"
+
+
+def test_trailing_white_space_of_the_context(tmp_path):
+    """A ByteLevel post-processor with trim_offsets would hide white space from the boundary; ours sees all of it."""
+    tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path / "t", bos=False))
+    (example,), _ = encode(tokenizer,
+                            PAIR | {"initial_reason_steps": "Step 1:", "chosen": "\n\n5", "rejected": "\n\n6"})
+    assert tokenizer.decode(example.chosen[:example.start]).endswith("Step 1:")
+
+
+def test_whole_answers_share_their_beginning(tiny):
+    """dpo on answers that begin alike: the common beginning is computed once, yet every token of it keeps its loss on
+    both sides."""
+    (example,), _ = encode(tiny, PAIR, method="dpo")
+    assert example.start < example.shared < min(len(example.chosen), len(example.rejected))
+    batch = collate([example], [0])
+    assert (batch.response == 0).sum() == len(example.chosen) - example.start
+    assert (batch.response == 1).sum() == len(example.rejected) - example.start
+
+
+def test_one_side_is_the_beginning_of_the_other(tiny):
+    """Each branch keeps at least one token of its own, so that both exist."""
+    (example,), _ = encode(tiny, PAIR | {"chosen": " We add. We add.", "rejected": " We add."})
+    assert example.shared == len(example.rejected) - 1 and example.start <= example.shared
+
+
+# -------------------------------------------------------------------------------------------------------------- batches
+
+@st.composite
+def example_lists(draw):
+    examples = []
+    for i in range(draw(st.integers(1, 5))):
+        trunk = draw(st.lists(st.integers(0, 50), min_size=1, max_size=9))
+        sides = [
+            trunk + [100 + s] + draw(st.lists(st.integers(0, 50), max_size=6))
+            for s in range(draw(st.sampled_from([1, 2, 2])))
+        ]
+        sides = [np.array(side, dtype=np.int32) for side in sides]
+        start = draw(st.integers(1, len(trunk)))
+        examples.append(
+            Example(f"f:{i}", sides[0], None if len(sides) == 1 else sides[1], start,
+                    len(sides[0]) if len(sides) == 1 else len(trunk)))
+    return examples
+
+
+@given(examples=example_lists(), data_=st.data())
+@settings(max_examples=100)
+def test_a_batch_holds_both_sides_of_every_row(examples, data_):
+    """Walking up the parents gives back each side's ids and positions 0, 1, 2..; each target is what follows its
+    predictor on that side."""
+    rows = data_.draw(st.permutations(range(len(examples))))
+    batch = collate(examples, rows)
+    assert len(batch.input_ids) == sum(batch.lengths) == sum(examples[row].length for row in rows)
+    assert batch.rows.tolist() == list(rows) and batch.input_ids.dtype == batch.targets.dtype == torch.int64
+    ends = np.cumsum(batch.lengths)
+    own = lambda segment: list(range(ends[segment] - batch.lengths[segment], ends[segment]))
+    flat = lambda segment: [] if segment < 0 else flat(batch.parents[segment]) + own(segment)
+    leaves = [flat(s) for s in range(len(batch.lengths)) if s not in batch.parents]
+    leaves = iter(leaves)
+    for i, row in enumerate(rows):
+        for side, tokens in enumerate(examples[row].sides):
+            places = next(leaves)
+            assert batch.input_ids[places].tolist() == tokens.tolist()
+            assert batch.position_ids[places].tolist() == list(range(len(tokens)))
+            mine = batch.response == side * len(rows) + i
+            assert batch.predict_at[mine].tolist() == places[examples[row].start - 1:-1]
+            assert batch.targets[mine].tolist() == tokens[examples[row].start:].tolist()
+
+
+@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=70),
+       batch=st.integers(1, 20),
+       size=st.none() | st.integers(1, 5),
+       budget=st.none() | st.integers(50, 500),
+       world=st.integers(1, 4),
+       seed=st.integers(0, 9),
+       epoch=st.integers(0, 3))
+@settings(max_examples=100)
+def test_the_plan_takes_every_row_once_and_the_same_steps_everywhere(lengths, batch, size, budget, world, seed, epoch):
+    """Limits kept; the rows of a step do not depend on processes or micro-batches; another epoch takes another order of
+    the same rows."""
+    plan = epoch_plan(lengths, batch_size=batch, micro_batch_size=size, micro_batch_tokens=budget, world_size=world,
+                      seed=seed, epoch=epoch)
+    steps = [sorted(row for rank in step for micro in rank for row in micro) for step in plan]
+    assert sorted(row for step in steps for row in step) == list(range(len(lengths)))
+    assert all(len(step) == batch for step in steps[:-1]) and 1 <= len(steps[-1]) <= batch
+    plain = epoch_plan(lengths, batch_size=batch, seed=seed, epoch=epoch)
+    assert steps == [sorted(step[0][0]) for step in plain]
+    for step in plan:
+        assert len(step) == world
+        for micro in (micro for rank in step for micro in rank):
+            assert micro and (size is None or len(micro) <= size)
+            assert budget is None or len(micro) == 1 or sum(lengths[row] for row in micro) <= budget
+        loads = [sum(lengths[row] for micro in rank for row in micro) for rank in step]
+        assert max(loads) - min(loads) <= max(lengths)
+
+
+def test_the_order_is_fixed_for_all_time():
+    """Resuming with another numpy must not reorder an epoch: the order itself is pinned."""
+    order = lambda epoch: [row for step in epoch_plan([1] * 8, batch_size=1, seed=0, epoch=epoch) for row in step[0][0]]
+    assert order(1) == [7, 4, 5, 1, 6, 2, 0, 3] and order(1) != order(2)
+
+
+# ---------------------------------------------------------------------------------------------------- real rows, show
+
+def test_real_rows_through_every_tokenizer_and_style(real):
+    """55 rows of real model text in the Math-Step-DPO-10K fields: all are kept at 2048 tokens, whatever the vocabulary
+    and style."""
+    for file, methods in (("prm800k_derived_step_pairs", ["stepdpo"]),
+                          ("qwen25math_derived_step_pairs", ["stepdpo", "dpo"])):
+        rows = list(read_rows(ASSETS / "prefs" / f"{file}.jsonl"))
+        for tokenizer in real.values():
+            for method in methods:
+                for style in data.PROMPT_STYLES:
+                    examples, report = encode_dataset(rows, tokenizer, method, style, 2048)
+                    assert report.kept + sum(map(len, report.dropped.values())) == len(rows)
+                    assert report.kept >= len(rows) - 1
+                    batch = collate(examples, range(len(examples)))
+                    assert batch.targets.max() < len(tokenizer)
+
+
+def test_show_prints_the_row_its_mask_and_the_saving(tmp_path, capsys):
+    folder = write_tokenizer(tmp_path / "m")
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(
+        json.dumps(row) + "\n" for row in (PAIR | {"rejected": ""}, PAIR, PAIR | {"chosen": "\x1b[31m 5"})))
+    assert data.main(["show", "--data", str(file), "--model", str(folder), "--prompt", "alpaca"]) == 0
+    out = capsys.readouterr().out
+    for part in ("pairs.jsonl:2", "### Response:", "s_win", "2 + 3 = 6.", "^", "no end token follows",
+                 "3 rows, 2 kept, 1 dropped", "empty rejected", "work saved by sharing the prefix"):
+        assert part in out
+    assert data.main(["show", "--data", str(file), "--model", str(folder), "--row", "3"]) == 0
+    assert "\x1b" not in capsys.readouterr().out             # a row must not be able to command the terminal
+    assert data.main(["show", "--data", str(file), "--model", str(folder), "--row", "1"]) == 0
+    assert "dropped: empty rejected" in capsys.readouterr().out
+
+
+def test_errors_are_one_line_and_status_2(tmp_path, capsys):
+    folder = write_tokenizer(tmp_path / "m")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": 5}\n')
+    bad = str(tmp_path / "bad.jsonl")
+    for arguments in (["--data", "no.jsonl", "--model", str(folder)], ["--data", bad, "--model", str(folder)],
+                      ["--data", bad, "--model", str(tmp_path / "none")]):
+        assert data.main(["show", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
