@@ -29,6 +29,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 
@@ -347,6 +348,11 @@ class Llama(nn.Module):
 
         Built on the meta device and filled tensor by tensor, so memory peaks at the model's own size and one tensor more.
         Raises CheckpointError listing every missing, unexpected or mis-shaped tensor by name, before any weight is read."""
+        return cls.skeleton(folder_or_hub_id).read_weights(dtype, device)
+
+    @classmethod
+    def skeleton(cls, folder_or_hub_id: str | os.PathLike) -> "Llama":
+        """The first half of `from_pretrained`: the checked model on the meta device, without weights. What is sharded now is read in shards."""
         folder = resolve(folder_or_hub_id)
         config = Config.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
         with torch.device("meta"):
@@ -364,24 +370,31 @@ class Llama(nn.Module):
         if complaints:
             more = f"\n  ... and {len(complaints) - 20} more" if len(complaints) > 20 else ""
             raise CheckpointError(f"{folder}: the weights do not fit config.json:\n  " + "\n  ".join(complaints[:20]) + more)
-        for name in wanted:
-            # The file is opened anew for each tensor: the mapping, and with it the memory of pages already read, goes away in between.
-            with safe_open(files[name][0], framework="pt") as f:
-                tensor = f.get_tensor(name).to(device=device, dtype=dtype, copy=True)
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
-        model.tie_weights()
         model.source = folder
         return model
+
+    def read_weights(self, dtype: torch.dtype = torch.float32, device="cpu") -> "Llama":
+        """The second half of `from_pretrained`: of a parameter that FSDP has cut by rows over the processes, this process reads its own rows only."""
+        files = weight_files(self.source)
+        for name, p in dict(self.named_parameters()).items():
+            # The file is opened anew for each tensor: the mapping, and with it the memory of pages already read, goes away in between.
+            with safe_open(files[name][0], framework="pt") as f:
+                first, last = own_rows(p)
+                tensor = f.get_slice(name)[first:last].to(device=device, dtype=dtype, copy=True)
+            if isinstance(p, DTensor):
+                tensor = DTensor.from_local(tensor, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+            owner, _, leaf = name.rpartition(".")
+            setattr(self.get_submodule(owner), leaf, nn.Parameter(tensor))
+        self.tie_weights()
+        return self
 
     def save_pretrained(self, folder: str | os.PathLike, dtype: torch.dtype | None = None, shard_bytes: int = 5 * 10**9):
         """Write config.json, model.safetensors (an index and shards above 5 GB) and the tokenizer files of the folder this model came from.
 
-        config.json keeps every key it had. All files are first written aside (`.saving/`), then renamed into place, config.json last."""
+        config.json keeps every key it had. All files are first written aside (`.saving/`), then renamed into place, config.json last.
+        A model that FSDP has spread over processes is saved by all of them together: rank 0 writes, and holds one of the files at a time."""
         folder = Path(folder)
         aside = folder / ".saving"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
         params = {name: p.detach() for name, p in self.named_parameters()}
         dtype = dtype or next(iter(params.values())).dtype
         shards, room = [{}], shard_bytes
@@ -394,8 +407,20 @@ class Llama(nn.Module):
             room -= size
         names = ["model.safetensors"] if len(shards) == 1 else \
             [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        writer = all(p.device_mesh.get_rank() == 0 for p in params.values() if isinstance(p, DTensor))
+        if writer:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
         for filename, shard in zip(names, shards):
-            save_file({k: p.to("cpu", dtype).contiguous() for k, p in shard.items()}, aside / filename, metadata={"format": "pt"})
+            tensors = {}
+            for k, p in shard.items():
+                p = whole(p.to(dtype))
+                if writer:
+                    tensors[k] = p.cpu().contiguous()
+            if writer:
+                save_file(tensors, aside / filename, metadata={"format": "pt"})
+        if not writer:
+            return
         if len(shards) > 1:
             index = {"metadata": {"total_size": sum(p.numel() for p in params.values()) * dtype.itemsize},
                      "weight_map": {k: filename for filename, shard in zip(names, shards) for k in shard}}
@@ -421,6 +446,19 @@ class Llama(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoint files
+
+def own_rows(p: torch.Tensor) -> tuple[int, int]:
+    """First and last (exclusive) row of p on this process: all of them, or of a DTensor cut along dim 0 the chunk that torch.chunk gives this rank."""
+    rows = len(p)
+    each = -(-rows // p.device_mesh.size()) if isinstance(p, DTensor) else rows
+    first = min(rows, each * p.device_mesh.get_local_rank()) if isinstance(p, DTensor) else 0
+    return first, min(rows, first + each)
+
+
+def whole(p: torch.Tensor) -> torch.Tensor:
+    """A plain tensor from a plain one or a DTensor; for the latter all processes must call."""
+    return p.full_tensor() if isinstance(p, DTensor) else p
+
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
                    "merges.txt", "chat_template.jinja", "generation_config.json")

@@ -14,7 +14,7 @@ What is deliberately left out, and why nothing is missing:
  4. A trainer class: the loop is `train`; a new method is a function (token_logps, batch, ref_logps, args) -> per-unit losses and metrics.
 
     python stepdpo.py stepdpo --model FOLDER --data pairs.jsonl --out OUT                            one process, CPU or GPU
-    torchrun --nproc_per_node 8 stepdpo.py stepdpo --model FOLDER --data pairs.jsonl --out OUT       eight
+    torchrun --nproc_per_node 8 stepdpo.py stepdpo --model FOLDER --data pairs.jsonl --out OUT       eight, each with the whole model; with --shard an eighth
 
 Shapes: B pairs of a micro-batch, N tokens of its flat row, M response tokens among them, R responses (2B, or B in SFT), C hidden size, V vocabulary.
 """
@@ -36,12 +36,16 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import data
 from data import Batch, DataError
-from model import CheckpointError, Llama, Tree, keep_freed_memory, resolve
+from model import CheckpointError, Llama, Tree, keep_freed_memory, own_rows, resolve, whole
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,7 +81,7 @@ class FusedLogProbs(torch.autograd.Function):
         hidden, weight, targets, log_z = ctx.saved_tensors
         h, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
         grad_hidden = torch.empty_like(h)
-        grad_weight = torch.zeros_like(weight)
+        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         rows = max(1, LOGITS_AT_ONCE // len(w))
         for start in range(0, len(h), rows):
             s = slice(start, start + rows)
@@ -90,7 +94,7 @@ class FusedLogProbs(torch.autograd.Function):
                 grad_weight.addmm_(z.T, h[s])
             else:
                 grad_weight += z.T @ h[s]
-        return grad_hidden.to(hidden.dtype), grad_weight, None
+        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), None
 
 
 def logits_of(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -183,7 +187,12 @@ def distributed(device: str | None) -> tuple[int, int, torch.device]:
         device = f"cuda:{local}" if device == "cuda" else device
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2))
+        # torchrun --max-restarts keeps one store for all starts, where new processes would find the addresses of dead ones. So each start gets a corner of
+        # its own. (Only on one machine: several do not count alike. There, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun gives each start a new store.)
+        store, starts = None, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        if starts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+            store = dist.PrefixStore(f"start {starts}", dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(hours=2))
     return rank, world, torch.device(device)
 
 
@@ -191,6 +200,35 @@ def all_sum(x: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
+
+
+def load_policy(source, args, world: int, device: torch.device) -> Policy:
+    """The policy of a checkpoint: whole on every process, or with --shard cut by rows over all of them (torch's FSDP2; ZeRO-3, Rajbhandari et al. 2020).
+
+    Sharded, a process keeps 1/world of every weight, gradient and AdamW moment (16 bytes a parameter) and reads only that from the files. A block's weights
+    are gathered when it is about to run, forward or backward, and dropped right after; gradients leave as a sum that is scattered the same way. What runs
+    outside the blocks (embedding, last norm, lm_head) is the root's, so `Policy.forward` finds lm_head.weight whole."""
+    policy = Policy(Llama.skeleton(source))
+    if args.shard and world > 1:
+        # In bf16 the weights travel as bf16: for matrices what autocast makes of them anyway, while embedding and norms are rounded here only. As in an
+        # unsharded run, the residual stream stays fp32 (inputs are not cast, and what the embedding gives is cast back), and so do sums of gradients.
+        bf16 = args.precision == "bf16"
+        how = dict(mesh=init_device_mesh(device.type, (world,)), reshard_after_forward=True,
+                   mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False))
+        for block in policy.model.model.layers:
+            fully_shard(block, **how)
+        fully_shard(policy, **how)
+        policy.model.model.embed_tokens.register_forward_hook(lambda module, ids, x: x.float())
+    policy.model.read_weights(device=device)
+    return policy
+
+
+def in_step(plan: list, rank: int) -> list:
+    """plan[rank] as (micro-batch, 1.0), then a row with weight 0 for every micro-batch that the busiest rank has more: a pass of a sharded model, and the
+    last backward pass of a replicated one, is made by all ranks together, so all must make equally many."""
+    idle = max(map(len, plan)) - len(plan[rank])
+    row = next(micros for micros in plan if micros)[-1][-1:]
+    return [(rows, 1.0) for rows in plan[rank]] + [(row, 0.0)] * idle
 
 
 def same_everywhere(digest: str, device: torch.device):
@@ -231,14 +269,16 @@ def score(policy: Policy, examples: list, args, rank: int, world: int, device: t
     """(n, 2) fp32: log pi(chosen), log pi(rejected) of every pair under `policy`. Ranks share the micro-batches; each pair is scored by exactly one of them,
     so a sum over ranks assembles the table. Draws no random numbers."""
     table = torch.zeros(len(examples), 2, device=device)
-    micros = scoring_plan(examples, args, world)[rank]
-    with tqdm(total=sum(map(len, micros)), desc=what, unit="pair", disable=rank != 0 or not sys.stderr.isatty(), leave=False) as bar:
-        for rows in micros:
+    micros = in_step(scoring_plan(examples, args, world), rank)
+    policy.eval()
+    with tqdm(total=sum(len(rows) for rows, _ in micros), desc=what, unit="pair", disable=rank != 0 or not sys.stderr.isatty(), leave=False) as bar:
+        for rows, weight in micros:
             batch = data.collate(examples, rows).to(device)
             with autocast(args, device):
                 logps = response_logps(policy(batch), batch)
-            table[batch.rows] = torch.stack(logps.chunk(2), dim=1)
+            table[batch.rows] += weight * torch.stack(logps.chunk(2), dim=1)
             bar.update(len(rows))
+    policy.train()
     return all_sum(table)
 
 
@@ -269,39 +309,70 @@ def write_json(path: Path, value):
     os.replace(aside, path)
 
 
-def save_checkpoint(folder: Path, step: int, model: Llama, optimizer: torch.optim.Optimizer):
-    """checkpoint/step-N/{model,optimizer}.safetensors, written under another name and renamed when complete; then the older ones go."""
+# One format for all runs: a set of safetensors files, each with some rows of every tensor it names; in the order of the file names the rows add up to the
+# tensor. A whole model is the case of one process. So a run may go on under another number of processes, sharded or not. (torch.distributed.checkpoint could
+# do this as well, but keeps its table of contents as a pickle.)
+
+def own_slice(t: torch.Tensor) -> torch.Tensor:
+    """What this process holds of t, sharing memory."""
+    return t.detach().to_local() if isinstance(t, DTensor) else t.detach()
+
+
+def save_checkpoint(folder: Path, step: int, model: Llama, optimizer: torch.optim.Optimizer, rank: int):
+    """checkpoint/step-N/{model,optimizer}-RANK-LAYER.safetensors, written under another name and renamed when complete; then the older ones go. Called by all
+    processes; each writes what only it has. Small files, so that never more than one layer's share waits in CPU memory."""
     aside, final = folder / "writing", folder / f"step-{step:08d}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    named = dict(model.named_parameters())
-    save_file({k: p.detach().cpu().contiguous() for k, p in named.items()}, aside / "model.safetensors")
-    moments = {f"{kind}.{k}": optimizer.state[p][kind].detach().cpu().contiguous() for k, p in named.items() for kind in ("exp_avg", "exp_avg_sq")}
-    save_file(moments, aside / "optimizer.safetensors")
-    for path in aside.iterdir():
+    if rank == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    barrier()
+    files: dict[str, dict] = {}
+    for k, p in model.named_parameters():
+        if rank == 0 or isinstance(p, DTensor):
+            layer = k.split(".")[2] if k.startswith("model.layers.") else "rest"
+            files.setdefault(f"model-{rank:05d}-{layer}", {})[k] = p
+            for kind in ("exp_avg", "exp_avg_sq"):
+                files.setdefault(f"optimizer-{rank:05d}-{layer}", {})[f"{kind}.{k}"] = optimizer.state[p][kind]
+    for name, tensors in files.items():
+        path = aside / f"{name}.safetensors"
+        save_file({k: own_slice(t).cpu().contiguous() for k, t in tensors.items()}, path)
         with open(path, "rb") as f:
             os.fsync(f.fileno())
-    os.replace(aside, final)
-    for old in folder.glob("step-*"):
-        if old != final:
-            shutil.rmtree(old)
+    barrier()
+    if rank == 0:
+        os.replace(aside, final)
+        for old in folder.glob("step-*"):
+            if old != final:
+                shutil.rmtree(old)
 
 
 def load_checkpoint(folder: Path, model: Llama, optimizer: torch.optim.Optimizer) -> int:
-    """Restore the newest complete checkpoint; returns the number of updates it holds, 0 if there is none."""
+    """Restore the newest complete checkpoint, however many processes wrote it; returns the number of updates it holds, 0 if there is none."""
     found = sorted(folder.glob("step-*"))
     if not found:
         return 0
     step = int(found[-1].name.removeprefix("step-"))
-    weights, moments = (load_file(found[-1] / f"{part}.safetensors") for part in ("model", "optimizer"))
-    named = dict(model.named_parameters())
-    with torch.no_grad():
-        for k, p in named.items():
-            p.copy_(weights[k])
-    state = optimizer.state_dict()
-    state["state"] = {i: {"step": torch.tensor(float(step)), **{kind: moments[f"{kind}.{k}"] for kind in ("exp_avg", "exp_avg_sq")}}
-                      for i, k in enumerate(named)}
-    optimizer.load_state_dict(state)
+    pieces: dict[str, list] = {}                                              # tensor -> its files in order, and how many rows each has
+    for path in sorted(found[-1].glob("*.safetensors")):
+        with safe_open(path, framework="pt") as f:
+            for key in f.keys():
+                pieces.setdefault(key, []).append((path, f.get_slice(key).get_shape()[0]))
+
+    def restore(key: str, t: torch.Tensor):
+        (first, last), begin, here = own_rows(t), 0, own_slice(t)
+        for path, rows in pieces[key]:
+            a, b = max(first, begin), min(last, begin + rows)
+            if a < b:
+                with safe_open(path, framework="pt") as f:
+                    here[a - first:b - first] = f.get_slice(key)[a - begin:b - begin].to(here.device)
+            begin += rows
+
+    for k, p in model.named_parameters():
+        restore(k, p)
+        moments = {kind: torch.zeros_like(p, requires_grad=False) for kind in ("exp_avg", "exp_avg_sq")}
+        for kind, t in moments.items():
+            restore(f"{kind}.{k}", t)
+        optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **moments}
     return step
 
 
@@ -360,7 +431,8 @@ def train(args, objective) -> int:
         held_out, report = data.encode_dataset(args.eval_data, tokenizer, args.method, args.prompt, args.max_length)
         say(report)
 
-    model = Llama.from_pretrained(folder, device=device)
+    policy = load_policy(folder, args, world, device)
+    model = policy.model
     check_vocabulary(examples + held_out, model, folder)
     identity = fingerprint(args, folder, examples)
     same_everywhere(hashlib.sha256(json.dumps(identity).encode()).hexdigest(), device)
@@ -376,13 +448,13 @@ def train(args, objective) -> int:
         if cached.exists():
             table = load_file(cached, device=str(device))
         else:
-            reference = model
+            reference = policy
             if args.reference:
-                reference = Llama.from_pretrained(args.reference, device=device)
-                if reference.config.vocab_size < model.config.vocab_size:
-                    raise CheckpointError(f"--reference {args.reference}: its vocabulary ({reference.config.vocab_size}) is smaller than the model's")
-            table = {"train": score(Policy(reference).eval(), examples, args, rank, world, device, "reference"),
-                     "held_out": score(Policy(reference).eval(), held_out, args, rank, world, device, "reference") if held_out else torch.zeros(0, 2)}
+                reference = load_policy(args.reference, args, world, device)
+                if reference.model.config.vocab_size < model.config.vocab_size:
+                    raise CheckpointError(f"--reference {args.reference}: its vocabulary ({reference.model.config.vocab_size}) is smaller than the model's")
+            table = {"train": score(reference, examples, args, rank, world, device, "reference"),
+                     "held_out": score(reference, held_out, args, rank, world, device, "reference") if held_out else torch.zeros(0, 2)}
             del reference
             if rank == 0:
                 cached.parent.mkdir(exist_ok=True)
@@ -391,9 +463,8 @@ def train(args, objective) -> int:
         ref_logps, ref_held_out = table["train"], table["held_out"]
 
     model.gradient_checkpointing = args.gradient_checkpointing
-    policy = Policy(model).train()
-    if world > 1:
-        policy = nn.parallel.DistributedDataParallel(policy, gradient_as_bucket_view=True)
+    replicated = world > 1 and not args.shard
+    learner = nn.parallel.DistributedDataParallel(policy.train(), gradient_as_bucket_view=True) if replicated else policy.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
     done = load_checkpoint(out / "checkpoint", model, optimizer)
 
@@ -405,7 +476,8 @@ def train(args, objective) -> int:
     if rank == 0:
         keep_lines(out / "metrics.jsonl", done)
         keep_lines(out / "eval.jsonl", done + 1)
-    say(f"{args.method}: {sum(p.numel() for p in model.parameters()):,} parameters on {world} x {device.type}, {args.precision}; {len(examples):,} rows, "
+    say(f"{args.method}: {sum(p.numel() for p in model.parameters()):,} parameters on {world} x {device.type}"
+        f"{', sharded' * (args.shard and world > 1)}, {args.precision}; {len(examples):,} rows, "
         f"batch {args.batch_size}, {total} steps ({args.epochs} epochs of {per_epoch}); lr {args.lr:g} {args.schedule}, warmup {args.warmup:.0%}"
         + (f", beta {args.beta:g}" if args.method != "sft" else "") + (f"; continuing after step {done - 1}" if done else ""))
     columns = ["step", "loss"] + ["accuracy", "margin", "chosen_reward", "rejected_reward"] * (args.method != "sft") + ["grad_norm", "lr"]
@@ -416,7 +488,7 @@ def train(args, objective) -> int:
         for step in range(done, total):
             # ---- once in a while
             if held_out and args.eval_every and step % args.eval_every == 0:
-                evaluate(policy.module if world > 1 else policy, held_out, ref_held_out, objective, args, rank, world, device, step, out)
+                evaluate(policy, held_out, ref_held_out, objective, args, rank, world, device, step, out)
             if step // per_epoch != epoch:
                 epoch = step // per_epoch
                 steps = plan(epoch)
@@ -424,8 +496,7 @@ def train(args, objective) -> int:
             # The mean's denominator, known to every rank in advance: pairs, or in SFT answer tokens.
             rows = [row for micros in batch_of_step for micro in micros for row in micro]
             units = len(rows) if args.method != "sft" else sum(len(examples[row].chosen) - examples[row].start for row in rows)
-            # A rank without rows in a ragged last batch still takes part in the gradient's all-reduce, with weight 0.
-            micros, weight = (batch_of_step[rank], 1.0) if batch_of_step[rank] else ([rows[:1]], 0.0)
+            micros = in_step(batch_of_step, rank)
             clock = time.perf_counter()
 
             # ---- one update
@@ -434,16 +505,17 @@ def train(args, objective) -> int:
                 group["lr"] = lr
             sums: dict[str, torch.Tensor] = {}
             tokens = 0
-            for i, micro in enumerate(micros):
+            for i, (micro, weight) in enumerate(micros):
                 batch = data.collate(examples, micro).to(device)
-                # DDP averages gradients over ranks in the last micro-batch's backward pass; in the others that would be wasted traffic.
-                with policy.no_sync() if world > 1 and i + 1 < len(micros) else nullcontext():
-                    losses, metrics = judge(policy, objective, batch, ref_logps, args, device)
-                    (losses.sum() * (weight * world / units)).backward()                                 # x world: DDP divides by it
+                # Gradients are averaged over ranks in the last micro-batch's backward pass; in the others that would be wasted traffic. (Not so where the
+                # model is sharded: no rank has room for the whole gradient, so every pass scatters it.)
+                with learner.no_sync() if replicated and i + 1 < len(micros) else nullcontext():
+                    losses, metrics = judge(learner, objective, batch, ref_logps, args, device)
+                    (losses.sum() * (weight * world / units)).backward()                                 # x world: DDP and FSDP divide by it
                 for k, v in {"loss": losses, **metrics}.items():
                     sums[k] = sums.get(k, 0) + weight * v.detach().double().sum()
                 tokens += weight * len(batch.input_ids)
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+            grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), args.clip))
 
             # ---- the numbers of the whole batch, in one all-reduce
             values = all_sum(torch.stack([*sums.values(), torch.tensor(float(tokens), device=device, dtype=torch.float64),
@@ -454,8 +526,9 @@ def train(args, objective) -> int:
             if not (math.isfinite(mean["loss"]) and math.isfinite(grad_norm)):
                 raise FloatingPointError(f"step {step}: loss {mean['loss']}, gradient norm {float(grad_norm)}; the weights were not touched. Rows of the batch: "
                                          + ", ".join(examples[row].where for row in sorted(rows)))
-            if step == 0 and args.method != "sft" and not args.reference and abs(mean["loss"] - math.log(2)) > (1e-3 if args.precision == "fp32" else 3e-2):
-                raise FloatingPointError(f"step 0: loss {mean['loss']:.4f} instead of log 2 = 0.6931: the reference's log-probs are not this model's")
+            if step == 0 and not args.reference and abs(mean.get("margin", 0.0)) > (2e-3 if args.precision == "fp32" else 6e-2):
+                raise FloatingPointError(f"step 0: margin {mean['margin']:.4f} instead of 0, loss {mean['loss']:.4f} (in DPO and Step-DPO log 2 = 0.6931 is expected): "
+                                         "the reference's log-probs are not this model's")
             optimizer.step()
             optimizer.zero_grad()
 
@@ -471,19 +544,18 @@ def train(args, objective) -> int:
                 cells = [f"{record[c]:>{max(8, len(c))}.3g}" if c == "lr" else f"{record[c]:>{max(8, len(c))}.4f}" if c != "step" else f"{step:>8}" for c in columns]
                 say("  ".join(cells) + f"  {record['tokens_per_second']:>8,.0f}  {left}", flush=True)
             if (step + 1 < total and args.checkpoint_every and (step + 1) % args.checkpoint_every == 0) or (signalled and step + 1 < total):
-                if rank == 0:
-                    save_checkpoint(out / "checkpoint", step + 1, model, optimizer)
+                save_checkpoint(out / "checkpoint", step + 1, model, optimizer, rank)
                 if signalled:
-                    barrier()
                     number = stop.number or signal.SIGTERM
                     say(f"stopped by {signal.Signals(number).name} after step {step}; the same command continues from here")
                     return 128 + number
 
     # ---- the end
     if held_out:
-        evaluate(policy.module if world > 1 else policy, held_out, ref_held_out, objective, args, rank, world, device, total, out)
-    if rank == 0:
+        evaluate(policy, held_out, ref_held_out, objective, args, rank, world, device, total, out)
+    if rank == 0 or not replicated:
         model.save_pretrained(out, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[args.save_dtype])
+    if rank == 0:
         run = json.loads((out / "run.json").read_text())
         write_json(out / "run.json", {**run, "finished": True})
         shutil.rmtree(out / "checkpoint", ignore_errors=True)
@@ -497,9 +569,8 @@ def evaluate(policy: Policy, examples: list, ref_logps, objective, args, rank, w
     """Held-out loss, margin and preference accuracy (Fig. 2 of the paper) after `step` updates: one line of eval.jsonl."""
     policy.eval()
     sums: dict[str, torch.Tensor] = {}
-    for rows in scoring_plan(examples, args, world)[rank] or [[0]]:
+    for rows, weight in in_step(scoring_plan(examples, args, world), rank):
         losses, metrics = judge(policy, objective, data.collate(examples, rows).to(device), ref_logps, args, device)
-        weight = float(bool(scoring_plan(examples, args, world)[rank]))
         for k, v in {"loss": losses, **metrics}.items():
             sums[k] = sums.get(k, 0) + weight * v.double().sum()
     policy.train()
@@ -578,12 +649,14 @@ def parser() -> argparse.ArgumentParser:
             g.add_argument("--reference", metavar="FOLDER", help="another checkpoint as reference; by default it is the policy at step 0")
         else:
             p.set_defaults(beta=None, reference=None)
-        g = p.add_argument_group("size and speed (no influence on the result but for rounding)")
+        g = p.add_argument_group("size and speed")
         g.add_argument("--max_length", type=int, default=1024, help="tokens of prompt and answer; longer rows are dropped, never cut (default 1024: the paper's)")
         g.add_argument("--micro_batch_size", type=int, default=16, help="most rows in one forward pass of a process (default 16)")
         g.add_argument("--micro_batch_tokens", type=int, default=8192, help="most tokens in one forward pass of a process, a longer row apart (default 8192)")
         g.add_argument("--precision", choices=("fp32", "bf16"), help="of the arithmetic; weights are fp32 either way (default bf16 on CUDA, fp32 on CPU)")
         g.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations in the backward pass: a third more time, far less memory")
+        g.add_argument("--shard", action="store_true", help="spread weights, gradients and AdamW's moments over all processes (FSDP): for models beyond one GPU's "
+                       "memory, 16 bytes a parameter; on one process it changes nothing")
         g.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
         g = p.add_argument_group("bookkeeping")
         g.add_argument("--checkpoint_every", type=int, default=100, metavar="STEPS", help="how often to save what is needed to continue (default 100; 0: never)")
@@ -597,7 +670,8 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, objective=None) -> int:
+    """The command line; returns the exit status. A variant passes its own `objective` (see `preference_objective`) and keeps everything else."""
     args = parser().parse_args(argv)
     try:
         for name in ("epochs", "batch_size", "lr", "micro_batch_size", "micro_batch_tokens", "max_length", "clip"):
@@ -607,9 +681,11 @@ def main(argv: list[str] | None = None) -> int:
             raise DataError(f"--beta is {args.beta}: expected a number above 0")
         if not 0 <= args.warmup <= 1:
             raise DataError(f"--warmup is {args.warmup}: expected a share from 0 to 1")
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":       # torchrun --max-restarts started us again: go on, do not begin anew once more
+            args.restart = False
         if args.precision is None:
             args.precision = "bf16" if torch.cuda.is_available() and not (args.device or "").startswith("cpu") else "fp32"
-        return train(args, OBJECTIVES[args.method])
+        return train(args, objective or OBJECTIVES[args.method])
     except KeyboardInterrupt:
         print("interrupted before the first update; the same command begins again", file=sys.stderr)
         return 130
