@@ -404,7 +404,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def __init__(self):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag])
         self.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False} | options)
-        self.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+        # a fixed day, the one that Llama 3's templates fall back to: a prompt must not change overnight
+        self.globals["strftime_now"] = datetime(2024, 7, 26).strftime
         self.globals["raise_exception"] = self._raise
 
     @staticmethod
@@ -546,7 +547,7 @@ def encode_dataset(source: str | Path | Iterable[tuple[str, dict]], tokenizer: T
         for where, row in chunk:
             report.rows += 1
             question, steps, responses = texts_of(row, method, where)
-            if reason := _unfit(question, steps, responses, tokenizer):
+            if reason := _unfit(question, steps, responses, tokenizer, style):
                 report.drop(reason, where)
             else:
                 context = render_prompt(style, question, tokenizer) + steps
@@ -575,7 +576,7 @@ def _chunks(items: Iterable, size: int) -> Iterator[list]:
     yield chunk
 
 
-def _unfit(question: str, steps: str, responses: list[str], tokenizer: Tokenizer) -> str | None:
+def _unfit(question: str, steps: str, responses: list[str], tokenizer: Tokenizer, style: str) -> str | None:
     """Why the texts of a row cannot be trained on, or None."""
     names = ("chosen", "rejected") if len(responses) == 2 else ("response",)
     for name, text in zip(("prompt", *names), (question, *responses)):
@@ -583,7 +584,8 @@ def _unfit(question: str, steps: str, responses: list[str], tokenizer: Tokenizer
             return f"empty {name}"
     if len(responses) == 2 and responses[0].strip() == responses[1].strip():
         return "chosen and rejected are the same"
-    for text in (question, *(steps + response for response in responses)):      # a token may be spelled across the seam
+    asked = () if style == "raw" else (question,)            # `raw` is for prompts that are rendered already, control tokens and all
+    for text in (*asked, *(steps + response for response in responses)):        # a token may be spelled across the seam
         if token := tokenizer.control_token_in(text):
             return f"the text contains the control token {token}"
     return None

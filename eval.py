@@ -22,11 +22,13 @@ import random
 import re
 import sys
 import time
+import unicodedata
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from fractions import Fraction
+from functools import cache, lru_cache
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Callable, Sequence
@@ -41,906 +43,1246 @@ from data import (BOXED, PROMPT_STYLES, STEP_STYLES, DataError, Endpoint, Reques
 from model import CheckpointError, Llama, generate, keep_freed_memory, read_json, resolve, stable_key
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # GRADING: the answer in a text, and whether it is the right one
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
+# Both work on text that a model wrote, so both are bounded by construction, not by a clock: every pattern is linear in
+# its input, texts are cut to a length, expressions have a largest size, depth and magnitude, and the numeric
+# comparison counts its steps. Nothing of the text is ever executed.
 
-END_TOKENS = re.compile(r"<\|(?:im_end|eot_id|endoftext|end_of_text|im_start|start_header_id|end|eom_id)\|>|</s>|<｜end▁of▁sentence｜>|<end_of_turn>")
-ANSWER_IS = re.compile(r"(?:answer|result)s?\*{0,2}(?:\s{1,3}to\s{1,3}(?:the|this)\s{1,3}\w{1,20})?(?:\s{0,3}(?:is|are)\b(?:\s{1,3}(?:therefore|thus|simply|equal to))?\s{0,3}:?|\s{0,3}:)\s{0,3}|(?<=final )answer\s{1,3}(?=[-$\\\d(])", re.I)
-NUMBER = re.compile(r"(?<![\w.])(-\s?)?(?:\\?[$€£]\s?)?(-)?((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:\s?/\s?\d+)?")
-LONGEST = 100_000       # characters of a completion that are looked at, from its end
+LONGEST_COMPLETION = 200_000   # characters, from the end: an answer is given at the end
+LONGEST_BOX = 4_000            # characters that a \boxed{} may hold
+LAST_MATCHES = 50              # candidates of one kind that are looked at, from the end
+
+END_TOKENS = re.compile(
+    r"<\|(?:im_end|im_start|endoftext|eot_id|end_of_text|end|eom_id|start_header_id|user|assistant)\|>|</s>|<s>|<eos>"
+    r"|<end_of_turn>|<｜[^｜<>\n]{1,30}｜>|\[/?INST\]|\n#{2,3} Instruction|\n\n(?:Question|Q|Human|User):")
+BOX = re.compile(r"(?:\\f?box(?:ed)?|\\framebox|\x08oxed|(?<![A-Za-z\\])boxed(?=\{))(?![A-Za-z])\s*")
+STATEMENT = re.compile(
+    r"(?:\bans(?:wers?)?\b|\b(?:final|correct) (?:result|solution)\b)[^.\n:=]{0,60}?(?:\b(?:is|are|be|was)\b|[:=])"
+    r"|\bfinal answer\b(?![^\n]{0,60}(?:\bis\b|:))|答案\s*[是为：:]+"
+    r"|\b(?:option|choice|choose)\b(?: is\b|:)?[ *]*\(?(?-i:([A-J])\b)", re.I)
+DENIED = re.compile(r"\b(?:no|any|without|that|this|an|your)\s+(?:(?:final|correct|definite|clear)\s+)?$", re.I)
+HASHES = re.compile(r"####[ \t]*([^\n]*)")
+SENTENCE_END = re.compile(r"\n|(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?:[.!?;](?=\s|$|\*|[\"'])|。)"
+                          r"|,?\s(?:because|since|which|as)\s")
+NUMBER = re.compile(r"(?<![\w.)])-?(?:\\?[$€£]-?)?(?:(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?|\.\d+)"
+                    r"(?:e[+-]?\d+)?(?:/\d+(?![\w.]))?")
+MATHS = re.compile(r"\$\$([^$]+)\$\$|\$((?![ \d][^$]* \$)(?:\\\$|[^$\n])+)\$(?!\d)"
+                   r"|\\\(((?:[^\\]|\\[^)(])+)\\\)|\\\[((?:[^\\]|\\[^\][])+)\\\]")
+CHOICE = re.compile(r"(?:\(([A-J])\)|([A-J])(?=[).:,]|\s*$|\s(?:because|since|which|is)\b))")
+NO_ANSWER = set("given not unknown unclear undetermined determined possible found provided correct wrong incorrect "
+                "right no none as in a based obtained therefore required".split())
 
 
 def extract_answer(completion: str) -> str | None:
-    """The final answer of a completion, or None. The first rule that finds something decides, and of several places the last:
+    """The final answer that a completion gives, or None. Nothing behind an end-of-turn token or before </think> counts.
 
-     1. \\boxed{...} or \\fbox{...}, braces matched (cut at the end of its line where one is missing); "\\boxed 7" too
-     2. "#### 7"
-     3. "the answer is 7", "Final answer: 7"
-     4. the last number
-    Thinking (up to </think>) and whatever follows a chat end token does not count. Rules 2 to 4 drop money signs and thousands separators."""
-    text = completion[-LONGEST:].replace("\u2212", "-")
-    if (after := text.rpartition("</think>")[2]).strip():
-        text = after
-    if (cut := END_TOKENS.search(text)) and text[:cut.start()].strip():
-        text = text[:cut.start()]
-    else:
-        text = END_TOKENS.sub(" ", text)
-    if (boxed := last_boxed(text)) is not None:
-        return boxed
-    if "####" in text:
-        found = text.rpartition("####")[2].strip().split("\n")[0]
-        if (found := tidy(found)):
-            return found
-    places = list(ANSWER_IS.finditer(text))
-    for place in reversed(places):
-        if re.search(r"\bno\s+(?:final\s+)?$", text[max(0, place.start() - 12):place.start()], re.I):
-            continue
-        if found := stated(text[place.end():place.end() + 500]):
-            return found
-    numbers = list(NUMBER.finditer(text))
-    return tidy(numbers[-1][0]) if numbers else None
+    The first rule that yields something decides:
+        1. the last \\boxed{...} or \\fbox{...} that is not empty: what is in it, verbatim; if its brace is never
+           closed, up to the end of the line
+        2. the last explicit statement: "the answer is ...", "answer: ...", "final answer ...", "option B", "#### ...".
+           Its maths, choice letter ("B"), number (without money sign, thousands commas, unit), or short text
+        3. a last line that is nothing but a choice letter
+        4. the last number, with the formula it stands in
+    """
+    text = completion[-LONGEST_COMPLETION:].replace("\u2212", "-")
+    text = next((part for part in END_TOKENS.split(text) if part.strip()), "")
+    text = re.sub(r"\$?\\boxed\s?\{\s?\}\$?", " ", text)  # the instruction, echoed
+    thoughts, _, text = text.rpartition("</think>")
+    if not text.strip():
+        text = thoughts
 
-
-def last_boxed(text: str) -> str | None:
-    """The content of the last \\boxed{...} that has one."""
-    for at in sorted((m.end() for m in re.finditer(r"\\(?:boxed|fbox)\b\s?|\\framebox\b", text)), reverse=True)[:50]:
-        if text[at:at + 1] != "{":
-            found = re.match(r"[^\s$\\.,{}]+", text[at:at + 100])
-            if found:
-                return found[0]
-            continue
-        depth = 0
-        for i in range(at, len(text)):
-            if text[i] in "{}" and (i == 0 or text[i - 1] != "\\"):
-                depth += 1 if text[i] == "{" else -1
-                if depth == 0:
-                    if text[at + 1:i].strip():
-                        return text[at + 1:i].strip()
-                    break
-        else:
-            found = re.split(r"\n|\$", text[at + 1:], maxsplit=1)[0].strip().rstrip(".")
-            if found:
-                return found
-    return None
+    for box in _last(BOX, text):
+        if answer := _box_content(text, box.end()):
+            return answer
+    for match in sorted(_last(STATEMENT, text) + _last(HASHES, text), key=lambda m: -m.end()):
+        answer = None
+        if match.re is HASHES:  # but not "#### 2. Counting", a heading
+            line = match[1].strip()
+            if re.match(r"[\d(\[\\$.+{-](?!.{0,3}[.)]\s+\w)", line) or not text[match.end():].strip():
+                answer = _stated(line)
+        elif not DENIED.search(text, max(0, match.start() - 20), match.start()):  # "no answer is given"
+            answer = match[1] or _stated(text[match.end():match.end() + LONGEST_BOX])
+        if answer:
+            return answer
+    if letter := re.fullmatch(r"[\s*]*\(?([A-J])[).]?[\s*]*", text.strip().rpartition("\n")[2][-20:]):
+        return letter[1]
+    return _last_value(text)
 
 
-def stated(text: str) -> str | None:
+def _last(pattern: re.Pattern, text: str) -> list[re.Match]:
+    """The last matches, the very last one first."""
+    return list(pattern.finditer(text))[:-LAST_MATCHES - 1:-1]
+
+
+def _box_content(text: str, start: int) -> str:
+    """What follows \\boxed: a group in braces, or what stands there without any."""
+    text = text[start:start + LONGEST_BOX]
+    if not text.startswith("{"):
+        return re.match(r"(?:\\[A-Za-z]+(?:\{[^{}]*\})*|\\.|[^\s$\\{}])*", text)[0].strip(".,;")
+    depth = i = 0
+    while i < len(text):
+        depth += (text[i] == "{") - (text[i] == "}")
+        if depth == 0:
+            break
+        i += 2 if text[i] == "\\" else 1
+    inside = text[1:i].strip()
+    if depth:
+        inside = re.split(r"\n|\$|\\\]|\\\)|[.!?]\s", inside, maxsplit=1)[0].rstrip(" .,")
+    return inside[1:-1].strip() if re.fullmatch(r"\$[^$]+\$", inside) else inside
+
+
+def _plain_number(text: str) -> str:
+    return re.sub(r"[\\$€£,\s]", "", text)
+
+
+def _formula(match: re.Match) -> str:
+    """What is between the dollar signs of a match of MATHS."""
+    return next(group for group in match.groups() if group).strip()
+
+
+def _stated(tail: str) -> str | None:
     """The answer at the beginning of what follows "the answer is"."""
-    text = text.lstrip(" \n*:")
-    if m := re.match(r"\$\$?([^$\n]{1,300})\$|\\\((.{1,300}?)\\\)|\\\[(.{1,300}?)\\\]", text, re.S):
-        inside = next(g for g in m.groups() if g is not None).strip()
-        if inside and not (text.startswith("$") and re.match(r"[\d,.]+\s+\w+.*\s$", m[1] or "")):
-            return tidy(inside)
-    if m := re.match(r"\(?([A-J])\)?(?=[).:,*]|\s*(?:\n|$))", text):                  # a choice; not the first word of a sentence
-        return m[1]
-    line = re.split(r"\n|\*\*|(?<=[^.\d])\.(?=\s|$)|(?<=\d)\.(?=\s|$)|[;!?]", text, maxsplit=1)[0].strip()
-    line = tidy(line)
-    if not line:
-        return None
-    if m := re.search(r".*\b(?:is|are|equals?|=)\s(.*)$", line):
-        line = tidy(m[1]) or line
-    if len(line.split()) > 4 and (numbers := list(NUMBER.finditer(line))):
-        return tidy(numbers[-1][0])
-    if m := re.match(r"(?:approximately|about|exactly|indeed|equal to)\s+(.*)", line, re.I):
-        line = m[1]
-    return line
+    bullet = "-" if re.match(r"[\s*:]*[-*]\s", tail) else ""
+    tail = re.sub(r"^(?:is|be|are)\b", "", tail.lstrip(" \t\r\n*:_=`>" + bullet)).lstrip(" \t\r\n*:_=`")
+    if maths := MATHS.match(tail):
+        answer, rest = _formula(maths), tail[maths.end():]
+        link = re.match(r",?\s*(?:and|or|,)\s*", rest)  # "$3$ and $4$"
+        if link and (second := MATHS.match(rest, link.end())):
+            answer += ", " + _formula(second)
+        return answer.rstrip(". ") or None
+    sentence = SENTENCE_END.split(tail, maxsplit=1)[0].strip(" *`\"'_,")
+    if letter := CHOICE.match(sentence):
+        return letter[1] or letter[2]
+    if number := NUMBER.match(sentence):
+        rest = sentence[number.end():].strip()
+        if rest in ("%", "\\%"):
+            return _plain_number(number[0]) + "%"
+        if not rest or re.match(r"[A-Za-z]{2}", rest) and not re.search(r"\d|[=+^\\]", rest):
+            return _plain_number(number[0])
+    plain = re.sub(r"\\[a-z]*(?:text|rm|box|begin|end)[a-z]*\s*\{[^{}]*\}", "", sentence)
+    words = {word.lower() for word in re.findall(r"(?<![A-Za-z\\])[A-Za-z]{3,}", plain)}
+    if words <= WORDS_OF_MATHS and re.search(r"\d|[\\=^/*+]|^\w$", sentence):
+        return sentence
+    if inner := _last_value(sentence):
+        return inner
+    return sentence if 1 <= len(sentence.split()) <= 4 and sentence.split()[0].lower() not in NO_ANSWER else None
 
 
-def tidy(text: str) -> str:
-    """Without what surrounds an answer: quotes, dollar signs, a full stop, money, thousands separators of a plain number."""
-    text = text.strip().strip("*`\"' ").rstrip(" .,;:").strip("*` ").strip()
-    if text.startswith("$") and text.endswith("$") and len(text) > 1:
-        text = text.strip("$").strip()
-    text = re.sub(r"^(-?)\s?\\?[$€£]\s?(?=[\d.])", r"\1", text)
-    text = re.sub(r"^-\s+(?=\d)", "-", text)
-    if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?(\s.*)?", text):
-        text = re.sub(r"(?<=\d),(?=\d{3})", "", text)
-    return text.rstrip(".") if re.fullmatch(r".*\d\.", text) else text
+def _last_value(text: str) -> str | None:
+    """The last number, as plain digits; if it stands in a formula ($...$), what follows the last equals sign there."""
+    number, formula = (next(iter(_last(pattern, text)), None) for pattern in (NUMBER, MATHS))
+    if formula and (number is None or formula.start() <= number.start() < formula.end()):
+        answer = _formula(formula).rpartition("=")[2].lstrip(" &\n").rstrip(" &.,\\\n")
+        if 0 < len(answer) <= 200 and re.search(r"\d", answer):
+            return _plain_number(answer) if NUMBER.fullmatch(answer) else answer
+    return _plain_number(number[0]) if number else None
 
 
-# One spelling
+# ---- is_equivalent: texts -> tokens -> tree -> verdict ----
 
-TOO_LONG = 2000
-SYMBOLS = {"−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/", "π": r"\pi ", "√": r"\sqrt ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ",
-           "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "±": r"\pm ", "∓": r"\mp ", "°": "", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "∅": r"\emptyset ", "′": "'",
-           "²": "^2", "³": "^3", "¹": "^1", "⁰": "^0", "⁴": "^4", "⁵": "^5", "⁶": "^6", "⁷": "^7", "⁸": "^8", "⁹": "^9", "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}",
-           "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "\u00a0": " ", "€": "", "£": "", "¥": "", "，": ",", "（": "(", "）": ")", "：": ":", "％": "%"}
-SYMBOL = re.compile("|".join(map(re.escape, SYMBOLS)))
-SPACES = re.compile(r"(?<!\\)\\[!,;:> ]|\\q?quad\b|\\thinspace\b|~|\\(?:displaystyle|textstyle|limits|nolimits|left|right|[bB]igg?[lrm]?|hfill|rm|bf|it)(?![a-zA-Z])|\\(?=\n)")
-TEXT = re.compile(r"\\(?:text|textnormal|mbox|textrm|mathrm|textbf|mathbf|textit|mathit|operatorname|mathbb|mathcal|hbox|textsf|emph|boldsymbol|bm)\b\*?\s*\{([^{}]*)\}")
+LONGEST_ANSWER = 2_000   # characters; longer ones are compared as text only
+MOST_TOKENS = 600        # of one answer
+DEEPEST = 20             # brackets, roots, exponents, signs inside each other
+MOST_BITS = 20_000       # of the numerator or denominator of an exact number
+MOST_WORK = 6_000        # tree nodes visited by the numeric comparisons of one call
+DIGITS = 50              # decimal digits of the numeric comparisons
 
-
-MULTIPLES = {"thousand": "1000", "million": "1000000", "billion": "1000000000", "trillion": "1000000000000"}
-
-
-def normalize(text: str) -> str:
-    """LaTeX of many hands to one spelling; words of \\text{...} are kept, in place."""
-    if "\\boxed" in text or "\\fbox" in text:
-        text = last_boxed(text) or text
-    text = SYMBOL.sub(lambda m: SYMBOLS[m[0]], text).strip()
-    text = re.sub(r"(?<=\d),\s*\\!\s*(?=\d{3})", ",", text)
-    text = text.replace("\\!", "").replace("{,}", ",").replace("\\$", "").replace("$", "")
-    text = re.sub(r"\\\(|\\\)|\\\[(?!\d)|\\\](?!\d)", " ", text)
-    text = re.sub(r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", text)
-    text = re.sub(r"\\(?:leqslant|leq|le)(?![a-zA-Z])|<=", r"\\le ", text)
-    text = re.sub(r"\\(?:geqslant|geq|ge)(?![a-zA-Z])|>=", r"\\ge ", text)
-    text = re.sub(r"\\(?:neq|ne)(?![a-zA-Z])|!=", r"\\ne ", text)
-    text = re.sub(r"\\lt(?![a-zA-Z])", "<", text)
-    text = re.sub(r"\\gt(?![a-zA-Z])", ">", text)
-    text = re.sub(r"\\(?:lbrace|\{)", r"\\{", text)
-    text = re.sub(r"\\(?:rbrace|\})", r"\\}", text)
-    text = re.sub(r"\\[lr]?vert(?![a-zA-Z])|\\mid(?![a-zA-Z])", "|", text)
-    text = re.sub(r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![a-zA-Z])|\\circ(?![a-zA-Z])", " ", text)
-    text = re.sub(r"(?<=\d)\s*degrees?\b", "", text)
-    text = re.sub(r"\\?%|\bper\s?cent(?:age)?\b", " ", text)
-    text = SPACES.sub(" ", text)
-    text = text.replace("\\mathbb{R}", "(-\\infty,\\infty)")
-    for _ in range(3):
-        text = TEXT.sub(r" \1 ", text)
-    text = re.sub(r"(?<=\d) ?(thousand|million|billion|trillion)\b", lambda m: "*" + MULTIPLES[m[1]], text)
-    text = re.sub(r"\\(?:pmod|bmod|mod)(?![a-zA-Z])", r"\\mod ", text)
-    text = re.sub(r"^\s*\\approx(?![a-zA-Z])", "", re.sub(r"\s+", " ", text)).strip()
-    while text[:1] == "{" and matching(text, 0) == len(text) - 1:
-        text = text[1:-1].strip()
-    return text.rstrip(".").strip() if not re.search(r"\.\.\.$", text) else text
+FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan asin acos atan sinh cosh tanh ln log lg exp sqrt max min "
+                "gcd lcm".split())
+TRIGONOMETRIC = {"sin", "cos", "tan", "cot", "sec", "csc"}
+SYMBOLS = set("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma "
+              "tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar dots "
+              "ldots cdots angle triangle".split())
+WORDS_OF_MATHS = FUNCTIONS | {"pi", "inf", "infty", "infinity", "oo", "and"}
+NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+# Units in their spellings: 5 cm is not 5 m. A unit that only one side has, or that is not here, is ignored.
+UNITS = {name: spellings.split()[0] for spellings in (
+    "mm millimeter millimeters, cm centimeter centimeters centimetres, m meter meters metre metres, km kilometer "
+    "kilometers, in inch inches, ft foot feet, yd yard yards, mi mile miles, s sec second seconds, min mins minute "
+    "minutes, h hr hrs hour hours, day days, week weeks, month months, year years yr yrs, mg, g gram grams, kg kilogram "
+    "kilograms, lb lbs pound pounds, oz ounce ounces, ml milliliter milliliters, l liter liters litre litres, cent cents, "
+    "dollar dollars usd, am, pm, mph, kph, km/h, m/s, hz, kw, gb, mb, sq, deg degree degrees, rad radian radians, unit "
+    "units, th st nd rd").split(",") for name in spellings.split()}
 
 
-def matching(text: str, at: int) -> int:
-    """Index of the bracket that closes the one at `at`; -1 if none does. Kinds may mix, as in half-open intervals."""
-    depth = 0
-    for i in range(at, len(text)):
-        if text[i] in "([{":
-            depth += 1
-        elif text[i] in ")]}":
-            depth -= 1
-            if depth == 0:
-                return i
-    return -1
+def _translations() -> dict[int, str]:
+    signs = {"−–—‐‑﹣－": "-", "×✕": r"\times ", "·⋅∙•": r"\cdot ", "÷∕⁄": "/", "π": r"\pi ", "∞": r"\infty ", "≤⩽": "<=",
+             "≥⩾": ">=", "≠": "!=", "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∈": r"\in ", "°º˚": r"\circ{}",
+             "′’‘": "'", "≈": r"\approx ", "∅": r"\emptyset ", "√": r"\sqrt ", "ℝ": r"\mathbb{R}", "“”": '"', "€£¥": "",
+             "∖": r"\setminus ", "∠": r"\angle ", "\0": ""}
+    table = {ord(c): to for chars, to in signs.items() for c in chars}
+    table |= {ord(c): "^{%d}" % n for n, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
+    table |= {ord(c): "_{%d}" % n for n, c in enumerate("₀₁₂₃₄₅₆₇₈₉")}
+    for c in "¼½¾⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞":
+        table[ord(c)] = r"\frac{%s}{%s}" % tuple(unicodedata.normalize("NFKC", c).split("⁄"))
+    for c in "αβγδεζηθικλμνξρστυφχψωΓΔΘΛΞΠΣΦΨΩ":
+        name = unicodedata.name(c).split()[-1].replace("LAMDA", "LAMBDA")
+        table[ord(c)] = "\\" + (name.capitalize() if c.isupper() else name.lower()) + " "
+    return table
 
 
-def split_top(text: str, separator: str) -> list[str]:
-    """Split at a regex, outside all brackets."""
-    parts, depth, begin, i = [], 0, 0, 0
-    pattern = re.compile(separator)
-    while i < len(text):
-        if text[i] in "([{":
-            depth += 1
-        elif text[i] in ")]}":
-            depth -= 1
-        elif depth == 0 and (m := pattern.match(text, i)):
-            parts.append(text[begin:i])
-            begin = i = max(m.end(), i + 1)
-            continue
-        i += 1
-    return [p.strip() for p in parts + [text[begin:]]]
+UNICODE = _translations()
+SAME = dict(pair.split("→") for pair in (
+    r"\dfrac→\frac \tfrac→\frac \cfrac→\frac \dbinom→\binom \tbinom→\binom \$→ $→ \leqslant→<= \geqslant→>= \leq→<= "
+    r"\geq→>= \neq→!= \lvert→| \rvert→| \mid→| \vert→| \%→% \lbrace→\{ \rbrace→\} \(→ \)→ \[→ \]→ **→^ p.m.→pm a.m.→am "
+    r"P.M.→pm A.M.→am \&→& \_→_ \degree→\circ \langle→( \rangle→) \lor→or \vee→or \land→, \wedge→, \colon→:").split(" "))
+SAME |= {old: f" {new} " for old, new in SAME.items() if new in ("pm", "am", "or") or old[1:] in ("(", ")", "[", "]")}
+STYLE = re.compile(r"\\(text|textbf|textrm|textit|textsf|texttt|textnormal|mbox|hbox|mathrm|mathbf|mathsf|mathit|"
+                   r"mathbb|bold|operatorname|boldsymbol|emph|underline|overline|bar|vec|hat|widehat|fbox|rm|bf)"
+                   r"\*?\s*\{([^{}]*)\}")
+ORNAMENTS = set("mathbf boldsymbol bold underline overline bar vec hat widehat fbox mathit".split())
+LAYOUT = re.compile(r"(?<!\\)\\(?:(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|quad|qquad|noindent|rm|bf|"
+                    r"(?:hspace\*?|phantom)\{[^{}]*\})(?![A-Za-z])\.?|[!,;: ]|$)|~")
+DEGREE = re.compile(r"\^\s*(?:\{\s*\\circ\s*(?:\{\})?\s*\}|\\circ(?![A-Za-z])(?:\{\})?)|\\circ\{\}")
+SPEED = re.compile(r"(?<=\d) ?((?:[kcm]?m|ft|mi|miles|k?g|mg|gal)/(?:s|h|hr|hour|sec|min|m?L|day))(?![A-Za-z])")
+COMPARED = {"le": "<=", "lt": "<", "ge": ">=", "gt": ">", "ne": "!="}
 
 
-# Equivalence: a ladder from texts to structures to values
-
-def is_equivalent(prediction: str, reference: str) -> bool:
-    """Whether two answers are the same. LaTeX or plain text; never raises, never executes anything, and ends soon whatever it is given.
-
-    After `normalize`: equal texts; choice letters; words; units that agree or stand on one side only; equations (p = c r for a constant c) and inequalities;
-    matrices, unions, sets, lists and tuples, part by part; and values. A value is parsed by a small grammar (`Parser`) and computed with fractions, or, where
-    roots, functions or letters occur, with 40 digits at five points: two expressions that agree there are equal for all purposes of grading, and nothing
-    has to be simplified, which no bound on time could promise. A percent sign is a unit: 50\\% is 50. A decimal equals what it rounds only from 6 figures on."""
-    try:
-        if len(prediction) > TOO_LONG or len(reference) > TOO_LONG:
-            return prediction.strip() == reference.strip()
-        p, r = normalize(prediction), normalize(reference)
-        if not p or not r:
-            return False
-        return same(p, r, 0)
-    except (RecursionError, OverflowError, ValueError, ZeroDivisionError, Hard):
-        return False
-
-
-class Hard(Exception):
-    """An expression outside the grammar or beyond the bounds."""
-
-
-def words(text: str) -> str:
-    """Letters and digits only, lower case: how texts are compared."""
-    return re.sub(r"[^a-z0-9+*/^=<>|.,()\[\]\\-]", "", re.sub(r"[{}\s]", "", text.lower()))
+def _clean(text: str) -> str:
+    """The text with one spelling for everything that only looks different. Words in \\text{} become "quoted"."""
+    text = unicodedata.normalize("NFKC", text.translate(UNICODE)).translate(UNICODE)
+    text = text.replace('"', " ").strip().rstrip("\\").strip()
+    if (box := BOX.search(text)) and (inside := _box_content(text, box.end())):
+        text = inside
+    text = re.sub(r"(?<=\d)(?:,\s?\\!\s*|\{,\})(?=\d{3}(?!\d))", "", text)        # 10,\!000 and 10{,}000
+    text = re.sub(r"(?<=\d)(?:\\[,;! ]|~|\\ )+(?=\d{3}(?!\d))", "", text)         # 10\,000
+    text = re.sub(r"(\d{0,30})\.(\d{0,30})\\(?:overline|bar|dot)\s?\{(\d{1,30})\}", _repeating, text)
+    text = re.sub(r"\\\\ ?\[[\d.]{1,6} ?(?:pt|em|ex|mm|cm)\]", r"\\\\ ", text)    # row spacing in a matrix
+    for old, new in SAME.items():
+        text = text.replace(old, new)
+    for _ in range(4):                                                            # \textbf{\text{...}}
+        text = STYLE.sub(_unstyle, text)
+    text = re.sub(r"(?<=\d) x (?=\d)", r" \\times ", LAYOUT.sub(" ", text))
+    text = DEGREE.sub(r"\\deg ", SPEED.sub(r' "\1"', text))
+    text = re.sub(r"^(?:approximately|about|roughly|around|\\approx)\s", "", text.strip(), flags=re.I)
+    text = re.sub(r"\\(le|lt|ge|gt|ne)(?![A-Za-z])", lambda m: COMPARED[m[1]], text)
+    text = re.sub(r"(?<=[)\]]) ?U ?(?=[(\[])", r"\\cup ", text)
+    text = re.sub(r"\s+", " ", text.replace("{}", "")).strip()
+    text = re.sub(r"(?<=\d) ?\([A-Za-z]{3,}[A-Za-z ]*\)$", "", text)              # 18 (dollars)
+    while text and (text[-1] in ".,;:" or text.endswith("\\\\")) and not text.endswith("..."):
+        text = text[:-1].rstrip("\\ ")
+    return str(NUMBER_WORDS.index(text.lower())) if text.lower() in NUMBER_WORDS else text
 
 
-def same(p: str, r: str, depth: int) -> bool:
-    if depth > 8:
-        return False
-    p, r = p.strip(), r.strip()
-    if re.sub(r"(?<!\d)\s|\s(?!\d)", "", p) == re.sub(r"(?<!\d)\s|\s(?!\d)", "", r):       # "3 1/2" keeps its space: it is not 31/2
-        return True
-    if choice(r) or choice(strip_name(r)):
-        p, r = strip_name(p), strip_name(r)
-        return choice(p) == choice(r) or bool(m := re.match(r"\(?([A-J])\)?\s*[.:)]\s", p + " ")) and m[1] == choice(r)
-    if re.fullmatch(r"[A-Za-z][A-Za-z ,.'-]*[A-Za-z]", r) and len(re.sub(r"[^a-zA-Z]", "", r)) > 2 and "=" not in p:
-        strip = lambda t: re.sub(r"[^a-z0-9]", "", re.sub(r"^(?:the|a|an)\s", "", t.lower()))
-        if strip(p) == strip(r):
-            return True
-        if not all(w in NAMES for w in re.findall(r"[A-Za-z]+", r)) and not re.search(r"\band\b|\bor\b", r):
-            return False
-    p0, r0 = p, r
-    (p, pu), (r, ru) = cut_units(p), cut_units(r)
-    if pu and ru and not units_agree(pu, ru):
-        return False
-    # equations, memberships and inequalities
-    kp, kr = relation(p), relation(r)
-    if kp or kr:
-        return same_relation(p, kp, r, kr, depth)
-    # collections
-    if "\\begin" in p or "\\begin" in r:
-        mp, mr = matrix(p), matrix(r)
-        if mp is None or mr is None:
-            return False
-        return len(mp) == len(mr) and all(len(a) == len(b) and all(same(x, y, depth + 1) for x, y in zip(a, b)) for a, b in zip(mp, mr))
-    if re.search(r"\\cup(?![a-zA-Z])|\\bigcup", p + r):
-        return same_items(split_top(p, r"\\(?:big)?cup(?![a-zA-Z])"), split_top(r, r"\\(?:big)?cup(?![a-zA-Z])"), depth)
-    if re.search(r"\\setminus|\\backslash", p + r):
-        a, b = (split_top(t, r"\\setminus(?![a-zA-Z])|\\backslash(?![a-zA-Z])") for t in (p, r))
-        return len(a) == len(b) and all(same(x, y, depth + 1) for x, y in zip(a, b))
-    np, nr = thousands(p), thousands(r)
-    sp, sr = braced(np), braced(nr)
-    ip, ir = items(np) if sp is None else sp, items(nr) if sr is None else sr
-    if len(ip) > 1 or len(ir) > 1 or sp is not None or sr is not None:
-        if (sp is None and len(ip) == 1 and enclosed(np)) or (sr is None and len(ir) == 1 and enclosed(nr)):
-            return False                                       # (3, 1) is a pair, {1, 3} is not
-        return same_items(expand(ip), expand(ir), depth)
-    tp, tr = enclosed(np), enclosed(nr)
-    if tp and tr and (len(tp[1]) > 1 or len(tr[1]) > 1):
-        return tp[0] == tr[0] and len(tp[1]) == len(tr[1]) and all(same(x, y, depth + 1) for x, y in zip(tp[1], tr[1]))
-    if (tp and len(tp[1]) > 1) or (tr and len(tr[1]) > 1):
-        return False
-    if "\\pm" in np + nr or "\\mp" in np + nr:
-        return same_items(expand([np]), expand([nr]), depth)
-    if ":" in np or ":" in nr:
-        a, b = split_top(np, ":"), split_top(nr, ":")
-        return len(a) == len(b) > 1 and all(same(x, y, depth + 1) for x, y in zip(a, b))
-    return same_value(np, nr)
+def _repeating(match: re.Match) -> str:
+    """0.1\\overline{6} as a fraction."""
+    whole, fixed, again = match.groups()
+    value = int((whole or "0") + fixed) + Fraction(int(again), 10 ** len(again) - 1)
+    return "(%d/%d)" % (value / 10 ** len(fixed)).as_integer_ratio()
 
 
-def choice(text: str) -> str | None:
-    m = re.fullmatch(r"\(?\s*([A-J])\s*\)?[.:]?", text)
-    return m[1] if m else None
+def _unstyle(match: re.Match) -> str:
+    style, inside = match.groups()
+    word = inside.strip().rstrip(".")
+    if style in ORNAMENTS:
+        return "{" + inside + "}" if inside.strip() else " "
+    if style == "mathbb":
+        return " ℝ " if word == "R" else f" \\Set{word} "
+    if word.lower() in ("and", "or"):
+        return f" {word.lower()} "
+    if re.fullmatch(r"\([A-Za-z ]{2,}\)", word):
+        word = word[1:-1]
+    if word in FUNCTIONS:
+        return f"\\{word} "
+    words = re.fullmatch(r"(?![A-J]\.)[A-Za-z][A-Za-z .^/\d-]*", word)
+    return f' "{word}" ' if words and not (style == "mathrm" and word in ("i", "e", "d")) else f" {inside} "
 
 
-UNIT = re.compile(r"^(.*?[\d)}\]])\s*(?:\\?\s)?((?:(?:square|cubic|sq|cu)\.?\s*)?[A-Za-zµ][A-Za-zµ.\s/()-]*(?:\^\{?-?\d\}?)?[A-Za-z\s./]*)$", re.S)
+class _Refused(ValueError):
+    """Not an expression of the grammar, or larger than the limits."""
 
 
-def cut_units(text: str) -> tuple[str, str]:
-    """("5", "cm") of "5 cm": words behind a number are its unit, unless they could be mathematics."""
-    m = UNIT.match(text)
-    if m:
-        unit = m[2].strip()
-        word = re.sub(r"\^\{?-?\d\}?", "", unit).strip()
-        longest = max((len(w) for w in re.findall(r"[A-Za-zµ]+", word)), default=0)
-        known = word.lower().rstrip(".") in UNITS
-        if (longest >= 3 and not any(w in NAMES or w in ("and", "or") for w in re.findall(r"[A-Za-z]+", word))) or (known and text[m.end(1):m.end(1) + 1] == " "):
-            return m[1].strip(), unit
-    return text, ""
+class _Undefined(ValueError):
+    """No value there: division by zero, or no real number."""
 
 
-UNITS = {"cm", "m", "km", "mm", "in", "ft", "mi", "kg", "g", "mg", "lb", "oz", "s", "h", "hr", "min", "mph", "l", "ml", "am", "pm", "a.m", "p.m", "km/h", "m/s", "yd", "mi/h", "cm/s", "ft/s"}
+TOKEN = re.compile(r'\s*(?:(\d+(?:\.\d+|\.(?![\d.]))?|\.\d+)|(\\(?:[A-Za-z]+|.))|([A-Za-z]+)|"([^"]*)"|(<=|>=|!=|.))',
+                   re.S)
+EXPONENT = re.compile(r"[eE]([+-]?)(\d{1,4})(?![\d.])")
 
 
-def units_agree(a: str, b: str) -> bool:
-    a, b = (re.sub(r"[^a-z0-9]", "", re.sub(r"\bsq(?:uare)?\b\.?", "2", u.lower().replace("^", ""))) for u in (a, b))
-    strip = lambda u: re.sub(r"(?:es|s)$", "", u)
-    short, long = sorted((strip(a), strip(b)), key=len)
-    if sorted(short) == sorted(long):
-        return True
-    it = iter(long)                                            # an abbreviation: its letters in order, the first one first
-    return len(short) <= 4 and bool(short) and short[0] == long[0] and all(c in it for c in short)
-
-
-def thousands(text: str) -> str:
-    t = re.sub(r"(?<=\d),\s?\\! ?(?=\d{3})", ",", text)
-    return re.sub(r",", "", t) if re.fullmatch(r"-?\s?\d{1,3}(,\d{3})+(\.\d+)?", t) else text
-
-
-def items(text: str) -> list[str]:
-    """Of "1, 2 and 3": its parts; one part otherwise."""
-    parts = split_top(text, r",(?:\s*(?:and|or)\b)?|;|\b(?:and|or)\b")
-    return [x for x in parts if x] if len(parts) > 1 else [text]
-
-
-def braced(text: str) -> list[str] | None:
-    if text.startswith("\\{") and text.endswith("\\}"):
-        inner = text[2:-2].strip()
-        return [x for x in split_top(inner, r",|;") if x]
-    if re.fullmatch(r"\\(?:emptyset|varnothing)", text):
-        return []
-    return None
-
-
-def enclosed(text: str) -> tuple[str, list[str]] | None:
-    """(brackets, parts) of "(1, 2]" and the like."""
-    if text[:1] in ("(", "[") and text[-1:] in (")", "]") and matching(text, 0) == len(text) - 1:
-        return text[0] + text[-1], split_top(text[1:-1], r",|;")
-    if m := re.fullmatch(r"(?:\\langle|<)(.*)(?:\\rangle|>)", text):
-        return "()", split_top(m[1], ",")
-    return None
-
-
-def expand(parts: list[str]) -> list[str]:
-    out = []
-    for part in parts:
-        if "\\pm" in part or "\\mp" in part:
-            out += [part.replace("\\pm", " + ").replace("\\mp", " - "), part.replace("\\pm", " - ").replace("\\mp", " + ")]
-        else:
-            out.append(part)
-    if len(out) > 64:
-        raise Hard
-    return out
-
-
-def same_items(a: list[str], b: list[str], depth: int) -> bool:
-    """The same things in any order. A name shared by "x = 1, 2" counts for all."""
-    if len(a) != len(b) or len(a) > 40:
-        return False
-    if len({bool(relation(x)) for x in a[1:]} | {bool(relation(x)) for x in b[1:]}) <= 1:
-        a, b = ([strip_name(x) for x in t] for t in (a, b)) if not all(relation(x) for x in a + b) else (a, b)
-    left = list(b)
-    for x in a:
-        found = next((i for i, y in enumerate(left) if same(x, y, depth + 1)), None)
-        if found is None:
-            return False
-        del left[found]
-    return True
-
-
-# Equations, inequalities, memberships
-
-RELATION = re.compile(r"\\(?:le|ge|ne|in|approx|to|equiv|sim)(?![a-zA-Z])|<|>|=")
-FLIP = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
-
-
-def relation(text: str) -> list[str]:
-    """The relation signs of a text, outside brackets."""
-    if text.startswith("\\{") or enclosed(text):
-        return []
-    found, depth, i = [], 0, 0
-    while i < len(text):
-        if text[i] in "([{":
-            depth += 1
-        elif text[i] in ")]}":
-            depth -= 1
-        elif depth == 0 and (m := RELATION.match(text, i)):
-            found.append(m[0])
-            i = m.end()
-            continue
-        i += 1
+def _tokens(text: str) -> list[tuple[str, str]]:
+    """(kind, text) with kind num, name (of a variable), word, or mark (a sign, or a command with its backslash)."""
+    found: list[tuple[str, str]] = []
+    end = 0
+    while end < len(text) and (match := TOKEN.match(text, end)):
+        start, end = match.start(), match.end()
+        number, command, letters, quoted, sign = match.groups()
+        if number:
+            power = EXPONENT.match(text, end)  # 1.5e3, 1e-05; but 2e-1 is 2*e - 1
+            if power and (power[0][0] == "E" or not power[1] or "." in number or number == "1" or power[2][0] == "0"):
+                end, number = power.end(), number + power[0]
+            found.append(("num", number))
+        elif quoted is not None:
+            found.append(("word", quoted.strip()))
+        elif letters:
+            found += _letters(letters, found[-1] if found else ("", ""), spaced=text[start] == " ")
+        elif command or sign and not sign.isspace():
+            found.append(("mark", command or sign))
+        if len(found) > MOST_TOKENS:
+            raise _Refused("too long")
     return found
 
 
-NAME = re.compile(r"(?:\\?[A-Za-z]+'*(?:_\{?\w+\}?)?'*(?:\s?\(\s?\\?[a-zA-Z0-9](?:\s?,\s?\\?[a-zA-Z0-9])*\s?\)|\s?\^\{?-1\}?\s?\(\s?[a-z]\s?\))?|\|\s?[A-Z]{1,3}\s?\||\(\s?[a-zA-Z](?:_\w)?(?:\s?,\s?[a-zA-Z](?:_\w)?)+\s?\)|\\frac\{[A-Z]{2}\}\{[A-Z]{2}\}|\\angle\s?[A-Z]+|[A-Z]{2}\s?[:/]\s?[A-Z]{2})")
+def _letters(run: str, last: tuple[str, str], spaced: bool) -> list[tuple[str, str]]:
+    """Letters without a backslash: a function, a word, a unit after a number, or variables multiplied."""
+    low = run.lower()
+    if run in FUNCTIONS or run == "pi":
+        return [("mark", "\\" + run)]
+    if low in ("and", "or", "percent"):
+        return [("mark", "%" if low == "percent" else low)]
+    if low in ("degree", "degrees", "deg") and last[0] == "num":
+        return [("mark", "\\deg")]
+    if low in ("inf", "infty", "infinity", "oo"):
+        return [("mark", "\\infty")]
+    if fused := re.fullmatch(r"(sin|cos|tan|ln|log|sqrt|pi)([a-z])", run):
+        return [("mark", "\\" + fused[1]), ("name", fused[2])]
+    after_value = last[0] in ("num", "word") or last[1] in (")", "}", "/")
+    if (last[0] == "word" and spaced or len(run) > 3 and (spaced or last[0] in ("", "mark") or low in UNITS)
+            or len(run) > 1 and low in UNITS and after_value):
+        return [("word", run)]
+    return [("name", run)] if run.isupper() else [("name", letter) for letter in run]  # AB is one name, ab is a times b
 
 
-def strip_name(text: str) -> str:
-    """"5" of "x = 5", "f(x) = 5", "(p, q) = ...", "x \\in ...": a left-hand side that only names the answer."""
-    if (signs := relation(text)) in (["="], ["\\in"], ["\\approx"]):
-        left, right = split_top(text, r"\\in(?![a-zA-Z])|=|\\approx(?![a-zA-Z])")
-        if NAME.fullmatch(left) and right:
-            return right
-        if NAME.fullmatch(right) and left and signs == ["="]:
-            return left
-    return text
+OPENERS = ("(", "[", "{", "\\{")
+CLOSERS = (")", "]", "}", "\\}", "\\rfloor", "\\rceil")
+STARTERS = {"\\" + name for name in FUNCTIONS | SYMBOLS | {"frac", "binom", "pi", "infty", "begin", "lfloor", "lceil"}}
+MATRICES = ("pmatrix", "bmatrix", "matrix", "vmatrix", "Bmatrix", "array", "smallmatrix")
+INF, MINUS_INF = ("inf",), ("neg", ("inf",))
+REALS = ("tuple", "(", ")", [MINUS_INF, INF])
 
 
-def same_relation(p, kp, r, kr, depth) -> bool:
-    parts = lambda t: split_top(t, RELATION.pattern)
-    if len(items(p)) > 1 or len(items(r)) > 1:
-        return same_items(expand(items(p)), expand(items(r)), depth)
-    if kp == kr == ["="]:
-        (a, b), (c, d) = parts(p), parts(r)
-        if NAME.fullmatch(a) and NAME.fullmatch(c) and same(a, c, depth + 1):
-            return same(b, d, depth + 1)
-        if same(a, c, depth + 1) and same(b, d, depth + 1):
-            return True
-        if enclosed(b) or enclosed(d):
-            return False
-        return proportional(f"({a})-({b})", f"({c})-({d})", signed=False)
-    if not kp or not kr:                                       # "x = 5" and "5"; "x \in [1, 2]" and "[1, 2]"
-        with_sign, plain, k = (p, r, kp) if kp else (r, p, kr)
-        stripped = strip_name(with_sign)
-        if stripped != with_sign:
-            return same(stripped, plain, depth + 1)
-        if (found := interval(with_sign, k)) is not None and enclosed(plain):
-            return same(found, plain, depth + 1)
-        return False
-    ip, ir = interval(p, kp), interval(r, kr)
-    if "\\in" in kp or "\\in" in kr:
-        a = strip_name(p) if kp == ["\\in"] else ip
-        b = strip_name(r) if kr == ["\\in"] else ir
-        return a is not None and b is not None and same(a, b, depth + 1)
-    a, b = parts(p), parts(r)
-    if len(kp) != len(kr):
-        return False
-    if len(kp) == 1:
-        (x, y), (u, v), s, t = a, b, kp[0], kr[0]
-        if s in (">", "\\ge"):
-            s, x, y = FLIP[s], y, x
-        if t in (">", "\\ge"):
-            t, u, v = FLIP[t], v, u
-        return s == t and proportional(f"({x})-({y})", f"({u})-({v})", signed=s != "\\ne")
-    if all(s in (">", "\\ge") for s in kp):
-        kp, a = [FLIP[s] for s in reversed(kp)], a[::-1]
-    if all(s in (">", "\\ge") for s in kr):
-        kr, b = [FLIP[s] for s in reversed(kr)], b[::-1]
-    return kp == kr and all(same(x, y, depth + 1) for x, y in zip(a, b))
+class _Parser:
+    """Recursive descent, loosest first: items, relation, union, ratio, sum, product, power, atom. Trees are tuples:
+
+        (num, Fraction, text) (name, s) (const, s) (inf,) (text, s) (base, digits, base) (add, [x..]) (mul, [x..])
+        (inv, x) (neg, x) (pow, x, y) (pm, x, sign) (deg, x) (pct, x) (unit, x, s) (fn, name, [x..]) (call, name, [x..])
+        (list, [x..]) (either, [x..]) (set, [x..]) (tuple, open, close, [x..]) (matrix, kind, rows) (union, [x..])
+        (diff, x, y) (ratio, [x..]) (rel, [op..], [x..])
+    """
+
+    def __init__(self, tokens: list[tuple[str, str]]):
+        self.tokens, self.at, self.depth, self.bars = tokens, 0, 0, 0
+
+    def parse(self) -> tuple:
+        node = self.items()
+        if self.at < len(self.tokens):
+            raise _Refused(f"unexpected {self.tokens[self.at][1]!r}")
+        return node
+
+    def peek(self, ahead: int = 0) -> tuple[str, str]:
+        return self.tokens[self.at + ahead] if self.at + ahead < len(self.tokens) else ("end", "")
+
+    def mark(self) -> str:
+        """The next token's text if it is a mark."""
+        kind, text = self.peek()
+        return text if kind == "mark" else ""
+
+    def take(self, *marks: str) -> str:
+        """The same, and go past it, if it is one of these."""
+        text = self.mark()
+        self.at += text in marks
+        return text if text in marks else ""
+
+    def need(self, mark: str) -> None:
+        if not self.take(mark):
+            raise _Refused(f"expected {mark!r}")
+
+    def nested(self, rule) -> tuple:
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise _Refused("too deep")
+        node = rule()
+        self.depth -= 1
+        return node
+
+    def items(self) -> tuple:
+        rows, used = [[]], set()
+        while True:
+            while separator := self.take(",", ";", "and", "or"):
+                used.add(separator)
+                if separator == ";" and rows[-1]:
+                    rows.append([])
+            if self.peek()[0] == "end" or self.mark() in CLOSERS or self.bars and self.mark() == "|":
+                break
+            rows[-1].append(self.relation())
+            if self.mark() not in (",", ";", "and", "or"):
+                break
+        if len(rows) > 1 and len(rows[-1]) > 1:
+            return ("matrix", "m", rows)                                          # [1, 2; 3, 4]
+        flat = [x for row in rows for x in row]
+        if not flat:
+            raise _Refused("nothing there")
+        return flat[0] if len(flat) == 1 else ("either" if used == {"or"} else "list", flat)
+
+    def relation(self) -> tuple:
+        parts, ops = [self.union()], []
+        while op := self.take("=", "<", ">", "<=", ">=", "!=", "\\in", "\\approx", "\\sim"):
+            if op == "=":
+                self.take("=")
+            ops.append(op)
+            parts.append(self.union())
+        return ("rel", ops, parts) if ops else parts[0]
+
+    def union(self) -> tuple:
+        parts = [self.ratio()]
+        while self.take("\\cup"):
+            parts.append(self.ratio())
+        if len(parts) == 1 and self.take("\\setminus", "\\backslash"):
+            return ("diff", parts[0], self.ratio())
+        return ("union", parts) if len(parts) > 1 else parts[0]
+
+    def ratio(self) -> tuple:
+        parts = [self.sum()]
+        while self.take(":"):
+            parts.append(self.sum())
+        if len(parts) > 1 and parts[-1][0] == "unit":                             # 4:30 pm
+            return ("unit", ("ratio", parts[:-1] + [parts[-1][1]]), parts[-1][2])
+        return ("ratio", parts) if len(parts) > 1 else parts[0]
+
+    def sum(self) -> tuple:
+        terms = []
+        while True:
+            if sign := self.take("\\pm", "\\mp"):
+                terms.append(("pm", self.product(), sign))
+            elif terms and self.take("-"):
+                terms.append(("neg", self.product()))
+            elif not terms or self.take("+"):
+                terms.append(self.product())
+            else:
+                return ("add", terms) if len(terms) > 1 else terms[0]
+
+    def product(self) -> tuple:
+        if sign := self.take("-", "+"):
+            node = self.nested(self.product)
+            return ("neg", node) if sign == "-" else node
+        factors = [self.power()]
+        while True:
+            kind, text = self.peek()
+            if self.take("*", "\\times", "\\cdot", "\\ast"):
+                factors.append(self.signed())
+            elif self.take("/", "\\div"):
+                factors.append(("inv", self.signed()))
+            elif kind == "word":
+                if factors[0][0] == "unit":
+                    raise _Refused("a second unit")
+                factors = [self.unit(factors[0] if len(factors) == 1 else ("mul", factors))]
+            elif mixed := self.mixed(factors):
+                factors = [mixed]
+            elif kind == "num" and self.tokens[self.at - 1][0] == "num":
+                raise _Refused("two numbers side by side")
+            elif (kind in ("num", "name") or self.mark() in OPENERS or self.mark() in STARTERS
+                  or self.mark() == "|" and not self.bars):
+                factors.append(self.power())
+            else:
+                return ("mul", factors) if len(factors) > 1 else factors[0]
+
+    def signed(self) -> tuple:
+        sign = self.take("-", "+")
+        node = self.nested(self.signed) if sign else self.power()
+        return ("neg", node) if sign == "-" else node
+
+    def mixed(self, factors: list) -> tuple | None:
+        """2\\frac{1}{3} and 2 1/3 are two and a third."""
+        start = self.at
+        if len(factors) == 1 and _is_whole(factors[0]):
+            if self.mark() == "\\frac":
+                part = self.atom()
+            elif self.peek()[0] == "num" and self.peek(1)[1] == "/" and self.peek(2)[0] == "num":
+                part = ("mul", [self.atom(), ("inv", (self.take("/"), self.atom())[1])])
+            else:
+                return None
+            top, bottom = part[1][0], part[1][1][1]
+            if _is_whole(top) and _is_whole(bottom) and top[1] < bottom[1]:
+                return self.postfix(("add", [factors[0], part]))
+        self.at = start
+        return None
+
+    def unit(self, node: tuple) -> tuple:
+        names = []
+        while self.peek()[0] == "word" or self.mark() in ("/", "*", "\\cdot") and self.peek(1)[0] == "word":
+            word = self.peek()[1].lower()
+            self.at += 1
+            if word in SCALES and not names:
+                node = ("mul", [node, ("num", Fraction(SCALES[word]), word)])
+                continue
+            names.append(word)
+            if self.take("^"):
+                self.argument()
+        return ("unit", node, " ".join(names)) if names else node
+
+    def power(self) -> tuple:
+        return self.postfix(self.nested(self.atom))
+
+    def postfix(self, node: tuple) -> tuple:
+        for _ in range(6):
+            if self.take("^"):
+                if self.take("'", "\\prime"):
+                    continue
+                sign = self.take("-", "+")
+                exponent = self.argument() if self.mark() == "{" else self.nested(self.power)
+                node = ("pow", node, ("neg", exponent) if sign == "-" else exponent)
+            elif self.take("!"):
+                node = ("fn", "!", [node])
+            elif self.take("%"):
+                node = ("pct", node)
+            elif self.take("\\deg"):
+                node = ("deg", node)
+            else:
+                break
+        return node
+
+    def argument(self) -> tuple:
+        """A LaTeX argument: a group, a command, a letter, or one digit (\\frac12)."""
+        kind, text = self.peek()
+        if kind == "num" and len(text) > 1 and text.isdigit():
+            self.tokens[self.at] = ("num", text[1:])
+            return ("num", Fraction(int(text[0])), text[0])
+        if self.take("-"):
+            return ("neg", self.nested(self.argument))
+        return self.nested(self.atom)
+
+    def raw(self) -> str:
+        """A subscript, or the name of an environment, as text."""
+        text, depth = [], 0
+        while self.at < len(self.tokens):
+            token = self.tokens[self.at][1]
+            self.at += 1
+            depth += (token == "{") - (token == "}")
+            text.append(token)
+            if depth <= 0:
+                return "".join(text).strip("{}")
+        raise _Refused("a brace is not closed")
+
+    def closed(self, open: str) -> tuple:
+        """What stands after an opening bracket, up to its closing one: a group, tuple or interval, a set."""
+        if open == "\\{" and self.take("\\}"):
+            return ("set", [])
+        bars, self.bars = self.bars, int(open == "\\{")
+        node = self.items()
+        if open == "\\{" and self.take("|"):                                      # {x | x > 3}
+            self.bars = 0
+            node = self.items()
+            open = "condition"
+        self.bars = bars
+        close = self.take(*{"{": ("}",), "\\{": ("\\}",), "condition": ("\\}",)}.get(open, (")", "]")))
+        if not close:
+            raise _Refused("a bracket is not closed")
+        items = node[1] if node[0] in ("list", "either") else [node]
+        if open == "\\{" or open == "{" and len(items) > 1:
+            return ("set", items)
+        if open in ("{", "condition") or len(items) == 1:
+            return node
+        if open == "[" and all(x[:3] == ("tuple", "[", "]") and len(x[3]) == len(items[0][3]) for x in items):
+            return ("matrix", "m", [x[3] for x in items])                         # [[1, 2], [3, 4]]
+        return ("tuple", open, close, items)
+
+    def atom(self) -> tuple:
+        kind, text = self.peek()
+        self.at += 1
+        if kind == "num":
+            return self.number(text)
+        if kind == "name":
+            return self.name(text)
+        if kind == "word":
+            words = [text]
+            while self.peek()[0] == "word":
+                words.append(self.peek()[1])
+                self.at += 1
+            return self.name(text) if len(text) == 1 == len(words) else ("text", " ".join(words).lower())
+        if kind == "mark" and text in OPENERS:
+            return self.closed(text)
+        if kind == "mark" and text == "|":
+            self.bars += 1
+            node = ("fn", "abs", [self.items()])
+            self.need("|")
+            self.bars -= 1
+            return node
+        if text == "ℝ":
+            return REALS
+        if kind == "mark" and text[0] == "\\":
+            return self.command(text[1:])
+        raise _Refused(f"unexpected {text!r}")
+
+    def number(self, text: str) -> tuple:
+        if self.take("_"):
+            return ("base", text, self.raw())
+        mantissa, _, exponent = text.lower().partition("e")
+        if len(text) > MOST_BITS // 8 or abs(int(exponent or 0)) > MOST_BITS // 8:
+            raise _Refused("too many digits")
+        return ("num", Fraction(mantissa) * Fraction(10) ** int(exponent or 0), text)
+
+    def name(self, text: str) -> tuple:
+        if text in "ei" and self.mark() != "_":
+            return ("const", text)
+        if self.take("_"):
+            text += "_" + self.raw()
+        while True:
+            if self.mark() == "^" and self.peek(1)[1] == "\\prime":
+                self.at += 2
+            elif not self.take("'"):
+                break
+            text += "'"
+        if text[0] in "fgh" and [t for _, t in self.tokens[self.at:self.at + 6]] == ["^", "{", "-", "1", "}", "("]:
+            text, self.at = text + "^-1", self.at + 5
+        if (text[0] in "fgh" or text in "PFGH") and self.take("("):
+            inside = self.closed("(")
+            return ("call", text, inside[3] if inside[0] == "tuple" else [inside])
+        return ("name", text)
+
+    def command(self, name: str) -> tuple:
+        if name == "frac":
+            return ("mul", [self.argument(), ("inv", self.argument())])
+        if name == "binom":
+            return ("fn", "binom", [self.argument(), self.argument()])
+        if name == "sqrt":
+            index = [self.closed("[")] if self.take("[") else []
+            return ("fn", "sqrt", [self.nested(self.atom)] + index)
+        if name == "pi":
+            return ("const", "pi")
+        if name == "infty":
+            return INF
+        if name in ("emptyset", "varnothing"):
+            return ("set", [])
+        if name in ("lfloor", "lceil"):
+            node = ("fn", name[1:], [self.items()])
+            self.need("\\r" + name[1:])
+            return node
+        if name == "begin":
+            return self.matrix()
+        if name in FUNCTIONS:
+            return self.function(name)
+        if name in SYMBOLS or name.startswith("Set"):
+            return self.name("\\" + name)
+        raise _Refused(f"unknown command {name!r}")
+
+    def function(self, name: str) -> tuple:
+        name = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "lg": "log10"}.get(name, name)
+        base, exponent = [], None
+        while self.mark() == "^" or name == "log" and self.mark() == "_":
+            if self.take("_"):
+                base = [self.argument()]
+            else:
+                self.take("^")
+                exponent = self.argument()
+        if name in ("sin", "cos", "tan") and exponent and _exact(exponent) == -1:
+            name, exponent = "arc" + name, None
+        if self.mark() in ("(", "{", "|"):
+            inside = self.nested(self.atom)
+        else:                                              # \sin 2x: up to a sign, bracket or function
+            factors = [self.signed()]
+            while self.peek()[0] in ("num", "name") or self.mark()[1:] in SYMBOLS | {"pi", "frac"}:
+                factors.append(self.power())
+            inside = ("mul", factors) if len(factors) > 1 else factors[0]
+        node = ("fn", name, (inside[3] if inside[0] == "tuple" else [inside]) + base)
+        return ("pow", node, exponent) if exponent else node
+
+    def matrix(self) -> tuple:
+        kind = self.raw()
+        if kind not in MATRICES:
+            raise _Refused(f"environment {kind!r}")
+        if kind == "array":
+            self.raw()
+        rows: list[list] = [[]]
+        while not self.take("\\end"):
+            if self.take("\\\\"):
+                rows.append([])
+            elif not self.take("&", "\\hline"):
+                rows[-1].append(self.relation())
+        self.raw()
+        rows = [row for row in rows if row]
+        if not rows or any(len(row) != len(rows[0]) for row in rows):
+            raise _Refused("a ragged matrix")
+        return ("matrix", "det" if kind == "vmatrix" else "m", rows)
 
 
-def interval(text: str, signs: list[str]) -> str | None:
-    """"[-2, 7)" of "-2 \\le x < 7", "[5, \\infty)" of "x \\ge 5"."""
-    parts = split_top(text, RELATION.pattern)
-    if len(signs) == 2 and NAME.fullmatch(parts[1]) and all(s in FLIP for s in signs):
-        if all(s in (">", "\\ge") for s in signs):
-            parts, signs = parts[::-1], [FLIP[s] for s in reversed(signs)]
-        if all(s in ("<", "\\le") for s in signs):
-            return ("[" if signs[0] == "\\le" else "(") + parts[0] + "," + parts[2] + ("]" if signs[1] == "\\le" else ")")
-    if len(signs) == 1 and signs[0] in FLIP:
-        (a, b), s = parts, signs[0]
-        if NAME.fullmatch(b) and not NAME.fullmatch(a):
-            a, b, s = b, a, FLIP[s]
-        if NAME.fullmatch(a) and not NAME.fullmatch(b):
-            return {"<": f"(-\\infty,{b})", "\\le": f"(-\\infty,{b}]", ">": f"({b},\\infty)", "\\ge": f"[{b},\\infty)"}[s]
+# ---- the value of a tree ----
+
+def _is_whole(node: tuple) -> bool:
+    return node[0] == "num" and node[2].isdigit()
+
+
+def _exact(node: tuple) -> Fraction | None:
+    """Its rational value, or None where it has none of a manageable size."""
+    kind = node[0]
+    if kind == "num":
+        return node[1]
+    if kind in ("neg", "inv", "unit", "deg", "pct"):
+        x = _exact(node[1])
+        if kind == "inv" and x == 0:
+            raise _Undefined("1/0")
+        if x is None or kind in ("unit", "deg"):
+            return x
+        return -x if kind == "neg" else 1 / x if kind == "inv" else x / 100
+    if kind in ("add", "mul"):
+        total = Fraction(kind == "mul")
+        for part in node[1]:
+            if (x := _exact(part)) is None or _bits(total) > MOST_BITS:
+                return None
+            total = total + x if kind == "add" else total * x
+        return total
+    if kind == "pow":
+        x, y = _exact(node[1]), _exact(node[2])
+        if x is None or y is None or y.denominator != 1 or abs(y) * _bits(x) > MOST_BITS:
+            return None
+        if x == 0 and y <= 0:
+            raise _Undefined("0 to a power below 1")
+        return x ** int(y)
+    if kind == "fn" and node[1] == "!":
+        x = _exact(node[2][0])
+        return Fraction(math.factorial(int(x))) if x is not None and x.denominator == 1 and 0 <= x <= 1000 else None
     return None
 
 
-def matrix(text: str) -> list[list[str]] | None:
-    m = re.fullmatch(r"[\[(]?\s?\\begin\s?\{([pbvBV]?matrix|smallmatrix|array)\}\s?(?:\{[clr|\s]*\})?(.*?)\\end\s?\{\1\}\s?[\])]?", text, re.S)
-    if not m or m[1] in ("vmatrix", "Vmatrix"):
-        return None
-    rows = [row.strip() for row in re.split(r"\\\\|\\cr", m[2])]
-    return [[cell.strip() for cell in row.split("&")] for row in rows if row]
+def _bits(x: Fraction) -> int:
+    return x.numerator.bit_length() + x.denominator.bit_length()
 
 
-# Values: a grammar of our own, evaluated exactly where possible
-
-FUNCTIONS = {"sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "ln", "log", "lg", "exp", "sqrt", "abs"}
-NAMES = FUNCTIONS | {"pi", "frac", "infty", "cdot"}            # words that are mathematics, not units
-GREEK = {"alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta", "theta", "vartheta", "iota", "kappa", "lambda", "mu", "nu", "xi", "rho", "sigma", "tau", "phi", "varphi", "chi", "psi",
-         "omega", "Gamma", "Delta", "Theta", "Lambda", "Sigma", "Phi", "Psi", "Omega", "ell"}
-TOKEN = re.compile(r"\s*(?:(\d+\.?\d*(?:[eE][+-]?\d{1,4}(?![\w.]))?|\.\d+)|\\([a-zA-Z]+)|([a-zA-Z]+)|(\*\*|[-+*/^_(){}\[\]|!,'=]))")
-
-
-def tokens_of(text: str) -> list[tuple[str, str]]:
-    text = re.sub(r"(?<=\d)\s(?=\d{3}\b)", "", text) if re.fullmatch(r"-?\d{1,3}(\s\d{3})+", text) else text
-    out, at = [], 0
-    while at < len(text):
-        m = TOKEN.match(text, at)
-        if not m:
-            if not text[at:].strip():
-                break
-            raise Hard(text[at:at + 10])
-        at = m.end()
-        if m[1]:
-            out.append(("number", m[1]))
-        elif m[2]:
-            out.append(("command", m[2]))
-        elif m[3]:
-            out += letters(m[3])
-        else:
-            out.append(("sign", "^" if m[4] == "**" else m[4]))
-        if len(out) > 400:
-            raise Hard
-    return out
+def _walk(node):
+    """Every tree in a tree."""
+    if isinstance(node, tuple):
+        yield node
+    for part in node:
+        if isinstance(part, (tuple, list)):
+            yield from _walk(part)
 
 
-def letters(run: str) -> list[tuple[str, str]]:
-    """A run of letters: a function's name, a word (one symbol), or a product of single letters."""
-    out = []
-    while run:
-        name = next((f for f in sorted(FUNCTIONS | {"pi"}, key=len, reverse=True) if run.startswith(f) and len(f) > 1), None)
-        if name:
-            out.append(("command", name))
-            run = run[len(name):]
-        elif len(run) > 3 or (len(run) == 3 and run.islower() and not set(run) & set("xyzabcnkpqrt")):
-            return out + [("word", run)]
-        else:
-            out.append(("letter", run[0]))
-            run = run[1:]
-    return out
+def _names(*nodes: tuple) -> set[str]:
+    return {n[1] for n in _walk(nodes) if n and n[0] in ("name", "call", "text", "base")}
 
 
-class Parser:
-    """Recursive descent over a whitelist: sums, products (written or not), powers, fractions, roots, functions, |x|, n!, subscripts."""
-
-    def __init__(self, text: str):
-        self.tokens, self.at, self.depth, self.bars = tokens_of(text), 0, 0, 0
-
-    def peek(self, n=0):
-        return self.tokens[self.at + n] if self.at + n < len(self.tokens) else ("end", "")
-
-    def take(self, value=None):
-        token = self.peek()
-        if value is not None and token != ("sign", value):
-            raise Hard
-        self.at += 1
-        return token
-
-    def parse(self):
-        tree = self.sum()
-        if self.peek()[0] != "end":
-            raise Hard
-        return tree
-
-    def sum(self):
-        self.depth += 1
-        if self.depth > 40:
-            raise Hard
-        terms = [self.product()]
-        while self.peek() in (("sign", "+"), ("sign", "-")):
-            terms.append(self.product() if self.take()[1] == "+" else ("neg", self.product()))
-        self.depth -= 1
-        return ("+", *terms) if len(terms) > 1 else terms[0]
-
-    def product(self):
-        sign = 1
-        while self.peek() in (("sign", "+"), ("sign", "-")):
-            sign *= -1 if self.take()[1] == "-" else 1
-        tree = self.factor()
-        while True:
-            kind, value = self.peek()
-            if (kind, value) in (("sign", "*"), ("command", "cdot"), ("command", "times")):
-                self.take()
-                tree = ("*", tree, self.signed())
-            elif (kind, value) in (("sign", "/"), ("command", "div")):
-                self.take()
-                tree = ("/", tree, self.signed())
-            elif kind == "number" and self.at and self.peek(-1)[0] == "number":
-                # "1 1/2": a mixed number; two numbers side by side are nothing else
-                if self.peek(1) == ("sign", "/") and self.peek(2)[0] == "number" and tree[0] == "number" and "." not in value:
-                    self.take(), self.take()
-                    tree = ("+", tree, ("/", ("number", value), ("number", self.take()[1])))
-                else:
-                    raise Hard
-            elif kind in ("number", "letter", "word") or (kind == "command" and value not in ("cdot", "times", "div")) or (kind == "sign" and value in "({[" and value) \
-                    or (value == "|" and kind == "sign" and not self.bars):
-                right = self.factor()
-                if tree[0] == "number" and "." not in tree[1] and right[0] == "/" and right[1][0] == right[2][0] == "number" and (kind, value) == ("command", "frac"):
-                    tree = ("+", tree, right)                  # 1\frac{1}{2}
-                else:
-                    tree = ("*", tree, right)
-            else:
-                break
-        return ("neg", tree) if sign < 0 else tree
-
-    def signed(self):
-        if self.peek() in (("sign", "-"), ("sign", "+")):
-            return ("neg", self.signed()) if self.take()[1] == "-" else self.signed()
-        return self.factor()
-
-    def factor(self):
-        tree = self.atom()
-        while True:
-            if self.peek() == ("sign", "!"):
-                self.take()
-                tree = ("!", tree)
-            elif self.peek() == ("sign", "^"):
-                self.take()
-                power = self.argument(signed=True)
-                return self.after_power(("^", tree, power))
-            else:
-                return tree
-
-    def after_power(self, tree):
-        while self.peek() == ("sign", "!"):
-            self.take()
-            tree = ("!", tree)
-        return tree
-
-    def argument(self, signed=False):
-        """{...}, or what LaTeX takes without braces: one digit, one letter, one command."""
-        self.depth += 1                                        # 40 braces, roots or signs within each other are enough
-        if self.depth > 40:
-            raise Hard
-        tree = self.bare_argument(signed)
-        self.depth -= 1
-        return tree
-
-    def bare_argument(self, signed):
-        kind, value = self.peek()
-        if (kind, value) == ("sign", "{"):
-            return self.group("}")
-        if signed and kind == "sign" and value in "+-":
-            self.take()
-            inner = self.argument(True)
-            return ("neg", inner) if value == "-" else inner
-        if (kind, value) == ("sign", "("):
-            return self.group(")")
-        if kind == "number" and not signed and len(value) > 1 and value.isdigit():
-            self.tokens[self.at] = ("number", value[1:])       # \frac12: one digit each
-            return ("number", value[0])
-        if kind in ("number", "letter", "command"):
-            return self.atom()
-        raise Hard
-
-    def group(self, close):
-        self.take()
-        bars, self.bars = self.bars, 0
-        tree = self.sum()
-        self.bars = bars
-        self.take(close)
-        return tree
-
-    def atom(self):
-        kind, value = self.take()
-        if kind == "number":
-            if self.peek() in (("command", "overline"), ("command", "dot"), ("command", "bar")) and "." in value:      # 0.1\overline{6}
-                self.take()
-                period = self.argument()
-                if period[0] != "number" or not period[1].isdigit() or len(period[1]) > 50:
-                    raise Hard
-                shift = len(value.partition(".")[2])
-                return ("+", ("number", value), ("/", ("number", period[1]), ("number", "9" * len(period[1]) + "0" * shift)))
-            if self.peek() == ("sign", "_"):                   # 204_5: a numeral in base 5, which is not the number 204
-                self.take()
-                base = self.argument()
-                if base[0] != "number":
-                    raise Hard
-                return ("symbol", f"{value} in base {base[1]}")
-            return ("number", value)
-        if kind in ("letter", "word"):
-            name = self.subscript(value)
-            while self.peek() == ("sign", "'"):
-                self.take()
-                name += "'"
-            return ("symbol", name)
-        if kind == "sign":
-            self.at -= 1
-            if value in ("(", "[", "{"):
-                return self.group({"(": ")", "[": "]", "{": "}"}[value])
-            if value == "|":
-                self.take()
-                self.bars += 1
-                tree = self.sum()
-                self.bars -= 1
-                self.take("|")
-                return ("call", "abs", tree)
-            raise Hard
-        if kind != "command":
-            raise Hard
-        if value == "frac":
-            top = self.argument()
-            return ("/", top, self.argument())
-        if value == "sqrt":
-            if self.peek() == ("sign", "["):
-                index = self.group("]")
-                return ("^", self.argument(), ("/", ("number", "1"), index))
-            return ("^", self.argument(signed=True) if self.peek()[0] != "number" else self.atom(), ("/", ("number", "1"), ("number", "2")))
-        if value in ("binom", "tbinom", "dbinom"):
-            n = self.argument()
-            return ("call", "binom", n, self.argument())
-        if value in ("lfloor", "lceil"):
-            tree = self.sum()
-            if self.take() != ("command", "rfloor" if value == "lfloor" else "rceil"):
-                raise Hard
-            return ("call", "floor" if value == "lfloor" else "ceil", tree)
-        if value in FUNCTIONS:
-            base = power = None
-            while self.peek() in (("sign", "_"), ("sign", "^")):
-                if self.take()[1] == "_":
-                    base = self.argument()
-                else:
-                    power = self.argument(signed=True)
-            if self.peek() == ("sign", "("):
-                inner = self.group(")")
-            elif self.peek() == ("sign", "{"):
-                inner = self.group("}")
-            else:                                              # \sin 2x: a product without written signs
-                inner = self.factor()
-                while self.peek()[0] in ("letter", "number") or self.peek() in (("command", "pi"), ("command", "theta")):
-                    inner = ("*", inner, self.factor())
-            if power == ("neg", ("number", "1")) and value in ("sin", "cos", "tan"):
-                return ("call", "arc" + value, inner)
-            tree = ("call", value, inner, base) if base is not None else ("call", value, inner)
-            return ("^", tree, power) if power is not None else tree
-        if value == "pi" or value == "infty":
-            return (value,)
-        if value in GREEK or value in ("overline", "bar", "vec", "hat", "angle", "triangle", "emptyset"):
-            if value in ("overline", "bar", "vec", "hat"):
-                return ("symbol", f"{value} {self.argument()!r}")
-            return ("symbol", self.subscript(value))
-        raise Hard(value)
-
-    def subscript(self, name):
-        if self.peek() == ("sign", "_"):
-            self.take()
-            if self.peek() == ("sign", "{"):
-                begin, depth = self.at, 0
-                while True:
-                    token = self.take()
-                    depth += (token == ("sign", "{")) - (token == ("sign", "}"))
-                    if token[0] == "end":
-                        raise Hard
-                    if depth == 0:
-                        break
-                return name + "_" + "".join(v for _, v in self.tokens[begin + 1:self.at - 1])
-            return name + "_" + self.take()[1]
-        return name
+@cache
+def _mp():
+    """mpmath, sympy's arithmetic, in a context of our own. (sympy's trees evaluate what they are given at any cost.)"""
+    import mpmath
+    return mpmath.MPContext()
 
 
-BITS = 200_000          # no exact number larger than this
+class _Numbers:
+    """Numeric values of trees, to DIGITS digits, with a bound on the work of one comparison."""
 
+    def __init__(self):
+        self.mp, self.left = _mp(), MOST_WORK
+        self.mp.dps = DIGITS
 
-def value_of(tree, env, mp):
-    """The value of a tree: a Fraction as long as it is one, then an mpmath number of 40 digits. Bounded: powers and factorials that would fill the memory raise."""
-    kind = tree[0]
-    if kind == "number":
-        if len(tree[1]) > 5000:
-            raise Hard
-        exponent = re.search(r"[eE]([+-]?\d+)$", tree[1])
-        if exponent and abs(int(exponent[1])) > 3000:
-            raise Hard
-        return Fraction(tree[1].rstrip(".") if not exponent else tree[1])
-    if kind == "symbol":
-        return +mp.e if tree[1] == "e" else mp.mpc(0, 1) if tree[1] == "i" else env[tree[1]]
-    if kind == "pi":
-        return +mp.pi
-    if kind == "infty":
-        raise Hard
-    args = [value_of(t, env, mp) for t in tree[1:] if isinstance(t, tuple)]
-    if kind == "neg":
-        return -args[0]
-    exact = all(isinstance(a, Fraction) for a in args)
-    real = [to_mp(a, mp) for a in args] if not exact else args
-    if kind == "+":
-        return bounded(sum(real[1:], real[0]))
-    if kind == "*":
-        return bounded(real[0] * real[1])
-    if kind == "/":
-        return bounded(real[0] / real[1])
-    if kind == "^":
-        base, power = args
-        if isinstance(base, Fraction) and isinstance(power, Fraction) and power.denominator == 1:
-            n = abs(power.numerator)
-            if base in (0, 1, -1) or n * max(base.numerator.bit_length(), base.denominator.bit_length()) < BITS:
-                return base ** (power.numerator if base not in (1, -1) else power.numerator % 2)
-        base, power = to_mp(base, mp), to_mp(power, mp)
-        if base == 0:
-            return base ** power
-        if abs(power) * (abs(mp.log(abs(base))) + 4) > 10**7:
-            raise Hard
-        return base ** power
-    if kind == "!":
-        n = args[0]
-        if isinstance(n, Fraction) and n.denominator == 1 and 0 <= n < 5000:
-            return Fraction(math.factorial(n.numerator))
-        if isinstance(n, Fraction) or abs(n) > 1000:
-            raise Hard
-        return mp.gamma(n + 1)
-    name, x = tree[1], args[0]
-    if name == "abs" and isinstance(x, Fraction):
-        return abs(x)
-    if name in ("floor", "ceil"):
-        x = x if isinstance(x, Fraction) else Fraction(str(mp.nstr(mp.re(x), 30)))
-        return Fraction(math.floor(x) if name == "floor" else math.ceil(x))
-    if name == "binom":
-        if all(isinstance(a, Fraction) and a.denominator == 1 and 0 <= a < 5000 for a in args):
-            return Fraction(math.comb(args[0].numerator, args[1].numerator))
-        n, k = (to_mp(a, mp) for a in args)
-        if max(abs(n), abs(k)) > 1000:
-            raise Hard
-        return mp.binomial(n, k)
-    x = to_mp(x, mp)
-    if abs(x) > 10**6 and name not in ("ln", "log", "lg", "abs"):
-        raise Hard
-    if name == "log":
-        return mp.log(x) / (mp.log(to_mp(args[1], mp)) if len(args) > 1 else 1)
-    if name == "lg":
-        return mp.log(x) / mp.log(10)
-    return {"sin": mp.sin, "cos": mp.cos, "tan": mp.tan, "cot": mp.cot, "sec": mp.sec, "csc": mp.csc, "arcsin": mp.asin, "arccos": mp.acos, "arctan": mp.atan,
-            "sinh": mp.sinh, "cosh": mp.cosh, "tanh": mp.tanh, "ln": mp.log, "exp": mp.exp, "sqrt": mp.sqrt, "abs": abs}[name](x)
+    def point(self, name: str, trial: int):
+        """Where a variable stands in a trial: small, large, of either sign, in turn."""
+        low, high = ((0.1, 1), (1, 9), (-4, 4), (4, 40))[trial % 4]
+        return self.mp.mpf(random.Random(f"{name} {trial}").uniform(low, high))
 
+    def value(self, node: tuple, trial: int, real: bool, degrees: bool = False):
+        """A real or complex number; _Undefined where there is none, or, if `real`, none on the way there."""
+        self.left -= 1
+        if self.left < 0:
+            raise _Refused("too much work")
+        x = self.raw_value(node, trial, real, degrees)
+        if not self.mp.isfinite(x) or x != 0 and abs(self.mp.mag(x)) > 10**6:
+            raise _Undefined("out of range")
+        if real and self.mp.im(x) != 0:
+            raise _Undefined("not real")
+        return x if self.mp.im(x) != 0 else self.mp.re(x)
 
-def bounded(x):
-    if isinstance(x, Fraction) and max(x.numerator.bit_length(), x.denominator.bit_length()) > 2 * BITS:
-        raise Hard
-    return x
+    def raw_value(self, node: tuple, trial: int, real: bool, degrees: bool):
+        mp, kind = self.mp, node[0]
 
+        def sub(x, degrees=degrees):
+            return self.value(x, trial, real, degrees)
 
-def to_mp(x, mp):
-    return mp.mpf(x.numerator) / x.denominator if isinstance(x, Fraction) else x
+        if kind == "num":
+            return mp.mpf(node[1].numerator) / node[1].denominator
+        if kind in ("name", "text", "base"):
+            return self.point(" ".join(node[1:]), trial)
+        if kind == "const":
+            return +{"pi": mp.pi, "e": mp.e, "i": mp.j}[node[1]]
+        if kind == "add":
+            return mp.fsum(map(sub, node[1]))
+        if kind == "mul":
+            total = mp.mpf(1)
+            for x in node[1]:
+                total *= sub(x)
+            return total
+        if kind == "inv":
+            return self.power(sub(node[1]), mp.mpf(-1))
+        if kind in ("neg", "unit", "pct", "deg"):
+            x = sub(node[1])
+            if kind == "deg" and degrees:
+                return x * mp.pi / 180
+            return -x if kind == "neg" else x / 100 if kind == "pct" else x
+        if kind == "pow":
+            return self.power(sub(node[1]), sub(node[2]), _exact(node[2]))
+        if kind == "call":                                 # an unknown function: any fixed one will do
+            start = self.point(node[1], 1)
+            return mp.fsum(mp.cos(self.small(sub(x)) * (k + 2) + start) for k, x in enumerate(node[2]))
+        if kind == "fn":
+            return self.function(node[1], [sub(x, node[1] in TRIGONOMETRIC) for x in node[2]], real)
+        raise _Refused(f"{kind} has no value")
 
+    def small(self, x, size: int = 300):
+        """x, if it is below 2^size."""
+        if x != 0 and self.mp.mag(x) > size:
+            raise _Undefined("too large an argument")
+        return x
 
-def symbols_of(tree) -> set:
-    if tree[0] == "symbol":
-        return {tree[1]}
-    return set().union(*(symbols_of(t) for t in tree[1:] if isinstance(t, tuple)))
+    def power(self, x, y, exact: Fraction | None = None):
+        mp = self.mp
+        if x == 0 and (mp.im(y) != 0 or y <= 0):
+            raise _Undefined("0 to a power below 1")
+        if y != 0 and mp.mag(y) + max(1, abs(mp.mag(x)) if x != 0 else 1).bit_length() > 22:
+            raise _Undefined("too large a power")
+        if exact is not None and exact.denominator % 2 and exact.denominator > 1 and mp.im(x) == 0 and x < 0:
+            return abs(x) ** y * (-1) ** (exact.numerator % 2)                    # (-8)^(1/3) = -2
+        return x ** y
 
+    def function(self, name: str, args: list, real: bool):
+        mp, x = self.mp, args[0]
+        if name in TRIGONOMETRIC:
+            return getattr(mp, name)(self.small(x))
+        if name in ("sinh", "cosh", "tanh", "exp"):
+            return getattr(mp, name)(self.small(x, 17))
+        if name in ("arcsin", "arccos", "arctan"):
+            return getattr(mp, "a" + name[3:])(x)
+        if name in ("ln", "log", "log10"):
+            base = mp.mpf(10) if name == "log10" else args[1] if len(args) > 1 else +mp.e
+            if x == 0 or base in (0, 1) or real and (x < 0 or base < 0):
+                raise _Undefined("no logarithm")
+            return mp.log(x) / mp.log(base)
+        if name == "abs":
+            return abs(x)
+        whole = [mp.isint(a) and mp.im(a) == 0 for a in args]
+        if name == "sqrt" and len(args) == 1 or name == "sqrt" and whole[1] and 1 <= args[1] <= 1000:
+            index = int(args[1]) if len(args) > 1 else 2
+            return self.power(x, mp.mpf(1) / index, Fraction(1, index))
+        if any(mp.im(a) != 0 for a in args):
+            raise _Undefined(f"{name} of a complex number")
+        if name in ("floor", "ceil"):
+            return getattr(mp, name)(self.small(x))
+        if name in ("max", "min"):
+            return max(args) if name == "max" else min(args)
+        if name in ("gcd", "lcm") and all(whole):
+            return mp.mpf(getattr(math, name)(*(int(self.small(a)) for a in args)))
+        if name == "!" and 0 <= x < 10**5:
+            return mp.factorial(x)
+        if name == "binom" and all(0 <= a < 10**5 for a in args):
+            return mp.binomial(*args)
+        raise _Undefined(f"no value of {name}")
 
-def points(names: set, mp):
-    """Values for the symbols: the same for both sides, positive and negative, irrational, different for different names."""
-    rng, names = random.Random(20240626), sorted(names)
-    for low, high in ((0.3, 1.7), (0.4, 2.3), (-1.9, -0.2), (1.1, 3.9), (-2.7, 2.7)):
-        yield {name: mp.mpf(rng.uniform(low, high)) + mp.mpf(rng.random()) * mp.mpf(10) ** -17 for name in names}
-
-
-def trees(p: str, r: str):
-    a, b = Parser(p).parse(), Parser(r).parse()
-    names = symbols_of(a) | symbols_of(b)
-    return a, b, names - {"e", "i"}
-
-
-PLAIN = re.compile(r"[-+]?\s?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3})?")
-
-
-def same_value(p: str, r: str) -> bool:
-    """Numbers exactly; other expressions by their values, to 40 digits, at five points."""
-    if re.sub(r"\s", "", p.lower()) == re.sub(r"\s", "", r.lower()) and len(re.sub(r"[^A-Za-z]", "", p)) > 2:
-        return True
-    if PLAIN.fullmatch(p) and PLAIN.fullmatch(r):
-        return Fraction(p.replace(" ", "")) == Fraction(r.replace(" ", ""))
-    if "\\infty" in p or "\\infty" in r:
-        return re.sub(r"[\s+]", "", p) == re.sub(r"[\s+]", "", r)
-    try:
-        a, b, names = trees(p, r)
-    except Hard:
-        return words(p) == words(r) and len(words(p)) > 0
-    from mpmath import mp
-    with mp.workdps(40):
-        good = 0
-        for env in points(names, mp):
-            try:
-                x, y = value_of(a, env, mp), value_of(b, env, mp)
-            except (ZeroDivisionError, OverflowError, ValueError, KeyError, TypeError):
-                if not names:
-                    return False
-                continue
-            if isinstance(x, Fraction) and isinstance(y, Fraction):
-                if x == y:
-                    good += 1
-                elif not names and (rounds_to(p, y, x) or rounds_to(r, x, y)):
-                    return True
-                else:
-                    return False
-            else:
-                x, y = to_mp(x, mp), to_mp(y, mp)
-                if not (mp.isfinite(x) and mp.isfinite(y)):
+    def agree(self, a: tuple, b: tuple) -> bool:
+        """Whether two expressions have the same values. Identity is judged at points where both are real, all the way;
+        where those are too few, or with an i in them, in the complex plane on principal branches."""
+        if not _names(a, b):
+            return self.same_value(a, b, 0, False)
+        for real in (False,) if ("const", "i") in _walk((a, b)) else (True, False):
+            agreed = 0
+            for trial in range(16):
+                try:
+                    if not self.same_value(a, b, trial, real):
+                        return False
+                except _Undefined:
                     continue
-                if abs(x - y) <= mp.mpf(10) ** -28 * (size if (size := max(abs(x), abs(y))) < 1e-6 else max(1, size)):
-                    good += 1
-                elif not names and (rounds_to(p, y, x) or rounds_to(r, x, y)):
+                agreed += 1
+                if agreed == 5:
                     return True
-                else:
-                    return False
-            if not names:
-                return good > 0
-        return good >= 3
-
-
-def rounds_to(text: str, exact, own) -> bool:
-    """Is `text` a decimal of at least 6 figures that `exact` (of the other side) rounds or cuts to?"""
-    m = re.fullmatch(r"[-+]?\s?(\d*)\.(\d+)", text)
-    if not m or len((m[1] + m[2]).lstrip("0")) < 6 or len(m[2]) < 4:
         return False
-    return abs(own - exact) < (Fraction(1, 10 ** len(m[2])) if isinstance(exact, Fraction) and isinstance(own, Fraction) else 10.0 ** -len(m[2]))
 
-
-def proportional(p: str, r: str, signed: bool) -> bool:
-    """Is p = c r for one constant c (positive if signed)? Then p = 0 and r = 0 are the same equation, p < 0 and r < 0 the same inequality."""
-    try:
-        a, b, names = trees(p, r)
-    except Hard:
-        return False
-    if not names:
-        return False
-    if symbols_of(a) - {"e", "i"} != symbols_of(b) - {"e", "i"}:
-        return False
-    from mpmath import mp
-    with mp.workdps(40):
-        ratios = []
-        for env in points(names, mp):
-            try:
-                x, y = (to_mp(value_of(t, env, mp), mp) for t in (a, b))
-                if y != 0 and mp.isfinite(x) and mp.isfinite(y):
-                    ratios.append(x / y)
-            except (ZeroDivisionError, OverflowError, ValueError, KeyError, TypeError):
-                continue
-        if len(ratios) < 3 or ratios[0] == 0:
+    def same_value(self, a: tuple, b: tuple, trial: int, real: bool) -> bool:
+        x, y = self.value(a, trial, real), self.value(b, trial, real)
+        gap, slack = abs(x - y), self.mp.mpf(10) ** (10 - DIGITS)
+        if gap <= max(abs(x), abs(y)) * slack:
+            return True
+        if gap > slack * 10**10:
             return False
-        return all(abs(q - ratios[0]) < mp.mpf(10) ** -25 * abs(ratios[0]) for q in ratios) and (not signed or mp.re(ratios[0]) > 0)
+        try:                                  # a zero shrinks as the precision grows, a small number (1/2004!) does not
+            self.mp.dps = 2 * DIGITS
+            return abs(self.value(a, trial, real) - self.value(b, trial, real)) < gap * slack
+        finally:
+            self.mp.dps = DIGITS
+
+    def proportional(self, a: tuple, b: tuple) -> int:
+        """The sign of the constant c with a = c b everywhere; 0 if there is none."""
+        ratios = []
+        for trial in range(16):
+            try:
+                x, y = self.value(a, trial, True), self.value(b, trial, True)
+            except _Undefined:
+                continue
+            if abs(x) < 1e-30 or abs(y) < 1e-30:
+                return 0
+            ratios.append(x / y)
+            if abs(ratios[-1] - ratios[0]) > abs(ratios[0]) * self.mp.mpf(10) ** (10 - DIGITS):
+                return 0
+            if len(ratios) == 5:
+                return 1 if ratios[0] > 0 else -1
+        return 0
+
+
+# ---- the verdict ----
+
+def is_equivalent(prediction: str, reference: str) -> bool:
+    """Whether an answer means the same as the reference answer. Never raises, takes a millisecond.
+
+    Each rung decides, or hands on to the next:
+        1. texts    the same after normalisation (spellings of LaTeX and Unicode, layout, money signs, \\text, final
+                    period); words regardless of case; the letter of a choice, with or without the option's text
+        2. shapes   lists and sets in any order, tuples in order, intervals with their kinds of end, matrices entry by
+                    entry; a \\pm b is two values; "x = " before a value is ignored; other equations and inequalities
+                    are compared up to a factor. At the leaves stand numbers and expressions:
+        3. numbers  exactly, as fractions: 1/2, 1 1/2, 50% (also 50), 1,234, 1.5e3; a unit that only one side has is
+                    ignored; a decimal of at least 6 digits may stand for what rounds to it, so 0.33 is not 1/3
+        4. algebra  the same values at random points, to 40 digits
+    """
+    if not isinstance(prediction, str) or not isinstance(reference, str):
+        return False
+    if max(len(prediction), len(reference)) > LONGEST_ANSWER:
+        return prediction.split() == reference.split() and bool(prediction.strip())
+    predicted, expected = _clean(prediction), _clean(reference)
+    if not predicted or not expected:
+        return False
+    if _packed(predicted) == _packed(expected) or _phrase(predicted) == _phrase(expected) is not None:
+        return True
+    (letter, option), (letter_wanted, option_wanted) = _choice(predicted), _choice(expected)
+    if letter and letter_wanted:
+        return letter == letter_wanted
+    trees = [(a, b) for a in _readings(option or predicted) for b in _readings(option_wanted or expected)]
+    comparison = _Comparison() if trees else None
+    for a, b in trees:
+        try:
+            if comparison.same(a, b):
+                return True
+        except (_Refused, _Undefined):
+            pass
+    return False
+
+
+def _packed(text: str) -> str:
+    """Without the spaces and quotes that change nothing (1 1/2 is not 11/2)."""
+    return re.sub(r"(?<![\dA-Za-z]) | (?![\dA-Za-z])", "", text.replace('"', " ").strip()).strip()
+
+
+def _phrase(text: str) -> str | None:
+    """Plain words in one spelling; None if it is not plain words."""
+    text = text.replace('"', " ")
+    if not re.fullmatch(r"[A-Za-z ,.'!?-]+", text) or not re.search(r"[A-Za-z]{3}|^\s*no\b", text, re.I):
+        return None
+    return re.sub(r"^(?:an?|the) ", "", " ".join(re.findall(r"[a-z]+", text.lower())))
+
+
+def _choice(text: str) -> tuple[str, str]:
+    """(letter, the option's text behind it) of "B", "(B)", "B. 12", "(B) 12"; else two empty strings."""
+    text = text.replace('"', " ").strip()
+    text = re.sub(r"^(?:the )?(?:correct )?(?:option|choice|answer)(?: is)?:? (?=\W*[A-J]\b)", "", text, flags=re.I)
+    text = re.sub(r"^\{\s*(\([A-Z]\))\s*\}", r"\1", re.sub(r"^\([a-j]\)$", lambda m: m[0].upper(), text.strip()))
+    match = re.fullmatch(r"(?:\(([A-Z])\)|([A-J])[).:]|([A-J])$)\s*((?![(^+\-=_/*'!<>,\[]).*)", text, re.S)
+    return (match[1] or match[2] or match[3], match[4]) if match else ("", "")
+
+
+@lru_cache(maxsize=512)
+def _readings(text: str) -> tuple:
+    """The trees that a text may stand for: with commas as thousands separators, and as separators of items."""
+    joined = text
+    if not re.search(r"[(\[]|\\\{", text):
+        joined = re.sub(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!,?\d)", lambda m: m[0].replace(",", ""), text)
+    joined = re.sub(r"(?<![\d.,/])\d{1,3}(?: \d{3})+(?! ?[\d/])", lambda m: m[0].replace(" ", ""), joined)
+    trees = []
+    for candidate in dict.fromkeys((joined, text)):
+        try:
+            trees.append(_expand(_Parser(_tokens(candidate)).parse()))
+        except (_Refused, _Undefined):
+            pass
+    return tuple(trees)
+
+
+def _expand(node: tuple) -> tuple:
+    """Every a \\pm b becomes two items of the list or set around it; lists in lists are joined; a number times a matrix
+    becomes a matrix; relations get one form."""
+    kind = node[0]
+    if kind in ("list", "set", "either"):
+        parts = [_expand(x) for x in node[1]]
+        return (kind, [x for part in parts for x in (part[1] if part[0] == "list" else [part])])
+    if kind == "union":
+        parts = [_expand(x) for x in node[1]]
+        return (kind, [x for part in parts for x in (part[1] if part[0] == "union" else [part])])
+    if kind == "rel":
+        return _relation(node[1], [_expand(x) for x in node[2]])
+    if kind == "tuple":
+        return (*node[:3], [_expand(x) for x in node[3]])
+    if kind == "diff":
+        whole, holes = _expand(node[1]), _expand(node[2])
+        points = [_exact(x) for x in holes[1]] if holes[0] == "set" else [None]
+        return _without(points) if whole == REALS and None not in points else ("diff", whole, holes)
+    if kind == "mul":
+        matrices = [x for x in node[1] if x[0] == "matrix"]
+        if len(matrices) == 1 and len(node[1]) > 1:
+            rest = [x for x in node[1] if x is not matrices[0]]
+            return ("matrix", matrices[0][1], [[("mul", rest + [x]) for x in row] for row in matrices[0][2]])
+    if kind != "matrix" and any(n and n[0] == "pm" for n in _walk(node)):
+        return ("list", [_with_sign(node, "\\pm"), _with_sign(node, "\\mp")])
+    return node
+
+
+def _with_sign(node, plus: str):
+    """The tree with each \\pm and \\mp read one way."""
+    if isinstance(node, list):
+        return [_with_sign(x, plus) for x in node]
+    if not isinstance(node, tuple):
+        return node
+    if node[:1] == ("pm",):
+        return _with_sign(node[1], plus) if node[2] == plus else ("neg", _with_sign(node[1], plus))
+    return tuple(_with_sign(x, plus) for x in node)
+
+
+def _relation(ops: list[str], parts: list[tuple]) -> tuple:
+    """A relation with > turned round to <, \\in as equality, and a \\approx b as the choice that it offers."""
+    near = [i for i, op in enumerate(ops) if op in ("\\approx", "\\sim")]
+    if len(near) > 1:
+        raise _Refused("a chain of approximations")
+    if near:
+        cut = near[0]
+        sides = ((ops[:cut], parts[:cut + 1]), (ops[cut + 1:], parts[cut + 1:]))
+        return ("approx", *(_relation(o, p) if o else p[0] for o, p in sides))
+    if any(x[0] == "list" for x in parts):
+        if len(parts) == 2 and ops == ["="] and parts[0][0] != "list":            # x = 1 \pm 2
+            return ("list", [("rel", ["="], [parts[0], x]) for x in parts[1][1]])
+        raise _Refused("a list in a relation")
+    if set(ops) <= {">", ">="}:
+        ops, parts = [{">": "<", ">=": "<="}[op] for op in reversed(ops)], parts[::-1]
+    return ("rel", ["="] if ops == ["\\in"] else ops, parts)
+
+
+def _without(points: list[Fraction]) -> tuple:
+    """The real line without some points, as a union of open intervals."""
+    ends = [MINUS_INF] + [("num", p, str(p)) for p in sorted(set(points))] + [INF]
+    return ("union", [("tuple", "(", ")", [a, b]) for a, b in zip(ends, ends[1:])])
+
+
+def _interval(node: tuple) -> tuple:
+    """An inequality with a variable alone on its side, as an interval (two, as their intersection); else as it is."""
+    if node[0] == "list":
+        parts = sorted(map(_interval, node[1]), key=lambda x: x[0] != "tuple" or x[3][0] == MINUS_INF)
+        if [x[0] for x in parts] == ["tuple"] * 2 and parts[0][3][-1] == INF and parts[1][3][0] == MINUS_INF:
+            low, high = _exact(parts[0][3][0]), _exact(parts[1][3][1])
+            if low is not None and high is not None and low < high:               # x > 1 and x < 2
+                return ("tuple", parts[0][1], parts[1][2], [parts[0][3][0], parts[1][3][1]])
+        return ("list", parts)
+    variables = [x[0] == "name" for x in node[2]] if node[0] == "rel" else []
+    if sum(variables) != 1 or _names(*(x for x in node[2] if x[0] != "name")):
+        return node
+    _, ops, parts = node
+    at = variables.index(True)
+    if ops == ["!="]:
+        hole = _exact(parts[1 - at])
+        return node if hole is None else _without([hole])
+    if not set(ops) <= {"<", "<="} or (len(parts), at) not in ((2, 0), (2, 1), (3, 1)):
+        return node
+    low, high = (parts[0] if at else MINUS_INF), (parts[-1] if at < len(parts) - 1 else INF)
+    open, close = "[" if at and ops[0] == "<=" else "(", "]" if high is not INF and ops[-1] == "<=" else ")"
+    return ("tuple", open, close, [low, high])
+
+
+def _is_name(node: tuple) -> bool:
+    """Whether "node = value" only names the value: x, a_3, f(x), |AB|, NO/BO, angle ABC, (p, q), Area."""
+    kind = node[0]
+    if kind == "fn":
+        return node[1] == "abs" and node[2][0][0] == "name" and len(node[2][0][1]) > 1
+    if kind == "tuple":
+        return all(x[0] == "name" for x in node[3])
+    if kind == "mul":
+        parts = [x[1] if x[0] == "inv" else x for x in node[1]]
+        quotient = len(parts) == 2 and node[1][1][0] == "inv"
+        figure = any(x[1] in ("\\angle", "\\triangle") for x in parts)
+        return all(x[0] == "name" for x in parts) and (quotient or figure)
+    return kind in ("name", "call", "text")
+
+
+def _literal(node: tuple) -> tuple[Fraction, int, int] | None:
+    """(value, decimals, significant digits) of a decimal as written; None if it is none."""
+    sign = 1
+    while node[0] in ("neg", "unit", "pct", "deg"):
+        sign, node = -sign if node[0] == "neg" else sign, node[1]
+    if node[0] != "num" or "." not in node[2] or "e" in node[2].lower():
+        return None
+    return sign * node[1], len(node[2].partition(".")[2]), len(node[2].replace(".", "").lstrip("0"))
+
+
+SOLUTIONS = ("tuple", "union", "diff", "set")
+COMPOUND = {"list", "set", "union", "tuple", "matrix", "rel", "ratio", "diff", "approx"}
+
+
+class _Comparison(_Numbers):
+    """Trees compared by their shape; at the leaves, by their values."""
+
+    def same(self, a: tuple, b: tuple) -> bool:
+        if a == b:
+            return True
+        for x, y in ((a, b), (b, a)):
+            if x[0] == "approx":
+                return self.same(x[1], y) or self.same(x[2], y) and self.near(x[1], x[2])
+        a, b = self.one_equation(self.one_of(a)), self.one_equation(self.one_of(b))
+        (name_a, value_a), (name_b, value_b) = self.named(a), self.named(b)
+        if name_a and name_b:
+            return self.same_named(name_a, value_a, name_b, value_b) or a[0] == b[0] == "rel" and self.relations(a, b)
+        if name_a and (b[0] != "rel" or value_a[0] in SOLUTIONS):                 # x in [-2, 7] is -2 <= x <= 7
+            a = value_a
+        elif name_b and (a[0] != "rel" or value_b[0] in SOLUTIONS):
+            b = value_b
+        if a[0] != b[0]:
+            a, b = _interval(a) if b[0] in SOLUTIONS else a, _interval(b) if a[0] in SOLUTIONS else b
+            a, b = self.united(a, b), self.united(b, a)
+        return self.shapes(a, b)
+
+    def shapes(self, a: tuple, b: tuple) -> bool:
+        kinds = {a[0], b[0]}
+        if kinds == {"tuple"}:
+            brackets = a[1:3] == b[1:3] or len(a[3]) > 2 and {a[1:3], b[1:3]} == {("(", ")"), ("[", "]")}
+            return brackets and self.in_order(a[3], b[3])
+        if kinds == {"matrix"}:
+            return a[1] == b[1] and len(a[2]) == len(b[2]) and all(map(self.in_order, a[2], b[2]))
+        for x, y in ((a, b), (b, a)):
+            if (x[0], y[0]) == ("matrix", "tuple"):                               # a vector
+                return 1 in (len(x[2]), len(x[2][0])) and self.in_order(sum(x[2], []), y[3])
+            if (x[0], y[0]) == ("list", "tuple"):
+                return y[1:3] == ("(", ")") and self.in_order(x[1], y[3])
+        if kinds <= {"list", "set"} or kinds == {"union"}:
+            return self.unordered(a[1], b[1], "set" in kinds)
+        for x, y in ((a, b), (b, a)):
+            if x[0] == "set" and len(x[1]) == 1 and y[0] != "rel":
+                return self.same(x[1][0], y)
+            if x[0] == "ratio" and len(x[1]) == 2 and y[0] in ("mul", "neg"):     # 1:2 is 1/2
+                return self.same(("mul", [x[1][0], ("inv", x[1][1])]), y)
+        if kinds == {"rel"}:
+            return self.relations(a, b)
+        if kinds == {"ratio"}:
+            return self.ratios(a[1], b[1])
+        if any(x[0] == "unit" and x[1][0] == "ratio" for x in (a, b)):            # times of day
+            return self.units(a, b) and self.same(*(x[1] if x[0] == "unit" else x for x in (a, b)))
+        if kinds & COMPOUND:
+            return False
+        return a[1] == b[1] if kinds == {"text"} else self.scalars(a, b)
+
+    def in_order(self, a: list, b: list) -> bool:
+        return len(a) == len(b) and all(map(self.same, a, b))
+
+    def unordered(self, a: list, b: list, as_sets: bool) -> bool:
+        """The same items in any order; in sets, however often."""
+        left = list(b)
+        for x in a:
+            at = next((i for i, y in enumerate(left) if self.same(x, y)), None)
+            if at is not None:
+                left.pop(at)
+            elif not as_sets or not any(self.same(x, y) for y in b):
+                return False
+        return not left or as_sets and all(any(self.same(x, y) for x in a) for y in left)
+
+    def united(self, node: tuple, other: tuple) -> tuple:
+        """A list of sets as their union, if it is compared with a union."""
+        if node[0] != "list" or other[0] != "union" or any(x[0] not in ("tuple", "union", "set") for x in node[1]):
+            return node
+        return ("union", [x for part in node[1] for x in (part[1] if part[0] == "union" else [part])])
+
+    def one_of(self, node: tuple) -> tuple:
+        """ "3/4 or 0.75" is one number, "x = 1 or x = 2" a list."""
+        if node[0] != "either":
+            return node
+        return node[1][0] if all(self.same(node[1][0], x) for x in node[1][1:]) else ("list", node[1])
+
+    def one_equation(self, node: tuple) -> tuple:
+        """x = 2 + 3 = 5 without its middle, if all of it is equal; 5 = x as x = 5."""
+        if node[0] != "rel" or set(node[1]) != {"="}:
+            return node
+        parts = node[2]
+        if len(parts) == 2 and not _is_name(parts[0]) and _is_name(parts[1]):
+            parts = parts[::-1]
+        values = parts[1:] if _is_name(parts[0]) else parts
+        if len(parts) == 2 and _names(*parts):
+            return ("rel", ["="], parts)
+        if any(x[0] in COMPOUND for x in values) or not all(self.same(values[0], x) for x in values[1:]):
+            return node
+        return values[-1] if values is parts else ("rel", ["="], [parts[0], values[-1]])
+
+    def named(self, node: tuple):
+        """(name, value) of "x = 5", "n = 2, 3, 4", "x = 1, x = 2"; (names, tuple) of "(p, q) = (3, 2)", "x = 1, y = 2";
+        else (None, node)."""
+        if node[0] == "rel" and node[1] == ["="] and _is_name(node[2][0]):
+            left, right = node[2]
+            if left[0] in ("name", "call") and left[1] in _names(right):
+                return None, node
+            if left[0] == "tuple" == right[0] and len(left[3]) == len(right[3]):
+                return tuple(map(repr, left[3])), right
+            return repr(left), right
+        if node[0] == "list":
+            names, values = zip(*(self.named(x) if x[0] == "rel" else (None, x) for x in node[1]))
+            if isinstance(names[0], str):
+                if set(names) <= {names[0], None} and not any(v[0] == "rel" for v in values):
+                    return names[0], ("list", list(values))
+                if all(isinstance(name, str) for name in names) and len(set(names)) == len(names):
+                    order = sorted(range(len(names)), key=names.__getitem__)
+                    return tuple(names[i] for i in order), ("tuple", "(", ")", [values[i] for i in order])
+        return None, node
+
+    def same_named(self, name_a, a: tuple, name_b, b: tuple) -> bool:
+        if isinstance(name_a, tuple) and isinstance(name_b, tuple) and sorted(name_a) == sorted(name_b):
+            return self.in_order(a[3], [b[3][name_b.index(name)] for name in name_a])
+        return name_a == name_b and self.same(a, b)
+
+    def relations(self, a: tuple, b: tuple) -> bool:
+        """Equations are the same if left minus right differs by a factor only; inequalities, by a positive one."""
+        (_, ops_a, parts_a), (_, ops_b, parts_b) = a, b
+        if len(ops_a) > 1 or len(ops_b) > 1 or any(x[0] in COMPOUND for x in parts_a + parts_b):
+            return ops_a == ops_b and self.in_order(parts_a, parts_b)
+        if ops_a != ops_b or not _names(a) or not _names(b):
+            return False
+        sign = self.proportional(*(("add", [left, ("neg", right)]) for left, right in (parts_a, parts_b)))
+        return sign > 0 or sign < 0 and ops_a[0] in ("=", "!=")
+
+    def ratios(self, a: list, b: list) -> bool:
+        """1:2 is 2:4, but 1:30 is not 2:60: two digits after the colon may be minutes."""
+        if any(x[0] == "num" and len(x[2]) == 2 for x in (a[-1], b[-1])):
+            return self.in_order(a, b)
+        return len(a) == len(b) and all(self.same(("mul", [a[0], y]), ("mul", [b[0], x])) for x, y in zip(a[1:], b[1:]))
+
+    def units(self, a: tuple, b: tuple) -> bool:
+        """False if both have units that are known to differ."""
+        names = [UNITS.get(x[2].split()[-1]) if x[0] == "unit" else None for x in (a, b)]
+        return None in names or "unit" in names or names[0] == names[1]
+
+    def near(self, a: tuple, b: tuple) -> bool:
+        x, y = self.value(self.named(a)[1], 0, False), self.value(b, 0, False)
+        return abs(x - y) <= 0.05 * max(abs(x), abs(y))
+
+    def scalars(self, a: tuple, b: tuple) -> bool:
+        if not self.units(a, b):
+            return False
+        a, b = (x[1] if x[0] == "unit" else x for x in (a, b))
+        for x, y in ((a, b), (b, a)):
+            if x[0] == "pct" != y[0]:                                             # 50% is 1/2, and people write 50
+                return self.scalars(x[1], y) or self.scalars(("mul", [x[1], ("num", Fraction(1, 100), "")]), y)
+        if {INF, MINUS_INF} & {x for x in (a, b) if x in (INF, MINUS_INF)}:
+            return a == b
+        if b[0] == "base":                                 # the question names it: 1011 answers 1011_2
+            return a == b or a[0] == "num" and a[2] == b[1]
+        x, y = _exact(a), _exact(b)
+        if x is not None and x == y or self.rounds(a, b) or self.rounds(b, a):
+            return True
+        return (x is None or y is None) and self.agree(a, b)
+
+    def rounds(self, decimal: tuple, other: tuple) -> bool:
+        """Whether a decimal of at least 6 digits is the other number cut or rounded: 0.333333 is 1/3, 5.00001 not 5."""
+        written = _literal(decimal)
+        if written is None or written[2] < 6 or _names(other):
+            return False
+        value, decimals, digits = written
+        exact = _exact(other)
+        if exact is not None and (_literal(other) or exact.denominator == 1):   # only floating-point dust is forgiven
+            return digits >= 15 and abs(value - exact) <= abs(exact) / 10**15
+        if exact is None:
+            x = self.value(other, 0, False)
+            if self.mp.im(x) != 0 or self.mp.mag(x) > 100:
+                return False
+            exact = Fraction(int(self.mp.nint(x * 10**40)), 10**40)
+        shifted = abs(exact) * 10**decimals
+        return (value < 0) == (exact < 0) and abs(value) * 10**decimals in (int(shifted), round(shifted))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1070,7 +1412,7 @@ class Local:
 
         With a cut, the prompt ends at a token of the whole text, so that the model reads on from the very tokens that
         it would have written; line ends after the step belong to it where they are one token with its full stop."""
-        found = self.tokenizer.control_token_in(problem.question) or self.tokenizer.control_token_in(text)
+        found = self.tokenizer.control_token_in(text if self.args.prompt == "raw" else problem.question) or self.tokenizer.control_token_in(text)
         if found:
             raise DataError(f"{problem.where}: it contains the control token {found}, which is no text; remove it")
         rendered = render_prompt(self.args.prompt, problem.question, self.tokenizer)
@@ -1560,7 +1902,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--restart", action="store_true", help="begin anew, whatever an earlier run has left at OUT")
     add("--debug", action="store_true", help="show the traceback of an error")
     add = parser.add_argument_group("sampling").add_argument
-    add("--prompt", choices=PROMPT_STYLES, default="qwen2-boxed", help="prompt style (default: %(default)s)")
+    add("--prompt", choices=PROMPT_STYLES, default="chat",
+        help="how a question becomes a prompt, as in training (default: %(default)s, the checkpoint's own template)")
     add("--samples", metavar="N", type=whole, default=1,
         help="samples a problem (default: 1; the paper: 1 to score, 2 to collect errors, 20 to rectify)")
     add("--temperature", metavar="T", type=float, help="0 is greedy (default: 0; with --rollouts the paper's 0.8)")

@@ -1,6 +1,7 @@
 """data.py, first half: rows in, tokens and batches out. Real tokenizers and real rows where ../shared/assets has
 them."""
 import json
+import re
 import sys
 import unicodedata
 from pathlib import Path
@@ -29,7 +30,7 @@ PAIR = {
 }
 
 
-def write_tokenizer(folder: Path, *, bos=True, template=CHATML, truncate=False, **config) -> Path:
+def write_tokenizer(folder: Path, *, template=CHATML, truncate=False, **config) -> Path:
     """A small byte-level BPE tokenizer in Hugging Face's layout."""
     folder.mkdir(exist_ok=True)
     backend = Backend(models.BPE())
@@ -39,10 +40,7 @@ def write_tokenizer(folder: Path, *, bos=True, template=CHATML, truncate=False, 
     text = [" ".join(PAIR.values())] * 3 + ["User: question\n\nAssistant: answer.\n\nStep"]
     backend.train_from_iterator(text, trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False,
                                                           initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    if bos:
-        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    else:
-        backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     if truncate:
         backend.enable_truncation(4)
         backend.enable_padding(length=64)
@@ -204,7 +202,8 @@ def test_chats_equal_transformers(real):
 @pytest.mark.parametrize("file", ["Qwen-Qwen2.5-7B-Instruct", "meta-llama-Llama-3.1-8B-Instruct",
                                   "meta-llama-Llama-3.2-3B-Instruct", "mistralai-Mistral-Nemo-Instruct-2407"])
 def test_real_templates_render_as_in_transformers(tmp_path, assets, file):
-    """Other people's templates, with dates, white space control and helper functions: character for character."""
+    """Other people's templates, with white space control and helper functions: character for character, but for today's
+    date. A prompt must be the same tomorrow, so the date is always the one that Llama 3's template falls back to."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     template = (assets / "tokenizers" / "templates" / f"{file}.jinja").read_text()
     folder = write_tokenizer(tmp_path / "t", template=template)
@@ -215,6 +214,7 @@ def test_real_templates_render_as_in_transformers(tmp_path, assets, file):
                      [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]):
         for add in (True, False):
             wanted = oracle.apply_chat_template(messages, tokenize=False, add_generation_prompt=add)
+            wanted = re.sub(r"(?<=Today Date: )\d+ \w{3} \d{4}", "26 Jul 2024", wanted)
             assert ours.render_chat(messages, add) == wanted
 
 
@@ -393,6 +393,13 @@ def test_unfit_rows_are_dropped_and_counted(tiny, change, reason):
     assert next(iter(report.dropped.values())) == ["f.jsonl:2", "f.jsonl:3"]
 
 
+def test_raw_takes_a_prompt_that_is_rendered_already(tiny):
+    """Control tokens in a raw prompt are what `raw` is for; in an answer they are as unwelcome as ever."""
+    rows = [PAIR | {"prompt": "<|im_start|>user 2 + 3?<|im_end|>"}, PAIR | {"chosen": " 5<|im_end|>"}]
+    (example,), report = encode(tiny, *rows, style="raw")
+    assert tiny.control_ids["<|im_end|>"] in example.chosen[:example.start] and report.kept == 1
+
+
 def test_length_limit_counts_what_the_model_sees(tiny):
     """BOS and end token count; a row of exactly the limit stays."""
     (example,), _ = encode(tiny, PAIR, method="dpo")
@@ -451,17 +458,23 @@ def test_a_token_across_the_boundary_belongs_to_the_response(real):
 def test_a_normaliser_that_melts_the_boundary(real):
     """NFC joins "e" (context) and a combining accent (response) into one token: it counts as response, though its
     offsets end before."""
-    (example,), _ = encode(real["qwen2.5"],
-                            PAIR | {"initial_reason_steps": "caf e", "chosen": "\u0301x", "rejected": "y"})
-    assert real["qwen2.5"].decode(example.chosen[example.start:]) == " éx"
+    row = PAIR | {"initial_reason_steps": "caf e", "chosen": "\u0301 x", "rejected": " y"}
+    (example,), _ = encode(real["qwen2.5"], row)
+    assert real["qwen2.5"].decode(example.chosen[example.start:]) == " é x"
+    assert response_start([(0, 2), (2, 3), (4, 5)], 3) == 1 and response_start([(0, 2), (2, 3), (3, 5)], 3) == 2
 
 
-def test_trailing_white_space_of_the_context(tmp_path):
-    """A ByteLevel post-processor with trim_offsets would hide white space from the boundary; ours sees all of it."""
-    tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path / "t", bos=False))
-    (example,), _ = encode(tokenizer,
-                            PAIR | {"initial_reason_steps": "Step 1:", "chosen": "\n\n5", "rejected": "\n\n6"})
-    assert tokenizer.decode(example.chosen[:example.start]).endswith("Step 1:")
+def test_offsets_trimmed_of_white_space():
+    """A tokenizer.json may ask for offsets without white space (trim_offsets). Then a token ". " across the boundary
+    would seem to be all context, and one that begins the response, " 5", to leave a gap; ours are seen whole."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Backend(models.BPE({token: i for i, token in enumerate([*alphabet, ".Ġ", "Ġ5"])}, [(".", "Ġ"), ("Ġ", "5")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.post_processor, backend.decoder = processors.ByteLevel(trim_offsets=True), decoders.ByteLevel()
+    tokenizer = Tokenizer(backend)
+    for steps, response in (("So.", ". 5"), ("So:", " 5")):
+        (example,), _ = encode(tokenizer, PAIR | {"initial_reason_steps": steps, "chosen": " 5", "rejected": " 5 + 1"})
+        assert tokenizer.decode(example.chosen[example.start:]) == response
 
 
 def test_whole_answers_share_their_beginning(tiny):

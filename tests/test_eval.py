@@ -1,4 +1,5 @@
-"""eval.py: reading problems, sampling that survives a kill, step values by rollouts, servers that misbehave, the summary. (The grader: test_grading.py.)"""
+"""eval.py: problem files, sampling that survives a kill, step values by rollouts, servers that misbehave, the summary.
+(The grader has test_grading.py.)"""
 import itertools
 import json
 import os
@@ -29,7 +30,8 @@ def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint")
     model = tiny_model(seed=3, vocab_size=len(WORDS), bos_token_id=0, eos_token_id=1, initializer_range=0.3)
     model.save_pretrained(folder)
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token=" "))
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=" "))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"The answer is|Step|.|\n"), "isolated")
     backend.decoder = tokenizers.decoders.Fuse()
     backend.add_special_tokens(["<s>", "</s>"])
@@ -39,13 +41,15 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 def problems(path: Path, count: int = 7) -> Path:
-    path.write_text("".join(json.dumps({"question": f"{i} + {i % 3}" + " a" * (i % 4) + "\n", "answer": str(i), "level": i % 2}) + "\n" for i in range(count)))
+    texts = [f"{i} + {i % 3}" + " a" * (i % 4) + "\n" for i in range(count)]
+    rows = [{"question": text, "answer": str(i), "level": i % 2} for i, text in enumerate(texts)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def command(checkpoint, file, out, *more) -> list[str]:
-    return ["--model", str(checkpoint), "--problems", str(file), "--out", str(out), "--prompt", "raw", "--max_new_tokens", "12", "--device", "cpu",
-            "--batch_size", "6", *map(str, more)]
+    return ["--model", str(checkpoint), "--problems", str(file), "--out", str(out), "--prompt", "raw",
+            "--max_new_tokens", "12", "--device", "cpu", "--batch_size", "6", *map(str, more)]
 
 
 SAMPLED = ("--samples", 3, "--temperature", 1.0, "--top_p", 0.9)
@@ -59,13 +63,16 @@ def rows_of(path: Path) -> list[dict]:
 # readers
 
 @pytest.mark.parametrize("row, question, answer", [
-    ({"question": "Q", "answer": "16 - 3 = <<16-3=13>>13\n#### 1,013"}, "Q", "1,013"),                                   # GSM8K
-    ({"idx": "GSM8K_0", "instruction": "Q", "output": "w", "answer": ["18"]}, "Q", "18"),                                # the authors' file of it
-    ({"problem": "Q", "level": "Level 3", "type": "Algebra", "solution": "\\boxed{1} or rather $\\boxed{\\frac{1}{2}}$."}, "Q", "\\frac{1}{2}"),  # MATH
-    ({"problem": "Q", "solution": "$\\boxed{9}$", "answer": "3"}, "Q", "3"),                                             # MATH-500
-    ({"question": "Q", "options": ["A)7 (m)", "B)(8)"], "correct": "B"}, "Q\nAnswer Choices: (A) 7 (m) (B) (8)", "B"),   # AQuA
-    ({"id": 4, "problem": "Q", "answer": 27.0}, "Q", "27"),                                                              # AMC
-    ({"Problem_1": {"question": "Q\n\n\\end{problem}\n\\noindent", "answer": "$\\frac{8}{3}$\\\\\n\\noindent", "label": "Algebra"}}, "Q", "$\\frac{8}{3}$"),
+    # GSM8K, and the authors' file of it
+    ({"question": "Q", "answer": "16 - 3 = <<16-3=13>>13\n#### 1,013"}, "Q", "1,013"),
+    ({"idx": "GSM8K_0", "instruction": "Q", "output": "w", "answer": ["18"]}, "Q", "18"),
+    # MATH, MATH-500
+    ({"problem": "Q", "type": "Algebra", "solution": "\\boxed{1}, or $\\boxed{\\frac{1}{2}}$."}, "Q", "\\frac{1}{2}"),
+    ({"problem": "Q", "solution": "$\\boxed{9}$", "answer": "3"}, "Q", "3"),
+    # AQuA, AMC, Odyssey, anyone's
+    ({"question": "Q", "options": ["A)7 (m)", "B)(8)"], "correct": "B"}, "Q\nAnswer Choices: (A) 7 (m) (B) (8)", "B"),
+    ({"id": 4, "problem": "Q", "answer": 27.0}, "Q", "27"),
+    ({"Problem_1": {"question": "Q\n\n\\end{problem}\n\\noindent", "answer": "$8$\\\\\n\\noindent"}}, "Q", "$8$"),
     ({"prompt": "Q", "answer": 0.5}, "Q", "0.5"),
 ])
 def test_every_layout_gives_question_and_gold_answer(row, question, answer):
@@ -75,7 +82,8 @@ def test_every_layout_gives_question_and_gold_answer(row, question, answer):
 
 
 def test_the_real_sets_are_read_whole(assets):
-    sizes = {"gsm8k/test.jsonl": 1319, "gsm8k/stepdpo_GSM8K_test_data.jsonl": 1319, "math/tora_math_test_5000.jsonl": 5000, "math/openr_test500.jsonl": 500,
+    sizes = {"gsm8k/test.jsonl": 1319, "gsm8k/stepdpo_GSM8K_test_data.jsonl": 1319,
+             "math/tora_math_test_5000.jsonl": 5000, "math/openr_test500.jsonl": 500,
              "aqua/test.json": 254, "aime/qwen25math_aime24_test.jsonl": 30, "aime/qwen25math_amc23_test.jsonl": 40,
              "odyssey/final-odyssey-math-with-levels.jsonl": 387}
     for name, size in sizes.items():
@@ -88,12 +96,13 @@ def test_the_real_sets_are_read_whole(assets):
 def test_bad_rows_are_named_and_the_rest_goes_on(checkpoint, tmp_path, capsys):
     file = tmp_path / "p.jsonl"
     good = {"question": "1 + 1", "answer": "2"}
-    rows = [good, {"question": "1"}, {"answer": "1"}, good | {"prefix": 3}, good | {"question": "a </s> b"}, good | {"answer": " "}, good | {"question": "1 " * 200}]
+    rows = [good, {"question": "1"}, {"answer": "1"}, good | {"prefix": 3}, good | {"question": "a </s> b"},
+            good | {"answer": " "}, good | {"question": "1 " * 200}]
     file.write_text("\n".join(map(json.dumps, rows)) + "\n{broken\n")
     assert ev.main(command(checkpoint, file, tmp_path / "o.jsonl")) == 1
     said = capsys.readouterr().err
-    for line, word in (2, "answer"), (3, "question"), (4, "prefix"), (5, "</s>"), (6, "empty"), (7, "tokens"), (8, "JSON"):
-        assert any(f"p.jsonl:{line}:" in said_line and word in said_line for said_line in said.splitlines()), (line, said)
+    for line, word in enumerate(("answer", "question", "prefix", "</s>", "empty", "tokens", "JSON"), 2):
+        assert any(f"p.jsonl:{line}:" in one and word in one for one in said.splitlines()), (line, said)
     assert len(rows_of(tmp_path / "o.jsonl")) == 1
     file.write_text('{"question": "no answer"}\n')
     assert ev.main(command(checkpoint, file, tmp_path / "o2.jsonl")) == 2
@@ -108,22 +117,25 @@ def test_rows_hold_everything_and_are_ordered(checkpoint, tmp_path, capsys):
     assert ev.main(command(checkpoint, problems(tmp_path / "p.jsonl"), out, *SAMPLED)) == 0
     rows = rows_of(out)
     assert [(row["id"], row["sample"]) for row in rows] == [(i, j) for i in range(1, 8) for j in range(3)]
-    assert list(rows[0]) == ["id", "question", "answer", "sample", "prefix", "completion", "extracted", "correct", "tokens", "stop_reason", "level"]
+    assert list(rows[0]) == ["id", "question", "answer", "sample", "prefix", "completion", "extracted", "correct",
+                             "tokens", "stop_reason", "level"]
     for row in rows:
-        assert (row["extracted"], row["correct"]) == ev.grade(row["completion"], row["answer"]) and row["stop_reason"] in ("eos", "length")
+        assert (row["extracted"], row["correct"]) == ev.grade(row["completion"], row["answer"])
+        assert row["stop_reason"] in ("eos", "length")
     summary = json.loads((tmp_path / "o.summary.json").read_text())
     assert summary["n"] == 7 and set(summary["by_level"]) == {"0", "1"} and set(summary["pass_at"]) == {"1", "2", "3"}
     assert "pass@3" in capsys.readouterr().out and not list(tmp_path.glob("*.journal*"))
 
 
 def test_a_prefix_is_continued_exactly(checkpoint, tmp_path):
-    """Greedy from one's own greedy beginning writes the rest of it, and the whole reasoning, prefix included, is graded."""
+    """Greedy from one's own greedy beginning writes the rest of it; and the whole, prefix included, is graded."""
     file = problems(tmp_path / "p.jsonl", 40)
     ev.main(command(checkpoint, file, tmp_path / "whole.jsonl"))
-    whole = next(row for row in rows_of(tmp_path / "whole.jsonl") if row["tokens"] == 12 and "<" not in row["completion"])
+    rows = rows_of(tmp_path / "whole.jsonl")
+    whole = next(row for row in rows if row["tokens"] == 12 and "<" not in row["completion"])
     tokenizer = data.Tokenizer.from_pretrained(checkpoint)
-    asked, everything = (tokenizer.encode(text).ids for text in (whole["question"], whole["question"] + whole["completion"]))
-    beginning = tokenizer.decode(everything[len(asked):-5])
+    asked = tokenizer.encode(whole["question"]).ids
+    beginning = tokenizer.decode(tokenizer.encode(whole["question"] + whole["completion"]).ids[len(asked):-5])
     file.write_text(json.dumps({"question": whole["question"], "answer": "1", "prefix": beginning}) + "\n")
     ev.main(command(checkpoint, file, tmp_path / "rest.jsonl", "--max_new_tokens", 5))
     row = rows_of(tmp_path / "rest.jsonl")[0]
@@ -157,10 +169,10 @@ def test_two_processes_write_what_one_writes_even_after_sigkill(checkpoint, tmp_
     file, port = problems(tmp_path / "p.jsonl", 60), 29500 + os.getpid() % 500
 
     def two() -> list[subprocess.Popen]:                                # what torchrun does
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         line = [sys.executable, str(ROOT / "eval.py"), *command(checkpoint, file, tmp_path / "two.jsonl", *SAMPLED)]
-        return [subprocess.Popen(line, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-                for rank in range(2)]
+        return [subprocess.Popen(line, env=env | {"WORLD_SIZE": "2", "RANK": str(rank)},
+                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for rank in range(2)]
     running, deadline = two(), time.time() + 60
     while time.time() < deadline and all(process.poll() is None for process in running):
         if sum(path.read_bytes().count(b"\n") for path in tmp_path.glob("two.jsonl.journal-*")) > 6:
@@ -191,7 +203,8 @@ def test_a_journal_or_result_of_other_settings_is_refused_by_name(checkpoint, tm
 
 def test_unusable_arguments_end_in_one_line_and_status_2(checkpoint, tmp_path, capsys):
     file, out = problems(tmp_path / "p.jsonl"), tmp_path / "o.jsonl"
-    for more in (["--samples", 4], ["--temperature", "nan"], ["--top_p", 0], ["--samples", 0], ["--rollouts", 2, "--temperature", 0]):
+    for more in (["--samples", 4], ["--temperature", "nan"], ["--top_p", 0], ["--samples", 0],
+                 ["--rollouts", 2, "--temperature", 0]):
         with pytest.raises(SystemExit) as end:
             ev.main(command(checkpoint, file, out, *more))
         assert end.value.code == 2
@@ -204,8 +217,9 @@ def test_unusable_arguments_end_in_one_line_and_status_2(checkpoint, tmp_path, c
 # the summary
 
 def test_wilson_interval_against_published_values():
-    """0 of 10 and 5 of 10, as in Newcombe 1998's method 3 (score without continuity correction); and the paper's GSM8K size."""
-    for (x, n), (low, high) in {(0, 10): (0.0, 0.2775), (5, 10): (0.2366, 0.7634), (81, 263): (0.2553, 0.3662)}.items():
+    """The examples of Newcombe 1998, method 3: the score interval without continuity correction."""
+    for (x, n), (low, high) in {(81, 263): (0.2553, 0.3662), (15, 148): (0.0624, 0.1605), (0, 20): (0.0, 0.1611),
+                                (1, 29): (0.0061, 0.1718)}.items():
         assert ev.wilson(x, n) == pytest.approx((low, high), abs=1e-4)
 
 
@@ -216,9 +230,10 @@ def test_pass_at_k_is_the_mean_over_all_choices_of_k():
 
 
 def test_majority_counts_equivalent_answers_together():
-    rows = [{"extracted": text, "correct": text in ("1/2", "0.5")} for text in ("3", "1/2", "3", "0.5", "0.5")] + [{"extracted": None, "correct": False}] * 4
-    assert ev.majority(rows)
-    assert not ev.majority(rows[:3]) and not ev.majority([{"extracted": None, "correct": False}])
+    rows = [{"extracted": text, "correct": text in ("1/2", "0.5")} for text in ("3", "1/2", "3", "0.5", "0.5")]
+    silent = {"extracted": None, "correct": False}
+    assert ev.majority(rows + [silent] * 4)
+    assert not ev.majority(rows[:3]) and not ev.majority([silent])
 
 
 def test_samples_of_one_problem_do_not_narrow_the_interval():
@@ -230,9 +245,9 @@ def test_samples_of_one_problem_do_not_narrow_the_interval():
 # step values
 
 class Slips:
-    """A policy of which everything is known: each remaining step goes wrong with a probability of its own, and an error stays."""
+    """A policy of which everything is known: each step goes wrong with a probability of its own, and an error stays."""
 
-    def __init__(self, cases):                               # per attempt: (first wrong step, P(step goes right) of each step)
+    def __init__(self, cases):                   # per attempt: (first wrong step, P(step goes right) of each step)
         self.cases, self.rng, self.drawn = cases, random.Random(1), 0
 
     def prepare(self, problem, text, cut=None):
@@ -252,15 +267,16 @@ class Slips:
 
 
 def test_rollouts_locate_the_first_error_better_than_the_plain_rule(tmp_path, monkeypatch):
-    """Chains of 4 to 9 steps that slip in up to 60 % of cases: of the errors that the rollouts call located, at least nine in ten are, where
-    'the first step after which none of 8 succeeds' finds fewer of all."""
+    """Chains of 4 to 9 steps that slip in up to 60 % of cases: of the errors that the rollouts call located, at least
+    nine in ten are, where 'the first step after which none of 8 succeeds' finds fewer of all."""
     monkeypatch.setattr(ev, "grade", lambda text, answer: (text, text.endswith("The answer is 1")))
     rng, cases, attempts = random.Random(0), [], []
     while len(cases) < 150:
         right = [rng.choice((1, 1, 0.95, 0.8, 0.4)) for _ in range(rng.randint(4, 9))]
         wrong = next((k for k, p in enumerate(right) if rng.random() > p), None)
         if wrong is not None:
-            text = "".join(f"\nStep {k + 1}: it is {k if k < wrong else 90}" for k in range(len(right))) + "\nThe answer is 0"
+            text = "".join(f"\nStep {k + 1}: it is {k if k < wrong else 90}" for k in range(len(right)))
+            text += "\nThe answer is 0"
             attempts.append((ev.Problem("f:1", len(cases), "Q", "1", "", {}), text))
             cases.append((wrong, right))
     rows, drawn = {}, {}
@@ -275,8 +291,11 @@ def test_rollouts_locate_the_first_error_better_than_the_plain_rule(tmp_path, mo
         assert len(row["values"]) == len(right) and row["values"][-1] == [0, 8]
         assert [value[1] for value in row["values"]] == [counts[2] for counts in row["agreement"]] == [8] * len(right)
         assert row["values"][:-1] == [counts[1:] for counts in row["agreement"][1:]]
-    plain = sum(next(i for i, value in enumerate(row["values"]) if value[0] == 0) == wrong for row, (wrong, _) in zip(rows[True], cases))
-    found = [(first_error_from_values(row["values"], row["agreement"]), wrong) for row, (wrong, _) in zip(rows[False], cases)]
+    truth = [wrong for wrong, _ in cases]
+    first_zero = [next(i for i, value in enumerate(row["values"]) if value[0] == 0) for row in rows[True]]
+    plain = sum(map(int.__eq__, first_zero, truth))
+    guesses = [first_error_from_values(row["values"], row["agreement"]) for row in rows[False]]
+    found = list(zip(guesses, truth))
     decided = [(guess, wrong) for guess, wrong in found if guess is not None]
     hits = sum(guess == wrong for guess, wrong in decided)
     assert hits >= 0.9 * len(decided) and len(decided) > 0.7 * len(found) and hits > plain, (hits, len(decided), plain)
@@ -285,20 +304,22 @@ def test_rollouts_locate_the_first_error_better_than_the_plain_rule(tmp_path, mo
 
 def test_valued_rows_hold_the_attempt_and_survive_a_kill(checkpoint, tmp_path, monkeypatch):
     attempts, out = tmp_path / "a.jsonl", tmp_path / "v.jsonl"
-    texts = ["a\nStep 1: 1 + 1 = 3.\nStep 2: 3 + 1 = 4.\nStep 3: a", "Step 1: b", "Step 1: c\nStep 2: 7 a\nThe answer is 7"]
-    rows = [{"id": i, "question": "1 + 1\n", "answer": "2", "sample": 0, "prefix": "", "completion": text, "correct": False, "stop_reason": "eos", "mine": i}
-            for i, text in enumerate(texts)] + [{"id": 9, "question": "1", "answer": "2", "completion": "2", "correct": True}]
+    texts = ["a\nStep 1: 1 + 1 = 3.\nStep 2: 3 + 1 = 4.\nStep 3", "Step 1: b", "Step 1: c\nStep 2: 7\nThe answer is 7"]
+    rows = [{"id": i, "question": "1 + 1\n", "answer": "2", "sample": 0, "prefix": "", "completion": text,
+             "correct": False, "stop_reason": "eos", "mine": i} for i, text in enumerate(texts)]
+    rows.append({"id": 9, "question": "1", "answer": "2", "completion": "2", "correct": True})
     attempts.write_text("\n".join(map(json.dumps, rows)))
     more = ("--rollouts", 4, "--temperature", 1.0, "--max_new_tokens", 8)
     assert ev.main(command(checkpoint, attempts, tmp_path / "whole.jsonl", *more)) == 0
     valued = rows_of(tmp_path / "whole.jsonl")
     assert [row["id"] for row in valued] == [0, 1, 2]
     for row, original in zip(valued, rows):
-        assert "".join(row["steps"]) == original["completion"] and row["values"][-1] == [0, 4] and len(row["values"]) == len(row["agreement"]) == len(row["steps"])
+        assert "".join(row["steps"]) == original["completion"] and row["values"][-1] == [0, 4]
+        assert len(row["values"]) == len(row["agreement"]) == len(row["steps"])
         assert {key: row[key] for key in original} == original
     assert any(counts is not None for counts in valued[0]["agreement"])
     assert ev.main(command(checkpoint, attempts, tmp_path / "every.jsonl", *more, "--every_step")) == 0
-    assert all(value is not None and value[1] == 4 for row in rows_of(tmp_path / "every.jsonl") for value in row["values"])
+    assert all(value and value[1] == 4 for row in rows_of(tmp_path / "every.jsonl") for value in row["values"])
 
     add, left = ev.Journal.add, [2]
 
@@ -328,7 +349,7 @@ def test_a_prefix_ends_at_a_token_of_the_attempt(checkpoint):
 # servers
 
 class Server(BaseHTTPRequestHandler):
-    """An OpenAI-compatible server that fails by turns: busy (429), broken (500), hung up, cut short; and refuses what says "refuse me"."""
+    """An OpenAI-compatible server that is busy, broken, hangs up or is cut short by turns, and refuses "refuse me"."""
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_):
@@ -351,8 +372,8 @@ class Server(BaseHTTPRequestHandler):
             self.close_connection = True
             return self.connection.close()
         text = f"\\boxed{{{prompt.split()[0]}}} \0 {body['seed']}"
-        choice = {"text": text} if self.path.endswith("/completions") and "prompt" in body else {"message": {"content": text}}
-        reply = json.dumps({"choices": [choice | {"finish_reason": "stop"}], "usage": {"completion_tokens": 5}}).encode()
+        choice = ({"text": text} if "prompt" in body else {"message": {"content": text}}) | {"finish_reason": "stop"}
+        reply = json.dumps({"choices": [choice], "usage": {"completion_tokens": 5}}).encode()
         self.answer(200, reply[:20] if trouble == "cut" else reply, len(reply))
 
     def answer(self, code, content, length=None):
@@ -379,20 +400,23 @@ def server(monkeypatch):
 
 
 def remote(server, file, out, *more) -> list[str]:
-    return ["--endpoint", server.url, "--api_model", "m", "--problems", str(file), "--out", str(out), "--concurrency", "4", *map(str, more)]
+    return ["--endpoint", server.url, "--api_model", "m", "--problems", str(file), "--out", str(out),
+            "--concurrency", "4", *map(str, more)]
 
 
 def test_a_flaky_server_loses_nothing(server, tmp_path):
     server.troubles = [429, 500, "hang up", "cut", 503, "cut", 429, "hang up", 502]
     out = tmp_path / "o.jsonl"
-    assert ev.main(remote(server, problems(tmp_path / "p.jsonl"), out, *SAMPLED)) == 0
+    assert ev.main(remote(server, problems(tmp_path / "p.jsonl"), out, *SAMPLED, "--prompt", "qwen2-boxed")) == 0
     rows = rows_of(out)
     assert [(row["id"], row["sample"]) for row in rows] == [(i, j) for i in range(1, 8) for j in range(3)]
-    assert all(row["correct"] and row["tokens"] == 5 and row["stop_reason"] == "eos" and "\0" not in row["completion"] for row in rows)
+    assert all(row["correct"] and row["tokens"] == 5 and row["stop_reason"] == "eos" for row in rows)
+    assert not any("\0" in row["completion"] for row in rows)
     assert len({row["completion"] for row in rows}) == 21                # every sample has a seed of its own
     assert len(server.requests) == 21 + 9
     path, body, key = server.requests[-1]
-    assert path == "/v1/chat/completions" and body["messages"][0]["role"] == "system" and body["top_p"] == 0.9 and key == "Bearer secret"
+    assert path == "/v1/chat/completions" and key == "Bearer secret"
+    assert body["messages"][0]["role"] == "system" and body["top_p"] == 0.9
 
 
 def test_a_prefix_goes_to_completions_with_the_rendered_text(server, tmp_path):

@@ -1,154 +1,446 @@
-"""The grader: what is the answer in this text, and is it the right one? Tables of near-misses, real solutions and verdicts, and texts that mean harm."""
+"""The grader: what answer a text gives, and whether it is the right one. Near-misses decide whether a score can be trusted, so most of this is tables."""
 import json
-import os
+import random
 import re
-import subprocess
 import sys
 import time
-from pathlib import Path
+from decimal import Decimal
 
 import pytest
-from conftest import ROOT
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from eval import extract_answer, is_equivalent
+import eval as ev
 
-SAME = [   # each line: answers that are the same
-    ["1/2", r"\frac{1}{2}", r"\dfrac12", "0.5", ".50", r"\left(\frac{1}{2}\right)", "$0.5$", "½", r"\boxed{\frac 1 2}"],
-    ["1234567", "1,234,567", r"1{,}234{,}567", r"1,\!234,\!567", "1234567.0", r"\$1,234,567"],
-    ["7/2", "3 1/2", r"3\frac{1}{2}", "3.5", r"3.5\text{ meters}"], ["-7/2", r"-3 \frac12", r"\frac{-7}{2}", r"-\frac{7}{2}"],
-    ["3000", r"3 \times 10^3", "3e3", "3 thousand"], ["1/3", r"0.\overline{3}"], ["1/6", r"0.1\overline{6}"],
-    ["50", r"50\%", "50 percent", "50%"], ["45", r"45^\circ", "45°", "45 degrees"], ["5", "5 cm", r"5 \text{ centimeters}"], ["12", r"12 \text{ cm}^2"],
-    ["x = 5", "5", "5 = x"], ["f(x) = x + 1", "1 + x"], ["1 + x", "y = x+1"], [r"\sqrt{12}", r"2\sqrt3", "2*sqrt(3)", r"\frac{6}{\sqrt{3}}"],
-    ["(x+1)^2", "x^2 + 2x + 1", "x**2+2*x+1"], [r"\tan^2 y + 1", r"\sec^2(y)"], [r"\sin(a+b)", r"\sin a \cos b + \cos a \sin b"], [r"e^{i\pi}", "-1"],
-    [r"\log_2 8", "3"], [r"2^{1/3}", r"\sqrt[3]{2}"], [r"\binom52", "10"], ["5!", "120"], ["2 + 3i", "3i+2"], [r"2\pi r", r"2r\pi", "2πr"],
-    ["y = 2x+1", "2x - y + 1 = 0", "y - 2x = 1"], ["x > 2", r"(2, \infty)", r"2 < x", r"x \in (2,\infty)"], ["-1 < x < 3", "(-1,3)", "3 > x > -1"], [r"x \le 5", r"5 \ge x", "x <= 5"],
-    ["1, 2", "2,1", r"\{1,2\}", "1 and 2", r"x=1 \text{ or } x=2"], [r"\pm 5", "5, -5"], [r"1 \pm \sqrt2", r"1+\sqrt{2}, 1-\sqrt{2}"], ["(1, 1/2)", r"\left(1, 0.5\right)", "(x,y)=(1,.5)"],
-    [r"(0,1) \cup (2,3]", r"(2,3] \cup (0,1)"], [r"\begin{pmatrix}1 & 0 \\ 0 & 2\end{pmatrix}", r"\begin{bmatrix} 1&0\\0&4/2 \\ \end{bmatrix}"],
-    ["C", r"\text{(C)}", "(C)", "C."], ["even", r"\text{Even}"], ["no solution", "No solution."], ["7 : 32", "7:32"], [r"\mathbb{R}", r"(-\infty, \infty)"], ["204_5", "204_{5}"],
-    ["0.333333", "1/3"], [r"\sqrt2", "1.41421356"],
+# One pair is "a <=> b", pairs are parted by ";;". Every pair is tried in both directions.
+EQUAL = r"""
+0.5 <=> \frac{1}{2} ;; 50\% <=> \frac12 ;; 3 1/2 <=> 7/2 ;; 1.5 \times 10^3 <=> 1500 ;; 1.5\cdot10^{-3} <=> 0.0015
+1.5e3 <=> 1500 ;; 6.02e+23 <=> 6.02 \times 10^{23} ;; 10\,000 <=> 10000 ;; 10 000 <=> 10000
+1{,}000{,}000 <=> 1000000 ;; \$1,234.50 <=> 1234.5 ;; €5 <=> 5 ;; 3 million <=> 3000000 ;; 0.333333 <=> 1/3
+0.\overline{3} <=> \frac13 ;; 0.1\overline{6} <=> 1/6 ;; 12 square units <=> 12 ;; 12\text{ units}^2 <=> 12
+12 \text{ cm}^2 <=> 12 cm^2 ;; 5 m/s <=> 5 \text{ m/s} ;; 60 mph <=> 60 ;; x = 5 <=> 5 ;; 5 = x <=> 5 ;; x=2+3=5 <=> 5
+AB = 3\sqrt{2} \approx 4.24 <=> 3\sqrt2 ;; \angle ABC = 45^\circ <=> 45 ;; x=1 or x=2 <=> \{1,2\}
+x = 1, 2 <=> x=2, x=1 ;; x=\pm 2 <=> x=2 or x=-2 ;; x=1, y=2 <=> (1,2) ;; (x,y)=(1,2) <=> x=1, y=2
+y=2,x=1 <=> (x,y) = (1,2) ;; x>3 <=> (3,\infty) ;; x \ge 3 <=> [3, \infty)
+x<2 \text{ or } x>3 <=> (-\infty,2)\cup(3,\infty) ;; 3 < x <=> x>3 ;; x \neq 3 <=> (-\infty,3)\cup(3,\infty)
+\mathbb{R}\setminus\{3\} <=> (-\infty,3)\cup(3,\infty) ;; (-\infty,\infty) <=> \mathbb{R}
+\{x | x > 3\} <=> (3,\infty) ;; (3,4)\cup(1,2) <=> (1,2)\cup(3,4) ;; \begin{pmatrix}1\\2\end{pmatrix} <=> (1,2)
+[[1,2],[3,4]] <=> \begin{pmatrix}1&2\\3&4\end{pmatrix} ;; [1,2;3,4] <=> \begin{bmatrix}1&2\\3&4\end{bmatrix}
+\frac12\begin{pmatrix}2\\4\end{pmatrix} <=> \begin{pmatrix}1\\2\end{pmatrix} ;; y = 2x+1 <=> 2x - y + 1 = 0
+y=2x+1 <=> 2x+1 ;; f(x) = x^2 <=> x^2 ;; f^{-1}(x) = x-1 <=> x-1 ;; (x+1)^2 <=> x^2+2x+1 ;; x(x+1) <=> x^2+x
+\sin^2 x + \cos^2 x <=> 1 ;; \sin(2x) <=> 2\sin x\cos x ;; e^{i\pi} <=> -1 ;; \sqrt{8} <=> 2\sqrt2
+\sqrt[3]{8} <=> 2 ;; \sqrt[3]{-8} <=> -2 ;; 8^{1/3} <=> 2 ;; \ln(x^2) <=> 2\ln x ;; \log_2 8 <=> 3
+\log_{10} 100 <=> 2 ;; \binom{5}{2} <=> 10 ;; 5! <=> 120 ;; |{-3}| <=> 3 ;; \lfloor 2.5 \rfloor <=> 2
+\cos 60^\circ <=> 1/2 ;; \sin 30^\circ <=> 0.5 ;; 2\cos 15^{\circ} <=> \frac{\sqrt6+\sqrt2}{2} ;; \tan(45^\circ) <=> 1
+\frac{\sqrt{2}}{2} <=> \frac{1}{\sqrt2} ;; (\text{B}) <=> B ;; \textbf{(B)}\ 12 <=> B ;; \textbf{(B) } 12 <=> 12
+B. 12 <=> B ;; (B) <=> B ;; B <=> (B) ;; Option B <=> B ;; \text{B} <=> B ;; \mathbf{B} <=> B ;; Yes <=> yes.
+No. <=> no ;; \text{Even} <=> even ;; an ellipse <=> ellipse ;; \text{June 20} <=> June 20
+4:30 p.m. <=> \text{4:30 p.m.} ;; 4:30 PM <=> 4:30 pm ;; 1:2 <=> \frac{1}{2} ;; 2:4 <=> 1:2 ;; 2516_8 <=> 2516_{8}
+i\sqrt{3} <=> \sqrt{3}i ;; 2\text{i} <=> 2i ;; 3+4i <=> 4i+3 ;; ½ <=> 0.5 ;; 3½ <=> 3.5 ;; x² <=> x^2
+√3 <=> \sqrt{3} ;; 2√3/3 <=> \frac{2\sqrt3}{3} ;; −5 <=> -5 ;; 5×10³ <=> 5000 ;; 5\text{ apples} <=> 5
+15 apples <=> 15 ;; \emptyset <=> \varnothing ;; \{\} <=> \emptyset ;; {1,2,3} <=> \{3,2,1\} ;; 1,2,3 <=> 3, 2, 1
+[1,2,3] <=> (1,2,3) ;; \frac{x}{y} <=> x/y ;; \frac{x^2-1}{x-1} <=> x+1 ;; -\frac{1}{x} <=> \frac{-1}{x}
+2^{x+1} <=> 2\cdot 2^x ;; a^{-1} <=> \frac{1}{a} ;; x^{\frac12} <=> \sqrt{x}
+\text{The answer is } 5 <=> \text{The answer is } 5 ;; 1,2,\ldots,10 <=> 1, 2, \ldots, 10
+\pm\sqrt{5} <=> \sqrt5,-\sqrt5 ;; 12\% <=> 0.12 ;; 33\frac{1}{3}\% <=> 33\frac13\% ;; 33\frac{1}{3} <=> \frac{100}{3}
+100^\circ \text{C} <=> 100 ;; \approx 5 <=> 5 ;; \boxed{5} <=> 5 ;; $5$ <=> 5 ;; \(5\) <=> 5 ;; \[ 5 \] <=> 5
+\displaystyle\frac{1}{2} <=> 0.5 ;; {5} <=> 5 ;; (5) <=> 5 ;; 5. <=> 5 ;; +5 <=> 5 ;; -(-5) <=> 5 ;; --5 <=> 5
+007 <=> 7 ;; .50 <=> 1/2 ;; 1/2x <=> \frac{x}{2} ;; \frac{1}{2}x <=> x/2 ;; P(A) = 0.5 <=> 0.5
+\text{Area} = 25\pi <=> 25\pi ;; 25pi <=> 25\pi ;; sqrt(3)/2 <=> \frac{\sqrt3}{2} ;; 2*sqrt(3) <=> 2\sqrt{3}
+x**2 <=> x^2 ;; pi/4 <=> \frac{\pi}{4} ;; 3,4 <=> (3,4) ;; 3 \text{ and } 4 <=> 3, 4 ;; n^2+n <=> n(n+1)
+\frac{n(n+1)}{2} <=> \frac{n^2+n}{2} ;; \overline{AB} <=> AB ;; 10^{-2} <=> 0.01 ;; 1/100 <=> 1\%
+2\frac{1}{2} <=> 5/2 ;; -2\frac{1}{2} <=> -2.5 ;; 7\frac{1}{2}\text{ hours} <=> 7.5 ;; 90^{\circ} <=> 90 degrees
+\frac{\pi}{2}\text{ radians} <=> \frac\pi2 ;; x^2 + y^2 = 4 <=> x^2+y^2-4=0 ;; y - 3 = 2(x - 1) <=> y = 2x+1
+4x - 5y = -50 <=> 5y - 4x = 50 ;; 1 < x \leq 3 <=> (1,3] ;; 3 > x > 1 <=> 1<x<3
+\left(\frac{1}{2}, \infty\right) <=> (0.5, +\infty) ;; [0, \infty[ <=> [0, \infty[ ;; x\in\{1,2\} <=> 1,2
+x \in (1,3) <=> 1<x<3 ;; \cot x <=> \frac{\cos x}{\sin x} ;; e <=> \mathrm{e} ;; 2e <=> 2 \mathrm{e}
+e^{-x} <=> \frac{1}{e^x} ;; y = e^{-x} <=> e^{-x} ;; 0.30000000000000004 <=> 0.3
+3.0 \times 10^8 m/s <=> 3\times10^8 ;; \frac{\frac12}{3} <=> 1/6 ;; 1\,234 <=> 1234 ;; \text{(A), (C)} <=> A, C
+A and C <=> C, A ;; \text{no solution} <=> no solution ;; No solution <=> \text{no solution} ;; \max(2,3) <=> 3
+1000000 <=> 10^6 ;; 2^{100} <=> 1267650600228229401496703205376 ;; 2 \sqrt{3}\text{ cm} <=> 2\sqrt 3
+(2,3) \text{ and } (4,5) <=> (4,5),(2,3) ;; \{(1,2),(3,4)\} <=> (1,2), (3,4)
+x = \frac{-1 \pm \sqrt{5}}{2} <=> \frac{-1+\sqrt5}{2}, \frac{-1-\sqrt5}{2} ;; \sqrt{x^2+1} <=> (x^2+1)^{1/2}
+\log x <=> \ln x ;; C(10,3) <=> C(10,3) ;; \dfrac{3}{4} <=> .75 ;; $\frac{3}{4}$ <=> 75\% ;; twelve <=> twelve
+\frac{5}{12}\text{ of the pie} <=> 5/12 ;; -\infty <=> -\infty ;; \infty <=> +\infty ;; 3x+2y <=> 2y + 3x
+(x-1)(x-2)=0 <=> x^2-3x+2=0 ;; 1 : 3 <=> 1:3 ;; 2, 3, and 5 <=> 2,3,5 ;; \frac{1}{2} , \frac{1}{3} <=> 1/3, 1/2
+100! <=> 100! ;; \frac{\sqrt{30}}{12} $. <=> \frac{\sqrt{30}}{12}
+2 \ln x+3 \ln \left(y^{2}-z\right)-\frac{1}{2} \ln (y+1) <=> \ln\frac{x^2(y^2-z)^3}{\sqrt{y+1}} ;; 5th <=> 5
+two <=> 2 ;; 18 (dollars) <=> 18 ;; 3/4 or 0.75 <=> 0.75 ;; \langle 1,2\rangle <=> (1,2) ;; x=1 \lor x=2 <=> 1,2
+\gcd(12,18) <=> 6 ;; (b) <=> B ;; \mathrm{lcm}(4,6) <=> 12 ;; 2\mathbf{i}+3\mathbf{j} <=> 3\mathbf{j}+2\mathbf{i}
+-\infty<x<3 <=> (-\infty,3) ;; x \in \mathbb{R} <=> (-\infty,\infty) ;; x=2,y=3 <=> 2,3 ;; 5\text{ (units)} <=> 5
+12/5 or 2.4 <=> 2.4 ;; \frac{a}{b} <=> a/b ;; \dfrac{-3}{4} <=> -\frac34 ;; \frac{3}{-4} <=> -3/4
+-\frac{3}{4} <=> \frac{-3}{4} ;; 0.5x <=> \frac{x}{2} ;; x^{10} <=> x^10 ;; 3.0 <=> 3 ;; 1.0e-5 <=> 10^{-5}
+1e-5 <=> 0.00001 ;; 1,000,000 <=> 10^6 ;; $1,000 <=> 1000 ;; 1 000 000 <=> 1000000 ;; (2,3) <=> 2,3 ;; {2,3} <=> 2,3
+x^2 + 3x <=> x(x+3) ;; ab <=> ba ;; sin(x) <=> \sin x ;; cos x <=> \cos(x) ;; tan(pi/4) <=> 1 ;; exp(1) <=> e
+sqrt(2) <=> 2^{0.5} ;; sqrt2 <=> \sqrt{2} ;; |x-2| <=> \left|x-2\right| ;; |x-2| <=> |2-x| ;; \lvert -3 \rvert <=> 3
+n! <=> n! ;; (n+1)! <=> (n+1) n! ;; \frac{n!}{k!(n-k)!} <=> \binom{n}{k} ;; 2^n <=> 2^{n} ;; 2^{n+1}-2 <=> 2(2^n-1)
+x\sqrt{x} <=> x^{3/2} ;; \sqrt{x}\sqrt{y} <=> \sqrt{xy} ;; \log_b a <=> \frac{\ln a}{\ln b} ;; \ln 8 <=> 3\ln 2
+36x\sqrt{35x} <=> 36\sqrt{35}x^{1.5} ;; a>b <=> b<a ;; x<1 or x>2 <=> x>2 or x<1 ;; x^2 \le 4 <=> 4 \ge x^2
+y=\frac{1}{x} <=> y = x^{-1} ;; x=3 <=> 3=x ;; x=3,5 <=> x=3 or x=5 ;; x=3,5 <=> \{3,5\} ;; x\in\{3,5\} <=> x=3,5
+\{(1,2)\} <=> (1,2) ;; x = \{1,2\} <=> 1,2 ;; n=7 <=> 7 ;; 10\% <=> 0.1 ;; 10\% <=> 1/10 ;; 10% <=> 10
+10% <=> 10.0% ;; 10 percent <=> 10\% ;; 90^\circ <=> 90° ;; 90 degrees <=> 90^\circ ;; \$5.00 <=> 5
+5 dollars <=> \$5 ;; 5 USD <=> 5 ;; €10 <=> 10 ;; 12 in. <=> 12 inches ;; \text{Saturday} <=> saturday
+True <=> true ;; \text{True} <=> True ;; infinitely many <=> infinitely many ;; undefined <=> \text{undefined}
+\text{A} <=> (A) ;; A. <=> A ;; \alpha <=> α ;; \theta=\pi/6 <=> \frac{\pi}{6} ;; 2^{3} <=> 8 ;; \sqrt{16} <=> 4
+\sqrt[3]{27} <=> 3 ;; \frac{0}{5} <=> 0 ;; -0 <=> 0 ;; 0.0 <=> 0 ;; 1.50 <=> 1.5 ;; 1/3 <=> 0.33333333
+2/3 <=> 0.66666667 ;; 2/3 <=> 0.6666666 ;; \pi <=> 3.14159265 ;; \sqrt2 <=> 1.41421356 ;; x^2+y^2-4=0 <=> x^2+y^2=4
+2x^2+2y^2=8 <=> x^2+y^2=4 ;; \frac{x^2}{4}+\frac{y^2}{9}=1 <=> 9x^2+4y^2=36 ;; y=2x+3 <=> 2x-y=-3 ;; y-3=2x <=> y=2x+3
+x=y <=> y=x ;; 1+2i <=> 2i+1 ;; (1+i)^2 <=> 2i ;; \frac{1}{i} <=> -i ;; e^{\pi i/2} <=> i
+\cos\frac{\pi}{3}+i\sin\frac{\pi}{3} <=> e^{i\pi/3} ;; |3+4i| <=> 5
+\begin{bmatrix}1\\2\end{bmatrix} <=> \begin{pmatrix}1\\2\end{pmatrix}
+\left(\begin{array}{cc}1&2\\3&4\end{array}\right) <=> \begin{pmatrix}1&2\\3&4\end{pmatrix} ;; a_1 <=> a_{1}
+a_{n+1} <=> a_{n+1} ;; x_1=2, x_2=3 <=> x_{1} = 2, x_{2} = 3 ;; x_1=2,x_2=3 <=> 2,3
+\frac{1}{2}\sqrt{3} <=> \frac{\sqrt3}{2} ;; \frac{\sqrt{3}}{3} <=> \frac{1}{\sqrt3}
+\sqrt{\frac{1}{2}} <=> \frac{\sqrt2}{2} ;; \sqrt{3+2\sqrt2} <=> 1+\sqrt2 ;; 3\sqrt{2}+\sqrt{2} <=> 4\sqrt2
+\frac{a+b}{2} <=> \frac{b+a}{2} ;; (x-1)(x+1) <=> x^2-1 ;; -(x-1) <=> 1-x ;; a^2-b^2 <=> (a-b)(a+b)
+[1,2) <=> 1 \le x < 2 ;; (1,2] <=> 1<x\le2 ;; (1,2) <=> 1<x<2 ;; x\ge1 \text{ and } x\le 2 <=> [1,2]
+(-\infty,1)\cup(2,\infty) <=> x<1 \text{ or } x>2 ;; 1\frac{1}{2}\% <=> 1.5\% ;; 3:4 <=> 3/4 ;; 3:4 <=> 6:8
+1:2:3 <=> 2:4:6 ;; \text{2 pm} <=> 2 p.m. ;; 1{,}234 <=> 1,234 ;; 1.2\times10^4 <=> 12000 ;; 1.2 x 10^4 <=> 12000
+1.2*10^4 <=> 12,000 ;; 2\cdot3 <=> 6 ;; 5\,\text{m} <=> 5 ;; 5\mathrm{\,cm} <=> 5 ;; 5~\mathrm{cm}^2 <=> 5
+9.8\,\mathrm{m/s^2} <=> 9.8 ;; 25 \, \text{km/h} <=> 25
+"""
+DIFFERENT = r"""
+0.33 <=> 1/3 ;; 0.3333 <=> 1/3 ;; 3.14 <=> \pi ;; 22/7 <=> \pi ;; 1 <=> 10 ;; 12 <=> 1 ;; A <=> B ;; A <=> a
+A or B <=> A ;; Apple <=> A ;; AB <=> A ;; (A) 5 <=> (B) 5 ;; 50\% <=> 5000 ;; 5 cm <=> 5 m ;; 5 minutes <=> 5 hours
+9 a.m. <=> 9 p.m. ;; 1:03 PM <=> 1:03 AM ;; x=5 <=> y=5 ;; x = 5 <=> -5 ;; 2x=10 <=> 10 ;; x^2=4 <=> 4 ;; xy = 6 <=> 6
+a+b=5 <=> 5 ;; 5 < x <=> x<5 ;; x \ge 3 <=> x>3 ;; (3,4] <=> (3,4) ;; [3,4] <=> (3,4) ;; (1,2)\cup(3,4) <=> (1,2)
+(1,2) <=> \{1,2\} ;; (2,1) <=> 1,2 ;; 1,2 <=> 1,2,3 ;; 1,1,2 <=> 1,2,2 ;; \{1,2\} <=> \{1,2,3\} ;; x+1 <=> x-1
+x <=> -x ;; \sqrt{x^2} <=> x ;; |x| <=> x ;; \sin x <=> \cos x ;; \sin^{-1} x <=> \csc x ;; x^2 <=> 2x ;; 2^x <=> x^2
+a/b <=> b/a ;; a-b <=> b-a ;; i <=> -i ;; 1+i <=> 1-i ;; \pm 5 <=> 5 ;; 5 <=> \pm 5 ;; listen <=> silent
+Monday <=> Tuesday ;; odd <=> even ;; none <=> 0 ;; no <=> 0 ;; not 5 <=> 5 ;; at most 5 <=> 5 ;; 2516_8 <=> 2516_7
+11/2 <=> 1 1/2 ;; 1\frac12 <=> 1/2 ;; 2\sqrt3 <=> \sqrt[2]{3} ;; \sqrt[3]{2} <=> 3\sqrt2 ;; 0 <=> \frac{1}{2004!}
+\frac{1}{2004!} <=> \frac{1}{2006!} ;; 10^{100} <=> 10^{101} ;; 12345678901234567890 <=> 12345678901234567891
+0.1234567 <=> 0.1234568 ;; 5.0000001 <=> 5 ;; 4.9999999 <=> 5
+\begin{pmatrix}1\\2\end{pmatrix} <=> \begin{pmatrix}1&2\end{pmatrix} ;; \begin{pmatrix}1\\2\end{pmatrix} <=> (2,1)
+\begin{vmatrix}1&2\\3&4\end{vmatrix} <=> \begin{pmatrix}1&2\\3&4\end{pmatrix} ;; y=x <=> y=-x ;; y=2x+1 <=> 2x+2
+x^2+y^2=4 <=> x^2+y^2=2 ;; x<5 <=> x<6 ;; x+y<1 <=> x+y>1 ;; 12:00 <=> 12 ;; 12:00 <=> 6:00 ;; 1:30 <=> 2:60
+3 <=> 3x ;; 3x <=> 3 ;; 2 xy <=> 2 ;; 2abcd <=> 2 ;; x <=> y ;; f(x) <=> f(y) ;; f(x+1) <=> f(x)+1
+\ln x <=> \log_2 x ;; \frac{1}{2} <=> 2 ;; -1/2 <=> 1/2 ;; 1/2 <=> \frac{1}{-2} ;; 3 million <=> 3 ;; June 20 <=> 20
+\text{June 20} <=> \text{June 21} ;; Infinity <=> 0 ;; \infty <=> -\infty ;; \emptyset <=> 0 ;; (5 <=> 5 )+1
+1/0 <=> 1/0 + 1 ;; 0/0 <=> 1 ;; \{5\} <=> 6 ;; 7 = 11a+c <=> 11a+c ;; =5 <=> 6 ;; x\neq 3 <=> x=3 ;; x \neq 3 <=> 3
+x>3 <=> 3 ;; x\in[1,2] <=> 1,2 ;; 1-2 <=> 1,2 ;; 1\text{ or }2 <=> 1 ;; 1 <=> 1 \text{ or } 2 ;; 5x <=> 5\text{ x}^2
+2\pi <=> 6.28 ;; \sqrt2 <=> 1.414 ;; \frac{\sqrt{5}-1}{2} <=> 0.618 ;; e <=> 2.718 ;; 32, 349 <=> 32349
+(1,234) <=> 1234 ;; 1.234 <=> 1234 ;; 1e3 <=> 13 ;; true <=> false ;; a_1 <=> a_2 ;; x' <=> x ;; B <=> 8 ;; O <=> 0
+D <=> \text{E} ;; E <=> \mathrm{E}*2 ;; x^{2}+x <=> x^{2}-x ;; \sqrt{67},-\sqrt{85} <=> \sqrt{67} ;; 100% <=> 1000
+-100 <=> 100 ;; 10% <=> 20% ;; 0.5% <=> 0.5 + 1 ;; 45^\circ <=> 46^\circ ;; \text{5} <=> 6 ;; {} <=> 5 ;; () <=> 5
+\frac{}{} <=> 1 ;; x=y <=> y=x+1 ;; (0,0) <=> 0 ;; \{0\} <=> \emptyset ;; 2,2 <=> 2 ;; 4,\!000 <=> 4, 0
+x=2,y=3 <=> 3,2 ;; 1 or 2 <=> 1 ;; 2e-1 <=> 0.2 ;; (1,000) <=> 1000 ;; [2,3] <=> 2,3 ;; log(100) <=> 2
+a \ge b <=> a>b ;; (3,5) <=> (5,3) ;; n = 7 <=> m = 7 ;; 0.1 <=> 10 ;; 12 cm <=> 12 inches ;; 3 hours <=> 180 minutes
+Saturday <=> Sunday ;; yes <=> no ;; A <=> A and B ;; AB <=> BA ;; x <=> X ;; 2^3 <=> 6 ;; \sqrt{16} <=> -4
+1.5 <=> 1,5 ;; 2/3 <=> 0.6666665 ;; \sqrt2 <=> 1.41421357 ;; 1.41 <=> \sqrt2 ;; y=2x+3 <=> y=2x-3 ;; x+y=1 <=> x+y=2
+x=5 <=> x\ge5 ;; 5 <=> x>5 ;; 2i <=> -2i ;; 3i <=> 3
+\begin{pmatrix}1&2\\3&4\end{pmatrix} <=> \begin{pmatrix}1&3\\2&4\end{pmatrix} ;; \begin{vmatrix}1\end{vmatrix} <=> 1
+x_1=2,x_2=3 <=> 3,2 ;; \frac{a+b}{2} <=> a+\frac{b}{2} ;; x^2-1 <=> (x-1)^2 ;; [1,2] <=> \{1,2\}
+\emptyset <=> no solution ;; 3:4 <=> 4:3 ;; May 5 <=> May 6 ;; 2 \times 3 <=> 5
+"""
+ONE_WAY = [("2516", "2516_8", True), ("10_2", "10", False), ("10_2", "2", False)]     # (prediction, reference): the question names the base
+
+COMPLETIONS = [
+    ('The answer is (B).', 'B'),
+    ('The correct answer is B.', 'B'),
+    ('The answer is B) 12', 'B'),
+    ('Answer: C', 'C'),
+    ('Therefore, option (D) is correct.', 'D'),
+    ('So the correct option is **B**.', 'B'),
+    ('**Answer:** (A)', 'A'),
+    ('The answer is **42**.', '42'),
+    ('**Final Answer**\n\n42', '42'),
+    ('### Final Answer\n\\(42\\)', '42'),
+    ('Final Answer: \\[\n x = 5 \n\\]', 'x = 5'),
+    ('B', 'B'),
+    ('(C)', 'C'),
+    ('...\n\nB.', 'B'),
+    ('The answer is $x = 5$.', 'x = 5'),
+    ('Thus $x=\\frac{3}{4}$.', '\\frac{3}{4}'),
+    ('The answer is 50%.', '50%'),
+    ('the answer is -3', '-3'),
+    ('The answer is 1/2.', '1/2'),
+    ('The answer is 3.5 meters.', '3.5'),
+    ('The answer is 3 and 4.', '3 and 4'),
+    ('The answer is even.', 'even'),
+    ('\\boxed{\\text{(A)}}', '\\text{(A)}'),
+    ('so \\boxed{x^{2}', 'x^{2}'),
+    ('so \\boxed{42', '42'),
+    ('so \\boxed{\\frac{1}{2}. Done', '\\frac{1}{2}'),
+    ('\\fbox{9}', '9'),
+    ('\\boxed{}\nThe answer is 4', '4'),
+    ('\\boxed{5}<|im_end|>\n<|im_start|>user\nanother \\boxed{6}', '5'),
+    ('The answer is 5</s>', '5'),
+    ('The answer is 5<|eot_id|>junk 7', '5'),
+    ('#### 18<|endoftext|>', '18'),
+    ('#### 3/4', '3/4'),
+    ('#### \\frac{3}{4}', '\\frac{3}{4}'),
+    ('#### 25%', '25%'),
+    ('#### 1. Setup\nwe have 4\n#### 2. Done\nso the total is 7', '7'),
+    ('It costs $5.', '5'),
+    ('There are 1,234 of them, i.e. 2 thousand? No: 1,234.', '1234'),
+    ('He has -3 left', '-3'),
+    ('5 - 3 = 2', '2'),
+    ('about 3.14 or so', '3.14'),
+    ('The answer is \\$12.50.', '12.50'),
+    ('the answer is $\\$12.50$', '\\$12.50'),
+    ('The answer is:\n\n$$\\frac{1}{2}$$', '\\frac{1}{2}'),
+    ('So the answer is $$7$$.', '7'),
+    ('The answer is 1,000,000.', '1000000'),
+    ('The answer is 10:30 am', '10:30 am'),
+    ('\\boxed{A} or \\boxed{B}', 'B'),
+    ('\\boxed{\\{1,2\\}}', '\\{1,2\\}'),
+    ('Hence the final answer is $\\boxed{12}$.', '12'),
+    ('<think>\\boxed{3}</think> The answer is 4.', '4'),
+    ('<think>so 12', '12'),
+    ("I don't know.", None),
+    ('The answer is unknown.', None),
+    ('The answer cannot be determined', None),
+    ('No solution exists.', None),
+    ('answer = 7', '7'),
+    ('Answer is 12 apples.', '12'),
+    ('The answers are 2 and 3.', '2 and 3'),
+    ('the answer is therefore 8.', '8'),
+    ('The final answer is\n\n\\[ \\boxed{8} \\]', '8'),
+    ('The answer is $5$ dollars', '5'),
+    ('The answer is $5 dollars', '5'),
+    ('Final answer: (2, 3)', '(2, 3)'),
+    ('The answer is [0, 1).', '[0, 1)'),
+    ('The answer is x^2 + 1.', 'x^2 + 1'),
+    ('The answer is \\frac{1}{2}', '\\frac{1}{2}'),
+    ('The answer is \\(\\frac{1}{2}\\).', '\\frac{1}{2}'),
+    ('The answer is 42\n\nQuestion: what is 3+4? The answer is 7', '42'),
+    ('$\\boxed{\\text{Yes}}$', '\\text{Yes}'),
+    ('\\boxed{1,234}', '1,234'),
+    ('\\boxed{ 7 }', '7'),
+    ('\\boxed{$5$}', '5'),
+    ('x=\\boxed{5}\\text{ cm}', '5'),
+    ('The answer is two.', 'two'),
+    ('result: 5', '5'),
+    ('Therefore, x = 12.', '12'),
+    ('so x = 2 or x = 3', '3'),
+    ('= 1.5e3', '1.5e3'),
+    ('The answer is: A', 'A'),
+    ('The answer is A: 12', 'A'),
+    ('The answer is (A) 12 apples', 'A'),
+    ('Answer: A. 12 apples', 'A'),
+    ('The best choice is (E)', 'E'),
+    ('I choose D', 'D'),
+    ('The answer is "B".', 'B'),
+    ('Answer: **B. 15**', 'B'),
+    ('ANSWER: 15', '15'),
+    ('A: 15', '15'),
+    ('the answer is about 15', '15'),
+    ('The answer is approximately 3.14', '3.14'),
+    ('Answer: 5 or 6', '5 or 6'),
+    ('answer is \\boxed 7.', '7'),
+    ('\\boxed7', '7'),
+    ('\\boxed\\frac12', '\\frac12'),
+    ('Final Answer: The final answer is $\\frac{1}{2}$. I hope it is correct.', '\\frac{1}{2}'),
+    ('The answer is 7, since 3+4 = 10-3.', '7'),
+    ('答案是 5。', '5'),
+    ('Ans: 5', '5'),
+    ('Therefore, the answer is option C.', 'C'),
+    ('The answer is \\(x=2\\) or \\(x=3\\).', 'x=2, x=3'),
+    ('The answer is 5 (five).', '5'),
+    ('### Answer\n\n12', '12'),
+    ('Answer:\n\n- 12', '12'),
+    ('Answer:\n\n* 12 cm', '12'),
+    ('The answer is .5.', '.5'),
+    ('The area is $12\\pi$.', '12\\pi'),
+    ('We get $y = \\sqrt{2}$.', '\\sqrt{2}'),
+    ('so the total is \\$45.', '45'),
+    ('a total of 45%', '45'),
+    ('Thus the probability is $\\frac{3}{8}$.', '\\frac{3}{8}'),
+    ('The answer is\n\\begin{pmatrix}1\\\\2\\end{pmatrix}', '\\begin{pmatrix}1\\\\2\\end{pmatrix}'),
+    ('**The answer is: 9**', '9'),
+    ('The answer is: **9 apples**.', '9'),
+    ('The final answer is: $\\boxed{\\text{B}}$', '\\text{B}'),
+    ('\\boxed{x = 5 \\text{ and } y = 2}', 'x = 5 \\text{ and } y = 2'),
+    ('\\[\\boxed{\\begin{matrix}1&2\\end{matrix}}\\]', '\\begin{matrix}1&2\\end{matrix}'),
+    ('\\boxed{\\frac{1}{2}\\text{ of } \\{1\\}}', '\\frac{1}{2}\\text{ of } \\{1\\}'),
 ]
-DIFFERENT = [
-    ("1/2", "2/1"), ("1/2", "1/3"), ("0.33", "1/3"), ("3.14", r"\pi"), ("5", "5.001"), ("12", "1,2"), ("1", "10"), ("31/2", "3 1/2"), ("2^{99}", "2^{98}"), ("10^{100}", "10^{100}+1"), ("-3", "3"), ("0.5", "50%"),
-    (r"0.\overline{3}", r"0.\overline{7}"), (r"\pm 5", "5"), ("x", "y"), ("x+1", "x+2"), ("x^2=4", "x=2"), ("x > 5", "x < 5"), ("x > 5", r"x \ge 5"), (r"\sqrt{x^2}", "x"), ("|x|", "x"), ("2x+z=1", "1"), ("f(x)=1", "g(x)=1"), ("x=5", "y=5"),
-    ("(1,2)", "(2,1)"), ("(0,1)", "[0,1]"), ("(3,1)", r"\{1,3\}"), ("1, 2", "1, 2, 3"), ("1, 2", "1"), ("(1,234)", "1234"), (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\3\end{pmatrix}"),
-    ("A", "B"), ("Cat", "C"), ("even", "odd"), ("odd", "oddd"), ("none", "0"), ("Evelyn", "nylevE"), ("204_5", "204"), ("7:32", "7"), ("12 cm", "12 m"), ("1 hour", "1 mile"), ("5 million", "5"), ("5", ""), ("", ""),
-    (r"\frac{1}{2004!}", r"\frac{1}{2006!}"), (r"\tfrac12+\tfrac1{72}", "1/2+2/3"), (r"\sin x", r"\cos x"), ("12:00", "1:00"), (r"(0,1) \cup (2,3]", "(0,1) \\cup (2,3)"),
-]
 
 
-@pytest.mark.parametrize("answers", SAME, ids=lambda a: a[0])
-def test_the_same_answer_in_other_words(answers):
-    """Every one equals the first, both ways round."""
-    for other in answers:
-        assert is_equivalent(other, answers[0]) and is_equivalent(answers[0], other), other
+def pairs(block: str) -> list[tuple[str, str]]:
+    return [tuple(pair.strip().split(" <=> ")) for pair in block.replace("\n", " ;; ").split(" ;; ") if pair.strip()]
 
 
-@pytest.mark.parametrize("a, b", DIFFERENT)
-def test_near_misses_are_told_apart(a, b):
-    """A false accept is worse than a false reject: it counts errors as right, and makes pairs of them."""
-    assert not is_equivalent(a, b) and not is_equivalent(b, a)
+@pytest.mark.parametrize("a, b", pairs(EQUAL))
+def test_the_same_answer_in_another_form_is_accepted(a, b):
+    assert ev.is_equivalent(a, b) and ev.is_equivalent(b, a)
 
 
-@pytest.mark.parametrize("text, answer", [
-    (r"So \boxed{\frac{1}{2}}.", r"\frac{1}{2}"), (r"\boxed{1}, no, \boxed{\frac{a}{b+\frac{c}{d}}} then 7", r"\frac{a}{b+\frac{c}{d}}"), (r"\boxed 7", "7"), (r"\fbox{7}", "7"), (r"cut \boxed{\frac{1}{2", r"\frac{1}{2"),
-    (r"first \boxed{3}, last \boxed{}", "3"), ("work\n#### 1,234", "1234"), ("#### 1\n#### -2", "-2"), ("#### $5", "5"), ("The answer is 3. Wait, the answer is 4.", "4"), ("The answer is: 15 apples.", "15 apples"),
-    ("Final Answer: $\\frac{3}{4}$", r"\frac{3}{4}"), ("the answer is \\(12\\).", "12"), ("**Answer:** 42", "42"), ("So the answer is (B).", "B"), ("Answer: C) 5", "C"), ("The answer is a dog with 3 legs", "3"),
-    ("The answer is −3.5", "-3.5"), ("He had 3 and ate 1, so 2 remain.", "2"), ("a net change of -$40", "-40"), ("in total $1,234.50", "1234.50"), ("No final answer is given.", None), ("nothing", None), ("", None),
-    ("<think>12 \\boxed{9}</think>The answer is 5.", "5"), ("\\boxed{7}<|im_end|>\n<|im_start|>user\n\\boxed{9}", "7"), ("The answer is 8</s>", "8"), ("answer:\n\n45 <|eot_id|>", "45"),
-    ("Step 2: 3 + 4 = 7.\nThe answer is: 7", "7"),
-])
-def test_extraction(text, answer):
-    """\\boxed before ####, before "the answer is", before the last number; the last of several; nothing after a chat end token."""
-    assert extract_answer(text) == answer
+@pytest.mark.parametrize("a, b", pairs(DIFFERENT))
+def test_a_near_miss_is_refused(a, b):
+    assert not ev.is_equivalent(a, b) and not ev.is_equivalent(b, a)
 
 
-HOSTILE = ["9" * 10**6, "2^" * 500 + "2", "9^9^9^9^9^9", "10^{10^{10^{10}}}", "(" * 900 + "1" + ")" * 900, r"\frac{" * 300 + "1" + "}" * 300, r"\sqrt" * 390 + "2", "99999!", "((99!)!)!", r"\binom{4999}{2500}!",
-           "__import__('os').system('touch PWNED')", "().__class__.__bases__[0].__subclasses__()", "exec(open('x').read())", "{0.__class__.__init__.__globals__}", "%s%n" * 300, "{{7*7}}", "lambda: 0",
-           "a+" * 900 + "a", "x," * 900, "\0", "\ud800", r"\pm" * 300, r"1\pm" * 40 + "1", "|" * 500, "-" * 1999, "1e999999999", "3.14e-99999", "=" * 1500, "<" * 1500, "x^{x^{x^{x^{x}}}}", "sin(" * 300 + "x" + ")" * 300,
-           r"\text{" * 400 + "}" * 400, "1/0", "0^{-1}", "0/0", "e^{e^{e^{e^{10}}}}", "(x+y+z+a+b)^{99999}", r"\lfloor 10^{10^{9}} \rfloor", "2^{9999999999999}", r"\{" * 300 + r"\}" * 300, "x_{" * 300, " " * 1999, "\\" * 1999,
-           "'" * 1999, "5" + "!" * 60, "½" * 800, "١٢٣", "\u202e12", r"\begin{pmatrix}" + "1&" * 900 + r"\end{pmatrix}", "1,234," * 300 + "1", "a and " * 400 + "b", "1 cm " * 300, r"\cup" * 400, "[(" * 500, "0." + "0" * 1900 + "1"]
+@pytest.mark.parametrize("prediction, reference, verdict", ONE_WAY)
+def test_a_base_may_be_left_out_of_the_prediction_only(prediction, reference, verdict):
+    assert ev.is_equivalent(prediction, reference) is verdict
 
 
-def test_hostile_texts_end_soon_and_harm_nothing(tmp_path, monkeypatch):
-    """Code, format strings, towers of powers, deep nesting, a million digits, regex bombs: graded as wrong, each within 2 s, nothing executed, nothing raised."""
-    monkeypatch.chdir(tmp_path)
-    limit = sys.getrecursionlimit()
-    for text in HOSTILE:
-        for other in ("1", r"\frac{x+1}{2}", "(1,2)", "x=5", r"\{1,2\}", text):
-            begun = time.monotonic()
-            assert not is_equivalent(text, other) or other == text
-            assert not is_equivalent(other, text) or other == text
-            assert time.monotonic() - begun < 2, text[:50]
-        for wrapped in (text, "\\boxed{" + text, "The answer is " + text, "#### " + text, "answer is " * 3000 + text, text * 20):
-            begun = time.monotonic()
-            extract_answer(wrapped)
-            assert time.monotonic() - begun < 2, text[:50]
-    assert os.listdir() == [] and sys.getrecursionlimit() == limit
+@pytest.mark.parametrize("completion, answer", COMPLETIONS)
+def test_extraction(completion, answer):
+    assert ev.extract_answer(completion) == answer
 
 
-def test_a_grader_does_not_load_what_it_does_not_need():
-    """Numbers are graded without mpmath; sympy is not imported at all."""
-    code = "import sys; import eval; base = set(sys.modules); assert eval.is_equivalent('1/2', '0.5') and not eval.is_equivalent('1,000', '100'); print(sorted(set(sys.modules) - base))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
-    assert "sympy" not in out
+def test_nothing_is_equivalent_to_nothing():
+    """An empty answer is never right, not even where the gold answer is empty too."""
+    for blank in ("", " ", "$$", "\\boxed{}", "."):
+        assert not ev.is_equivalent(blank, "5") and not ev.is_equivalent("5", blank) and not ev.is_equivalent(blank, blank)
+    assert not ev.is_equivalent(None, "5") and not ev.is_equivalent("5", None)
 
 
-EXPRESSIONS = st.recursive(st.sampled_from(["1", "2", "0.5", "x", "y", r"\pi", "-3", r"\frac{1}{2}", "10"]),
-                           lambda e: st.builds(lambda a, o, b: f"({a}{o}{b})", e, st.sampled_from("+-*/"), e) | st.builds(lambda a: rf"\sqrt{{{a}}}", e) | st.builds(lambda a: f"{{{a}}}^2", e), max_leaves=6)
+# ---- hostile text ----
+
+REPEATED = ["(", "\"cm\"y", "y \\text{cm}", "-5 cm y", "{", "[", "\\{", "\\frac", "\\frac{", "\\sqrt{", "-", "x^", "9^", "2^{", "1+", "9", "1e9", "1/", "5!", "5%", "\\pm1", "1\\pm", "=1", "x=", "<1", ":1",
+            "1,", "1,111", "1 ", " ", "\n", "\\text{", "\\text{a}", '"', "|", "|1|", "'", "x_{", "[[1],", "\\begin{pmatrix}", "&1", "\\cup(1,2)", "(1,2)\\cup", "^\\circ",
+            "\\sin ", "\\log_", "\\sqrt[3]", "½", "\ufdfa", "\ud800", "\x00", "\\", "%s", "{0.__class__}", "$", "$1", "\\(", "\\[1", "\\boxed{", "\\boxed{}",
+            "\\boxed{\n", "the answer is ", "answer:", "####", "#### 1\n", "<think>", "</think>", "<|im_end|>", "\\approx 1", "1\\approx ", "0.\\overline{3}", "option A ",
+            "\\binom{9}{", "f(", "-\\$", "\\setminus\\{1\\}", "Mr.", "ab "]
+SINGLE = ["9**9**9**9", "9^{9^{9^{9}}}", "10^{10^{10}}", "2^{2^{2^{2^{2^2}}}}", "(10^{9})!", "100000!!", "((99999)!)!", "e^{e^{e^{e^{e^e}}}}", "\\sin(10^{10^{5}})", "x^{99999}", "x^{10^{20}}",
+          "\\binom{99999}{50000}", "\\binom{10^{9}}{5}", "\\sqrt[10^9]{2}", "\\tan(\\pi/2)", "1/0", "0/0", "0^0", "\\log 0", "\\log_1 5", "\\infty-\\infty", "0\\cdot\\infty", "1e999999999", "-nan",
+          "__import__('os').system('id')", "exec('import os')", "().__class__.__bases__[0].__subclasses__()", "open('/etc/passwd').read()", "{x.__init__.__globals__}", "%(a)s%n%n%n",
+          "${jndi:ldap://x}", "$(id)", "\\input{/etc/passwd}", "\\write18{id}", "\\def\\x{\\x\\x}\\x", "[x for x in range(10**9)]", "'a'*10**9", "1<<10**9", "factorial(10**9)", "exit()", "quit",
+          "\u202e5", "\ufeff5", "\udfff5", "a\x00b", "\x1b[2J", "\\sum_{i=1}^{10^9} i", "\\int_0^1 x dx",
+          "+".join("99999!" for _ in range(280)), "+".join(f"{i}.5!" for i in range(280)), "+".join("9^{9999}" for _ in range(150)), "+".join(f"1/{10**12 + i}" for i in range(110)),
+          "*".join(f"(x+{i})^{{99}}" for i in range(100)), "{" + ",".join(f"\\sin {i}" for i in range(150)) + "}", "{" + ",".join(f"(x+{i})!" for i in range(150)) + "}",
+          ",".join(f"\\sqrt{{{i}+x}}" for i in range(2, 99)), "10^{\\pi\\cdot 9999}+" * 70 + "1"]
 
 
-@settings(max_examples=150, deadline=None)
-@given(EXPRESSIONS, st.text(max_size=40))
-def test_any_expression_equals_itself_and_any_text_is_survived(expression, text):
-    """Reflexive, also with a spelling changed and 0 added; symmetric and silent on anything."""
-    assert is_equivalent(expression, expression)
-    assert is_equivalent(expression.replace(r"\frac", r"\dfrac") + " ", expression)
-    assert is_equivalent(text, expression) == is_equivalent(expression, text)
-    extract_answer(text)
+@pytest.mark.parametrize("piece", SINGLE + REPEATED)
+def test_hostile_text_ends_soon_and_leaves_the_process_as_it_was(piece):
+    """Code, towers of powers, a million digits, deep nesting, patterns that backtrack, half characters: a verdict within two seconds,
+    no exception, no state changed."""
+    import mpmath
+    before = sys.getrecursionlimit(), sys.get_int_max_str_digits(), random.getstate(), mpmath.mp.prec, re.purge
+    for times in (1,) if piece in SINGLE else (7, 300, 100_000):
+        text = piece * times
+        for call in (lambda: ev.extract_answer(text), lambda: ev.extract_answer("The answer is " + text), lambda: ev.extract_answer("\\boxed{" + text + "}"),
+                     lambda: ev.is_equivalent(text, "5"), lambda: ev.is_equivalent("x+1", text), lambda: ev.is_equivalent(text, text + " "),
+                     lambda: ev.is_equivalent(text + "+x", text + "+y"), lambda: ev.is_equivalent(text + ",1", "2," + text)):
+            start = time.perf_counter()
+            call()
+            assert time.perf_counter() - start < 2
+    assert before == (sys.getrecursionlimit(), sys.get_int_max_str_digits(), random.getstate(), mpmath.mp.prec, re.purge)
 
 
-def read(path: Path) -> list:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def test_the_grader_never_executes_text():
+    """No eval, exec, compile, sympify or parse_expr anywhere in the file, and no import of a module by a name from outside."""
+    source = open(ev.__file__, encoding="utf-8").read()
+    assert not re.search(r"(?<![.\w])(?:eval|exec|compile|sympify|parse_expr|parse_latex|lambdify|__import__)\s*\(", source)
 
 
-def test_public_graders_cases(assets):
-    """Cases from the tests of public graders: at least 97 % agreement, no false accept, at least 97 % of the extractions, under 5 ms each on average."""
-    cases, begun = read(assets / "grading" / "equiv_public.jsonl"), time.monotonic()
-    got = [is_equivalent(c["pred"], c["gold"]) for c in cases]
-    assert (time.monotonic() - begun) / len(cases) < 0.02           # on a busy machine; about 0.5 ms on an idle one
-    assert sum(g == c["equal"] for g, c in zip(got, cases)) / len(cases) >= 0.97
-    assert not [c for g, c in zip(got, cases) if g and not c["equal"]]
-    cases = read(assets / "grading" / "extract_public.jsonl")
-    assert sum(extract_answer(c["completion"]) == c["expect"] for c in cases) / len(cases) >= 0.97
+ALPHABET = st.sampled_from(["x", "y", "n", "1", "2", "10", "0.5", "+", "-", "*", "/", "^", "(", ")", "[", "]", "{", "}", ",", "=", "<", "\\le ", "\\frac", "\\sqrt", "\\pi", "\\sin ", "\\pm ", "\\cup ",
+                            "\\text{cm}", "\\text{ or }", "\\{", "\\}", "\\infty", "|", "!", "%", "^\\circ", "_", "'", ":", ";", " ", "i", "e", "f", "\\log", "\\begin{pmatrix}", "\\end{pmatrix}", "&",
+                            "\\\\", "\\boxed{", "$", "the answer is ", "#### ", "A", "\ud800", "\x00", "½"])
 
 
-REWRITINGS = {
-    "as it stands": lambda a: a, "dfrac": lambda a: a.replace(r"\frac", r"\dfrac"), "dollars": lambda a: f"${a}$", "left right": lambda a: a.replace("(", r"\left(").replace(")", r"\right)"),
-    "frac without braces": lambda a: re.sub(r"\\frac\{(\d)\}\{(\d)\}", r"\\frac\1\2", a), "a full stop": lambda a: a + ".", "no \\text": lambda a: re.sub(r"\\text\{([^{}]*)\}", r"\1", a),
-    "a unit": lambda a: a + r"\text{ units}" if re.fullmatch(r"-?\d+", a) else a, "a name": lambda a: "x = " + a if re.fullmatch(r"[-\d/.]+|\\frac\{\d+\}\{\d+\}", a) else a,
-    "thousands": lambda a: f"{int(a):,}" if re.fullmatch(r"-?\d+", a) else a,
-}
+@settings(max_examples=300, deadline=2000, derandomize=True)
+@given(st.lists(ALPHABET, max_size=25).map("".join), st.lists(ALPHABET, max_size=25).map("".join))
+def test_any_text_has_a_verdict(a, b):
+    """Never an exception; the same both ways round unless a base is left out; and what is not blank is equivalent to itself."""
+    ev.extract_answer(a)
+    assert isinstance(verdict := ev.is_equivalent(a, b), bool)
+    assert "_" in a + b or verdict == ev.is_equivalent(b, a)
+    assert ev.is_equivalent(a, a) or not ev._clean(a)
 
 
-@pytest.mark.parametrize("rewriting", REWRITINGS)
-def test_each_of_the_5000_math_solutions_grades_as_its_own_answer(assets, rewriting):
-    """The MATH test set, also after common rewritings of the answer."""
-    for row in read(assets / "math" / "tora_math_test_5000.jsonl"):
-        answer = extract_answer(row["solution"])
-        assert answer is not None and is_equivalent(REWRITINGS[rewriting](answer), answer), answer
+@settings(max_examples=200, deadline=2000, derandomize=True)
+@given(st.text(max_size=60))
+def test_any_unicode_has_a_verdict(text):
+    ev.extract_answer(text)
+    ev.is_equivalent(text, "x+1")
+    ev.is_equivalent("(1, 2)", text)
 
 
-def test_verdicts_on_real_completions(assets):
-    """Real model outputs with their publisher's verdict. GSM8K (1,319) and MATH (800): at least 99.5 % agreement. The third file's publisher compares
-    strings, so it fails "26 pieces" and "$140"; there we call nearly everything right that it calls right."""
-    folder = assets / "answers"
-    sets = {"abel": [(r["response"], str(r["gold"]), bool(r["result"])) for r in read(folder / "abel_gsm8k_7b.jsonl")],
-            "qwen": [(c, r["gt"], v) for r in read(folder / "qwen25math_math_cot_100.jsonl") for c, v in zip(r["code"], r["score"])]}
-    for name, cases in sets.items():
-        ours = [is_equivalent(extract_answer(c) or "", gold) for c, gold, _ in cases]
-        assert sum(o == v for o, (_, _, v) in zip(ours, cases)) / len(cases) >= 0.995, name
-    right = [r for r in json.loads((folder / "ysui_gsm8k_llama2-7b-instruct-step-dpo.json").read_text()) if r["result"]]
-    ours = [is_equivalent(extract_answer(r["completion"]) or "", r["gt_output"].split("####")[-1].strip()) for r in right]
-    assert sum(ours) / len(ours) >= 0.94
+@settings(max_examples=150, deadline=2000, derandomize=True)
+@given(st.fractions(max_denominator=999, min_value=-9999, max_value=9999), st.fractions(max_denominator=999, min_value=-9999, max_value=9999))
+def test_fractions_are_compared_exactly(x, y):
+    """Every way to write a fraction is that fraction and no other."""
+    def ways(f):
+        whole, rest = divmod(abs(f.numerator), f.denominator)
+        sign = "-" if f < 0 else ""
+        yield f"{f.numerator}/{f.denominator}"
+        yield f"{sign}\\dfrac{{{abs(f.numerator)}}}{{{f.denominator}}}"
+        yield f"x = {3 * f.numerator}/{3 * f.denominator} \\text{{ cm}}"
+        if whole and rest:
+            yield f"{sign}{whole}\\frac{{{rest}}}{{{f.denominator}}}"
+    for a in ways(x):
+        assert ev.is_equivalent(a, str(x))
+        assert ev.is_equivalent(a, str(y)) == (x == y)
+
+
+# ---- real material ----
+
+def rows(path):
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def test_public_equivalence_cases(assets):
+    """Cases from public graders' own tests: at least 97 % agreement, at most 1 % false accepts, under 5 ms each."""
+    cases = rows(assets / "grading" / "equiv_public.jsonl")
+    ev.is_equivalent("x + y", "2x")                                   # the import
+    start = time.perf_counter()
+    verdicts = [ev.is_equivalent(row["pred"], row["gold"]) for row in cases]
+    assert (time.perf_counter() - start) / len(cases) < 0.005
+    assert sum(v == row["equal"] for v, row in zip(verdicts, cases)) >= 0.97 * len(cases)
+    assert sum(v and not row["equal"] for v, row in zip(verdicts, cases)) <= 0.01 * len(cases)
+
+
+def test_public_extraction_cases(assets):
+    cases = rows(assets / "grading" / "extract_public.jsonl")
+    right = [ev.extract_answer(row["completion"]) in [row["expect"], *row.get("accept", [])] for row in cases]
+    assert sum(right) >= 0.97 * len(cases)
+
+
+def rewritings(answer: str):
+    """An answer as people also write it."""
+    yield answer
+    yield answer.replace("\\frac", "\\dfrac")
+    yield re.sub(r"\\frac\{(\d)\}\{(\d)\}", r"\\frac\1\2", answer)
+    yield f"${answer}$"
+    yield f"\\({answer}\\)."
+    yield f"\\boxed{{{answer}}}"
+    if "[" not in answer and "]" not in answer and "\\left" not in answer:
+        yield re.sub(r"(?<!\\)\(", r"\\left(", answer).replace(")", "\\right)")
+    if re.fullmatch(r"[A-Za-z ]+", answer):
+        yield f"\\text{{{answer}}}"
+    if match := re.fullmatch(r"(-?)\\frac\{(\d+)\}\{(\d+)\}", answer):
+        yield f"{match[1]}{match[2]}/{match[3]}"
+        if 10**9 % int(match[3]) == 0:
+            yield match[1] + format(Decimal(match[2]) / Decimal(match[3]), "f")
+    if re.fullmatch(r"-?\d+", answer):
+        yield from (f"x = {answer}", answer + ".0", answer + "\\text{ cm}", f"{int(answer):,}", f"{int(answer):,}".replace(",", "{,}"))
+    items = re.split(r",\s*", answer)
+    if len(items) > 1 and not re.search(r"[(\[{]|\d,\d{3}|!|text", answer):
+        yield ", ".join(reversed(items))
+        yield ", ".join(items[:-1]) + " \\text{ and } " + items[-1]
+
+
+def test_every_MATH_solution_grades_as_its_own_answer(assets):
+    """Each of the 5000, as it is and rewritten; and almost never as another problem's."""
+    answers = []
+    for row in rows(assets / "math" / "tora_math_test_5000.jsonl"):
+        answers.append(ev.extract_answer(row["solution"]))
+        for text in rewritings(answers[-1]):
+            assert ev.is_equivalent(text, answers[-1]) and ev.is_equivalent(answers[-1], text), (text, answers[-1])
+    different = sorted(set(answers))
+    values = random.Random(0)
+    accepted = sum(ev.is_equivalent(*values.sample(different, 2)) for _ in range(4000))
+    assert accepted <= 8                                              # \frac12 and 0.5 are among them
+
+
+def test_agreement_with_the_publishers_verdicts(assets):
+    """Real completions. The publisher of the third set compares text, so "45 kg", "$180." and "45<|im_end|>" count as wrong there
+    where we accept them; what remains to be measured on it is whether we refuse anything that they accept."""
+    answers = assets / "answers"
+
+    def ours(completion, gold):
+        answer = ev.extract_answer(completion)
+        return answer is not None and ev.is_equivalent(answer, gold)
+
+    abel = [(ours(row["response"], row["gold"]), row["result"]) for row in rows(answers / "abel_gsm8k_7b.jsonl")]
+    assert sum(a == b for a, b in abel) >= 0.98 * len(abel)
+    qwen = [(ours(code, row["answer"]), verdict) for row in rows(answers / "qwen25math_math_cot_100.jsonl") for code, verdict in zip(row["code"], row["score"])]
+    assert sum(a == b for a, b in qwen) >= 0.98 * len(qwen)
+    step_dpo = json.loads((answers / "ysui_gsm8k_llama2-7b-instruct-step-dpo.json").read_text(encoding="utf-8"))
+    verdicts = [(ours(row["completion"], row["prompt_answer"][0]), row["result"]) for row in step_dpo]
+    assert sum(theirs and not mine for mine, theirs in verdicts) <= 0.01 * len(verdicts)
