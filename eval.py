@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from fractions import Fraction
-from functools import cache, lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Callable, Sequence
@@ -202,17 +202,17 @@ SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9,
 UNITS = {name: spellings.split()[0] for spellings in (
     "mm millimeter millimeters, cm centimeter centimeters centimetres, m meter meters metre metres, km kilometer "
     "kilometers, in inch inches, ft foot feet, yd yard yards, mi mile miles, s sec second seconds, min mins minute "
-    "minutes, h hr hrs hour hours, day days, week weeks, month months, year years yr yrs, mg, g gram grams, kg kilogram "
-    "kilograms, lb lbs pound pounds, oz ounce ounces, ml milliliter milliliters, l liter liters litre litres, cent cents, "
-    "dollar dollars usd, am, pm, mph, kph, km/h, m/s, hz, kw, gb, mb, sq, deg degree degrees, rad radian radians, unit "
-    "units, th st nd rd").split(",") for name in spellings.split()}
+    "minutes, h hr hrs hour hours, day days, week weeks, month months, year years yr yrs, mg, g gram grams, kg "
+    "kilogram kilograms, lb lbs pound pounds, oz ounce ounces, ml milliliter milliliters, l liter liters litre "
+    "litres, cent cents, dollar dollars usd, am, pm, mph, kph, km/h, m/s, hz, kw, gb, mb, sq, deg degree degrees, "
+    "rad radian radians, unit units, th st nd rd").split(",") for name in spellings.split()}
 
 
 def _translations() -> dict[int, str]:
     signs = {"−–—‐‑﹣－": "-", "×✕": r"\times ", "·⋅∙•": r"\cdot ", "÷∕⁄": "/", "π": r"\pi ", "∞": r"\infty ", "≤⩽": "<=",
              "≥⩾": ">=", "≠": "!=", "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∈": r"\in ", "°º˚": r"\circ{}",
-             "′’‘": "'", "≈": r"\approx ", "∅": r"\emptyset ", "√": r"\sqrt ", "ℝ": r"\mathbb{R}", "“”": '"', "€£¥": "",
-             "∖": r"\setminus ", "∠": r"\angle ", "\0": ""}
+             "′’‘": "'", "≈": r"\approx ", "∅": r"\emptyset ", "√": r"\sqrt ", "ℝ": r"\mathbb{R}", "“”": '"',
+             "€£¥": "", "、": ",", "∖": r"\setminus ", "∠": r"\angle ", "\0": ""}
     table = {ord(c): to for chars, to in signs.items() for c in chars}
     table |= {ord(c): "^{%d}" % n for n, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
     table |= {ord(c): "_{%d}" % n for n, c in enumerate("₀₁₂₃₄₅₆₇₈₉")}
@@ -228,7 +228,8 @@ UNICODE = _translations()
 SAME = dict(pair.split("→") for pair in (
     r"\dfrac→\frac \tfrac→\frac \cfrac→\frac \dbinom→\binom \tbinom→\binom \$→ $→ \leqslant→<= \geqslant→>= \leq→<= "
     r"\geq→>= \neq→!= \lvert→| \rvert→| \mid→| \vert→| \%→% \lbrace→\{ \rbrace→\} \(→ \)→ \[→ \]→ **→^ p.m.→pm a.m.→am "
-    r"P.M.→pm A.M.→am \&→& \_→_ \degree→\circ \langle→( \rangle→) \lor→or \vee→or \land→, \wedge→, \colon→:").split(" "))
+    r"P.M.→pm A.M.→am \&→& \_→_ \degree→\circ \langle→( \rangle→) \lor→or \vee→or \land→, \wedge→, \colon→:"
+).split(" "))
 SAME |= {old: f" {new} " for old, new in SAME.items() if new in ("pm", "am", "or") or old[1:] in ("(", ")", "[", "]")}
 STYLE = re.compile(r"\\(text|textbf|textrm|textit|textsf|texttt|textnormal|mbox|hbox|mathrm|mathbf|mathsf|mathit|"
                    r"mathbb|bold|operatorname|boldsymbol|emph|underline|overline|bar|vec|hat|widehat|fbox|rm|bf)"
@@ -245,8 +246,8 @@ def _clean(text: str) -> str:
     """The text with one spelling for everything that only looks different. Words in \\text{} become "quoted"."""
     text = unicodedata.normalize("NFKC", text.translate(UNICODE)).translate(UNICODE)
     text = text.replace('"', " ").strip().rstrip("\\").strip()
-    if (box := BOX.search(text)) and (inside := _box_content(text, box.end())):
-        text = inside
+    if box := BOX.search(text):
+        text = _box_content(text, box.end())
     text = re.sub(r"(?<=\d)(?:,\s?\\!\s*|\{,\})(?=\d{3}(?!\d))", "", text)        # 10,\!000 and 10{,}000
     text = re.sub(r"(?<=\d)(?:\\[,;! ]|~|\\ )+(?=\d{3}(?!\d))", "", text)         # 10\,000
     text = re.sub(r"(\d{0,30})\.(\d{0,30})\\(?:overline|bar|dot)\s?\{(\d{1,30})\}", _repeating, text)
@@ -256,7 +257,7 @@ def _clean(text: str) -> str:
     for _ in range(4):                                                            # \textbf{\text{...}}
         text = STYLE.sub(_unstyle, text)
     text = re.sub(r"(?<=\d) x (?=\d)", r" \\times ", LAYOUT.sub(" ", text))
-    text = DEGREE.sub(r"\\deg ", SPEED.sub(r' "\1"', text))
+    text = re.sub(r"\\deg +(?:\"?[CF]\"?)(?![A-Za-z])", r"\\deg ", DEGREE.sub(r"\\deg ", SPEED.sub(r' "\1"', text)))
     text = re.sub(r"^(?:approximately|about|roughly|around|\\approx)\s", "", text.strip(), flags=re.I)
     text = re.sub(r"\\(le|lt|ge|gt|ne)(?![A-Za-z])", lambda m: COMPARED[m[1]], text)
     text = re.sub(r"(?<=[)\]]) ?U ?(?=[(\[])", r"\\cup ", text)
@@ -264,7 +265,8 @@ def _clean(text: str) -> str:
     text = re.sub(r"(?<=\d) ?\([A-Za-z]{3,}[A-Za-z ]*\)$", "", text)              # 18 (dollars)
     while text and (text[-1] in ".,;:" or text.endswith("\\\\")) and not text.endswith("..."):
         text = text[:-1].rstrip("\\ ")
-    return str(NUMBER_WORDS.index(text.lower())) if text.lower() in NUMBER_WORDS else text
+    word = text.strip('" ').lower()
+    return str(NUMBER_WORDS.index(word)) if word in NUMBER_WORDS else text
 
 
 def _repeating(match: re.Match) -> str:
@@ -275,7 +277,7 @@ def _repeating(match: re.Match) -> str:
 
 
 def _unstyle(match: re.Match) -> str:
-    style, inside = match.groups()
+    style, inside = match[1], match[2].replace("~", " ")
     word = inside.strip().rstrip(".")
     if style in ORNAMENTS:
         return "{" + inside + "}" if inside.strip() else " "
@@ -283,6 +285,8 @@ def _unstyle(match: re.Match) -> str:
         return " ℝ " if word == "R" else f" \\Set{word} "
     if word.lower() in ("and", "or"):
         return f" {word.lower()} "
+    if re.fullmatch(r"[A-Z](?:, [A-Z])*,? (?:and|or) [A-Z]", word):
+        return f" {word} "
     if re.fullmatch(r"\([A-Za-z ]{2,}\)", word):
         word = word[1:-1]
     if word in FUNCTIONS:
@@ -350,7 +354,7 @@ def _letters(run: str, last: tuple[str, str], spaced: bool) -> list[tuple[str, s
 OPENERS = ("(", "[", "{", "\\{")
 CLOSERS = (")", "]", "}", "\\}", "\\rfloor", "\\rceil")
 STARTERS = {"\\" + name for name in FUNCTIONS | SYMBOLS | {"frac", "binom", "pi", "infty", "begin", "lfloor", "lceil"}}
-MATRICES = ("pmatrix", "bmatrix", "matrix", "vmatrix", "Bmatrix", "array", "smallmatrix")
+MATRICES = ("pmatrix", "bmatrix", "matrix", "vmatrix", "Bmatrix", "array", "smallmatrix", "cases")
 INF, MINUS_INF = ("inf",), ("neg", ("inf",))
 REALS = ("tuple", "(", ")", [MINUS_INF, INF])
 
@@ -694,6 +698,8 @@ class _Parser:
                 rows[-1].append(self.relation())
         self.raw()
         rows = [row for row in rows if row]
+        if kind == "cases" and all(len(row) == 1 for row in rows):
+            return ("list", [row[0] for row in rows])
         if not rows or any(len(row) != len(rows[0]) for row in rows):
             raise _Refused("a ragged matrix")
         return ("matrix", "det" if kind == "vmatrix" else "m", rows)
@@ -754,19 +760,19 @@ def _names(*nodes: tuple) -> set[str]:
     return {n[1] for n in _walk(nodes) if n and n[0] in ("name", "call", "text", "base")}
 
 
-@cache
-def _mp():
-    """mpmath, sympy's arithmetic, in a context of our own. (sympy's trees evaluate what they are given at any cost.)"""
-    import mpmath
-    return mpmath.MPContext()
-
-
 class _Numbers:
     """Numeric values of trees, to DIGITS digits, with a bound on the work of one comparison."""
 
     def __init__(self):
-        self.mp, self.left = _mp(), MOST_WORK
-        self.mp.dps = DIGITS
+        self.left = MOST_WORK
+
+    @cached_property
+    def mp(self):
+        """mpmath, sympy's arithmetic, in a context of our own. (sympy's trees evaluate what they are given, at any cost.)"""
+        import mpmath
+        context = mpmath.MPContext()
+        context.dps = DIGITS
+        return context
 
     def point(self, name: str, trial: int):
         """Where a variable stands in a trial: small, large, of either sign, in turn."""

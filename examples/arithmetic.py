@@ -244,7 +244,7 @@ class Size:
     test: int = 1000
 
 
-QUICK = Size(tail=(0, 1), sft=14400, collect=120, held_out=60, pairs=48, epochs=4, test=100)
+QUICK = Size(tail=(0, 1), sft=10800, collect=120, held_out=60, pairs=48, lr=6e-5, test=100)
 EARLY = 2                          # events in which the habit can strike
 
 ARMS = {   # name -> title, method, file of pairs
@@ -312,7 +312,11 @@ def run_seed(folder: Path, size: Size, seed: int, scored: str) -> dict:
     answers = "--prompt raw --max_new_tokens 200 --batch_size 512"
     sampling = f"{answers} --samples {size.samples} --temperature 0.8 --top_p 0.95 --seed {seed}"
     checker = "examples.arithmetic:first_wrong_step"
+    settings = json.loads(json.dumps({"size": vars(size), "scored_on": scored}))         # as JSON has it: lists for tuples
+    if (folder / "settings.json").exists() and json.loads((folder / "settings.json").read_text()) != settings:
+        raise data.DataError(f"{folder}: holds a run with other settings (--quick, --dev, or another version); choose another --out")
     write_task(folder, size, seed, scored)
+    stepdpo.write_json(folder / "settings.json", settings)
 
     command(f"stepdpo.py sft --model {f}/start --data {f}/demonstrations.jsonl --out {f}/sft --prompt raw --epochs 1 "
             f"--batch_size {size.sft_batch} --lr 4e-3 --checkpoint_every 400 --seed {seed}")
@@ -398,16 +402,20 @@ def compare(runs: list[dict], a: str, b: str) -> dict:
     pairs = [(x, y) for run in runs for x, y in zip(run["arms"][a]["verdicts"], run["arms"][b]["verdicts"])]
     wins, losses = sum(x and not y for x, y in pairs), sum(y and not x for x, y in pairs)
     rate = lambda run, arm: statistics.mean(run["arms"][arm]["verdicts"])
-    mean, half = over_seeds([rate(run, a) - rate(run, b) for run in runs])
+    differences = [rate(run, a) - rate(run, b) for run in runs]
+    mean, half = over_seeds(differences)
     p = sign_test(wins, losses)
     return {"a": a, "b": b, "difference": mean, "half_interval_over_seeds": half, "only_a_right": wins, "only_b_right": losses,
-            "p": p, "holds": p < 0.05 and (half is None or abs(mean) > half)}
+            "p": p, "better_under": f"{sum(d > 0 for d in differences)} of {len(runs)} seeds",
+            "holds": p < 0.05 and (half is None or abs(mean) > half)}
 
 
 def in_words(test: dict) -> str:
     """'+4.2 points against SFT (p < 0.001)', with the verdict."""
     half = f" +- {100 * test['half_interval_over_seeds']:.1f}" if test["half_interval_over_seeds"] is not None else ""
     verdict = ("better" if test["difference"] > 0 else "WORSE") if test["holds"] else "within noise"
+    if not test["holds"] and test["p"] < 0.05:               # sure of these models, not of other seeds
+        verdict = f"better under {test['better_under']}, though the t interval reaches 0"
     p = f"p = {test['p']:.2g}" if test["p"] >= 0.001 else "p < 0.001"
     return f"{100 * test['difference']:+.1f}{half} points against {ARMS[test['b']][0]}: {verdict} " \
            f"({test['only_a_right']} : {test['only_b_right']} problems, {p})"
@@ -511,8 +519,12 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(min(2, torch.get_num_threads()))   # a model of this size gains nothing from more
     size, begun, runs = QUICK if args.quick else Size(), time.perf_counter(), []
     scored = "dev" if args.dev else "test"
-    for seed in numbers:
-        runs.append(run_seed(args.out / f"seed{seed}", size, seed, scored))
+    try:
+        for seed in numbers:
+            runs.append(run_seed(args.out / f"seed{seed}", size, seed, scored))
+    except (data.DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     seconds = time.perf_counter() - begun
     summary, table = summarize(runs)
     counts = sorted({run["pairs"] for run in runs})

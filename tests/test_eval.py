@@ -96,7 +96,7 @@ def test_the_real_sets_are_read_whole(assets):
 def test_bad_rows_are_named_and_the_rest_goes_on(checkpoint, tmp_path, capsys):
     file = tmp_path / "p.jsonl"
     good = {"question": "1 + 1", "answer": "2"}
-    rows = [good, {"question": "1"}, {"answer": "1"}, good | {"prefix": 3}, good | {"question": "a </s> b"},
+    rows = [good, {"question": "1"}, {"answer": "1"}, good | {"prefix": 3}, good | {"prefix": "a </s> b"},
             good | {"answer": " "}, good | {"question": "1 " * 200}]
     file.write_text("\n".join(map(json.dumps, rows)) + "\n{broken\n")
     assert ev.main(command(checkpoint, file, tmp_path / "o.jsonl")) == 1

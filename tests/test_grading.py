@@ -1,4 +1,5 @@
-"""The grader: what answer a text gives, and whether it is the right one. Near-misses decide whether a score can be trusted, so most of this is tables."""
+"""The grader: what answer a text gives, and whether it is the right one. Near-misses decide whether a score can be
+trusted, so most of this is tables."""
 import json
 import random
 import re
@@ -96,7 +97,20 @@ a_{n+1} <=> a_{n+1} ;; x_1=2, x_2=3 <=> x_{1} = 2, x_{2} = 3 ;; x_1=2,x_2=3 <=> 
 (-\infty,1)\cup(2,\infty) <=> x<1 \text{ or } x>2 ;; 1\frac{1}{2}\% <=> 1.5\% ;; 3:4 <=> 3/4 ;; 3:4 <=> 6:8
 1:2:3 <=> 2:4:6 ;; \text{2 pm} <=> 2 p.m. ;; 1{,}234 <=> 1,234 ;; 1.2\times10^4 <=> 12000 ;; 1.2 x 10^4 <=> 12000
 1.2*10^4 <=> 12,000 ;; 2\cdot3 <=> 6 ;; 5\,\text{m} <=> 5 ;; 5\mathrm{\,cm} <=> 5 ;; 5~\mathrm{cm}^2 <=> 5
-9.8\,\mathrm{m/s^2} <=> 9.8 ;; 25 \, \text{km/h} <=> 25
+9.8\,\mathrm{m/s^2} <=> 9.8 ;; 25 \, \text{km/h} <=> 25 ;; 72°F <=> 72 ;; 72^\circ \text{F} <=> 72
+20^\circ C <=> 20^\circ\mathrm{C} ;; \text{five} <=> 5 ;; \begin{cases}x=1\\y=2\end{cases} <=> x=1, y=2
+5 \mathrm{~cm} <=> 5 ;; 5 \mathrm{~m} <=> 5 \text{ m} ;; 10 \mathrm{~km} / \mathrm{h} <=> 10
+8 \mathrm{~cm}^{2} <=> 8 ;; \left\{x \mid -1<x<2\right\} <=> (-1,2) ;; \left\{1,2\right\} <=> \{2,1\}
+y^{2}=4 x <=> y^2-4x=0 ;; a \in(1,2) <=> 1<a<2 ;; m \leqslant 2 <=> (-\infty,2] ;; -\frac{1}{2} or 3 <=> 3, -1/2
+\frac{\pi}{3}+2k\pi <=> 2k\pi+\frac{\pi}{3} ;; （1，2） <=> (1,2) ;; 1、2 <=> 2,1 ;; \frac{1}{2}:\frac{1}{3} <=> 3:2
+180^{\circ}-\alpha <=> 180-\alpha ;; \dfrac{x}{2} <=> \frac12x ;; 2\sqrt{3}\,\mathrm{cm} <=> 2\sqrt3
+6\pi\text{ cm}^3 <=> 6\pi ;; 1.5 hours <=> 1.5 ;; $12 <=> 12.00 ;; 12 dollars <=> 12.00 ;; x=-3,x=2 <=> x=2,x=-3
+x_1=-3, x_2=2 <=> -3,2 ;; x=-3 \quad\text{or}\quad x=2 <=> \{-3,2\} ;; A,B <=> B,A ;; \text{A and C} <=> A, C
+Option (A) <=> A ;; D. 12 cm <=> D ;; D. 12 cm <=> 12 ;; I <=> I ;; I and II <=> I, II ;; (i) <=> i
+0.5 cm <=> 1/2 cm ;; -1/3 <=> -0.333333 ;; f^\prime <=> f' ;; 2^{-1} <=> 0.5 ;; 10^{-3} <=> 0.001
+\frac{1}{10^3} <=> 10^{-3} ;; \frac{2}{3}x <=> \frac{2x}{3} ;; 3(x+1) <=> 3x+3 ;; x(y+z) <=> xy+xz
+\frac{1}{a}+\frac{1}{b} <=> \frac{a+b}{ab} ;; a^{m+n} <=> a^m a^n ;; \ln(ab) <=> \ln a+\ln b ;; e^{\ln x} <=> x
+\max(a,b) <=> \max(b,a) ;; \sum_{i=1}^n i <=> \sum_{i=1}^n i ;; \int x dx <=> \int x dx ;; \lim <=> \lim
 """
 DIFFERENT = r"""
 0.33 <=> 1/3 ;; 0.3333 <=> 1/3 ;; 3.14 <=> \pi ;; 22/7 <=> \pi ;; 1 <=> 10 ;; 12 <=> 1 ;; A <=> B ;; A <=> a
@@ -130,9 +144,15 @@ Saturday <=> Sunday ;; yes <=> no ;; A <=> A and B ;; AB <=> BA ;; x <=> X ;; 2^
 x=5 <=> x\ge5 ;; 5 <=> x>5 ;; 2i <=> -2i ;; 3i <=> 3
 \begin{pmatrix}1&2\\3&4\end{pmatrix} <=> \begin{pmatrix}1&3\\2&4\end{pmatrix} ;; \begin{vmatrix}1\end{vmatrix} <=> 1
 x_1=2,x_2=3 <=> 3,2 ;; \frac{a+b}{2} <=> a+\frac{b}{2} ;; x^2-1 <=> (x-1)^2 ;; [1,2] <=> \{1,2\}
-\emptyset <=> no solution ;; 3:4 <=> 4:3 ;; May 5 <=> May 6 ;; 2 \times 3 <=> 5
+\emptyset <=> no solution ;; 3:4 <=> 4:3 ;; May 5 <=> May 6 ;; 2 \times 3 <=> 5 ;; 5\mathrm{~m} <=> 5\mathrm{~cm}
+A, B, C <=> A,B ;; AC <=> A,C ;; D. 12 cm <=> C ;; f'(x) <=> f(x) ;; f''(x) <=> f^{\prime\prime}(x)
+\frac{2}{3x} <=> \frac{2}{3}x ;; 3(x+1) <=> 3x+1 ;; (x+y)^2 <=> x^2+y^2 ;; \sqrt{a^2+b^2} <=> a+b
+\frac{1}{a+b} <=> \frac1a+\frac1b ;; \ln(a+b) <=> \ln a+\ln b ;; \lfloor x\rfloor <=> x
+\lfloor x\rfloor <=> \lceil x\rceil ;; x \mod 3 <=> x ;; P(A|B) <=> P(B|A) ;; n <=> 2n
+\sum_{i=1}^n i <=> \sum_{i=1}^n i^2
 """
-ONE_WAY = [("2516", "2516_8", True), ("10_2", "10", False), ("10_2", "2", False)]     # (prediction, reference): the question names the base
+# (prediction, reference, verdict): the question names the base, so the prediction need not.
+ONE_WAY = [("2516", "2516_8", True), ("10_2", "10", False), ("10_2", "2", False)]
 
 COMPLETIONS = [
     ('The answer is (B).', 'B'),
@@ -283,59 +303,75 @@ def test_extraction(completion, answer):
 def test_nothing_is_equivalent_to_nothing():
     """An empty answer is never right, not even where the gold answer is empty too."""
     for blank in ("", " ", "$$", "\\boxed{}", "."):
-        assert not ev.is_equivalent(blank, "5") and not ev.is_equivalent("5", blank) and not ev.is_equivalent(blank, blank)
+        assert not any(ev.is_equivalent(a, b) for a, b in ((blank, "5"), ("5", blank), (blank, blank)))
     assert not ev.is_equivalent(None, "5") and not ev.is_equivalent("5", None)
 
 
 # ---- hostile text ----
 
-REPEATED = ["(", "\"cm\"y", "y \\text{cm}", "-5 cm y", "{", "[", "\\{", "\\frac", "\\frac{", "\\sqrt{", "-", "x^", "9^", "2^{", "1+", "9", "1e9", "1/", "5!", "5%", "\\pm1", "1\\pm", "=1", "x=", "<1", ":1",
-            "1,", "1,111", "1 ", " ", "\n", "\\text{", "\\text{a}", '"', "|", "|1|", "'", "x_{", "[[1],", "\\begin{pmatrix}", "&1", "\\cup(1,2)", "(1,2)\\cup", "^\\circ",
-            "\\sin ", "\\log_", "\\sqrt[3]", "½", "\ufdfa", "\ud800", "\x00", "\\", "%s", "{0.__class__}", "$", "$1", "\\(", "\\[1", "\\boxed{", "\\boxed{}",
-            "\\boxed{\n", "the answer is ", "answer:", "####", "#### 1\n", "<think>", "</think>", "<|im_end|>", "\\approx 1", "1\\approx ", "0.\\overline{3}", "option A ",
+REPEATED = ["(", "\"cm\"y", "y \\text{cm}", "-5 cm y", "{", "[", "\\{", "\\frac", "\\frac{", "\\sqrt{", "-", "x^",
+            "9^", "2^{", "1+", "9", "1e9", "1/", "5!", "5%", "\\pm1", "1\\pm", "=1", "x=", "<1", ":1",
+            "1,", "1,111", "1 ", " ", "\n", "\\text{", "\\text{a}", '"', "|", "|1|", "'", "x_{", "[[1],",
+            "\\begin{pmatrix}", "&1", "\\cup(1,2)", "(1,2)\\cup", "^\\circ",
+            "\\sin ", "\\log_", "\\sqrt[3]", "½", "\ufdfa", "\ud800", "\x00", "\\", "%s", "{0.__class__}", "$", "$1",
+            "\\(", "\\[1", "\\boxed{", "\\boxed{}",
+            "\\boxed{\n", "the answer is ", "answer:", "answer ", "####", "#### 1\n", "<think>", "</think>",
+            "<|im_end|>", "\\approx 1", "1\\approx ", "0.\\overline{3}", "option A ",
             "\\binom{9}{", "f(", "-\\$", "\\setminus\\{1\\}", "Mr.", "ab "]
-SINGLE = ["9**9**9**9", "9^{9^{9^{9}}}", "10^{10^{10}}", "2^{2^{2^{2^{2^2}}}}", "(10^{9})!", "100000!!", "((99999)!)!", "e^{e^{e^{e^{e^e}}}}", "\\sin(10^{10^{5}})", "x^{99999}", "x^{10^{20}}",
-          "\\binom{99999}{50000}", "\\binom{10^{9}}{5}", "\\sqrt[10^9]{2}", "\\tan(\\pi/2)", "1/0", "0/0", "0^0", "\\log 0", "\\log_1 5", "\\infty-\\infty", "0\\cdot\\infty", "1e999999999", "-nan",
-          "__import__('os').system('id')", "exec('import os')", "().__class__.__bases__[0].__subclasses__()", "open('/etc/passwd').read()", "{x.__init__.__globals__}", "%(a)s%n%n%n",
-          "${jndi:ldap://x}", "$(id)", "\\input{/etc/passwd}", "\\write18{id}", "\\def\\x{\\x\\x}\\x", "[x for x in range(10**9)]", "'a'*10**9", "1<<10**9", "factorial(10**9)", "exit()", "quit",
+SINGLE = ["9**9**9**9", "9^{9^{9^{9}}}", "10^{10^{10}}", "2^{2^{2^{2^{2^2}}}}", "(10^{9})!", "100000!!",
+          "((99999)!)!", "e^{e^{e^{e^{e^e}}}}", "\\sin(10^{10^{5}})", "x^{99999}", "x^{10^{20}}",
+          "\\binom{99999}{50000}", "\\binom{10^{9}}{5}", "\\sqrt[10^9]{2}", "\\tan(\\pi/2)", "1/0", "0/0", "0^0",
+          "\\log 0", "\\log_1 5", "\\infty-\\infty", "0\\cdot\\infty", "1e999999999", "-nan",
+          "__import__('os').system('id')", "exec('import os')", "().__class__.__bases__[0].__subclasses__()",
+          "open('/etc/passwd').read()", "{x.__init__.__globals__}", "%(a)s%n%n%n",
+          "${jndi:ldap://x}", "$(id)", "\\input{/etc/passwd}", "\\write18{id}", "\\def\\x{\\x\\x}\\x",
+          "[x for x in range(10**9)]", "'a'*10**9", "1<<10**9", "factorial(10**9)", "exit()", "quit",
           "\u202e5", "\ufeff5", "\udfff5", "a\x00b", "\x1b[2J", "\\sum_{i=1}^{10^9} i", "\\int_0^1 x dx",
-          "+".join("99999!" for _ in range(280)), "+".join(f"{i}.5!" for i in range(280)), "+".join("9^{9999}" for _ in range(150)), "+".join(f"1/{10**12 + i}" for i in range(110)),
-          "*".join(f"(x+{i})^{{99}}" for i in range(100)), "{" + ",".join(f"\\sin {i}" for i in range(150)) + "}", "{" + ",".join(f"(x+{i})!" for i in range(150)) + "}",
+          "+".join("99999!" for _ in range(280)), "+".join(f"{i}.5!" for i in range(280)),
+          "+".join("9^{9999}" for _ in range(150)), "+".join(f"1/{10**12 + i}" for i in range(110)),
+          "*".join(f"(x+{i})^{{99}}" for i in range(100)), "{" + ",".join(f"\\sin {i}" for i in range(150)) + "}",
+          "{" + ",".join(f"(x+{i})!" for i in range(150)) + "}",
           ",".join(f"\\sqrt{{{i}+x}}" for i in range(2, 99)), "10^{\\pi\\cdot 9999}+" * 70 + "1"]
 
 
 @pytest.mark.parametrize("piece", SINGLE + REPEATED)
 def test_hostile_text_ends_soon_and_leaves_the_process_as_it_was(piece):
-    """Code, towers of powers, a million digits, deep nesting, patterns that backtrack, half characters: a verdict within two seconds,
-    no exception, no state changed."""
+    """Code, towers of powers, a million digits, deep nesting, patterns that backtrack, half characters: a verdict
+    within two seconds, no exception, no state changed."""
     import mpmath
-    before = sys.getrecursionlimit(), sys.get_int_max_str_digits(), random.getstate(), mpmath.mp.prec, re.purge
+    before = sys.getrecursionlimit(), sys.get_int_max_str_digits(), random.getstate(), mpmath.mp.prec
     for times in (1,) if piece in SINGLE else (7, 300, 100_000):
         text = piece * times
-        for call in (lambda: ev.extract_answer(text), lambda: ev.extract_answer("The answer is " + text), lambda: ev.extract_answer("\\boxed{" + text + "}"),
-                     lambda: ev.is_equivalent(text, "5"), lambda: ev.is_equivalent("x+1", text), lambda: ev.is_equivalent(text, text + " "),
-                     lambda: ev.is_equivalent(text + "+x", text + "+y"), lambda: ev.is_equivalent(text + ",1", "2," + text)):
+        for call in (lambda: ev.extract_answer(text), lambda: ev.extract_answer("The answer is " + text),
+            lambda: ev.extract_answer("\\boxed{" + text + "}"),
+                     lambda: ev.is_equivalent(text, "5"), lambda: ev.is_equivalent("x+1", text),
+                         lambda: ev.is_equivalent(text, text + " "),
+                     lambda: ev.is_equivalent(text + "+x", text + "+y"), lambda: ev.is_equivalent(text + ",1",
+                         "2," + text)):
             start = time.perf_counter()
             call()
             assert time.perf_counter() - start < 2
-    assert before == (sys.getrecursionlimit(), sys.get_int_max_str_digits(), random.getstate(), mpmath.mp.prec, re.purge)
+    assert before == (sys.getrecursionlimit(), sys.get_int_max_str_digits(), random.getstate(), mpmath.mp.prec)
 
 
 def test_the_grader_never_executes_text():
-    """No eval, exec, compile, sympify or parse_expr anywhere in the file, and no import of a module by a name from outside."""
+    """No eval, exec, compile, sympify or parse_expr anywhere in the file, no import of a module by a computed name."""
     source = open(ev.__file__, encoding="utf-8").read()
-    assert not re.search(r"(?<![.\w])(?:eval|exec|compile|sympify|parse_expr|parse_latex|lambdify|__import__)\s*\(", source)
+    assert not re.search(r"(?<![.\w])(?:eval|exec|compile|sympify|parse_expr|parse_latex|lambdify|__import__)\s*\(",
+        source)
 
 
-ALPHABET = st.sampled_from(["x", "y", "n", "1", "2", "10", "0.5", "+", "-", "*", "/", "^", "(", ")", "[", "]", "{", "}", ",", "=", "<", "\\le ", "\\frac", "\\sqrt", "\\pi", "\\sin ", "\\pm ", "\\cup ",
-                            "\\text{cm}", "\\text{ or }", "\\{", "\\}", "\\infty", "|", "!", "%", "^\\circ", "_", "'", ":", ";", " ", "i", "e", "f", "\\log", "\\begin{pmatrix}", "\\end{pmatrix}", "&",
+ALPHABET = st.sampled_from(["x", "y", "n", "1", "2", "10", "0.5", "+", "-", "*", "/", "^", "(", ")", "[", "]", "{",
+    "}", ",", "=", "<", "\\le ", "\\frac", "\\sqrt", "\\pi", "\\sin ", "\\pm ", "\\cup ",
+                            "\\text{cm}", "\\text{ or }", "\\{", "\\}", "\\infty", "|", "!", "%", "^\\circ", "_", "'",
+                            ":", ";", " ", "i", "e", "f", "\\log", "\\begin{pmatrix}", "\\end{pmatrix}", "&",
                             "\\\\", "\\boxed{", "$", "the answer is ", "#### ", "A", "\ud800", "\x00", "½"])
 
 
 @settings(max_examples=300, deadline=2000, derandomize=True)
 @given(st.lists(ALPHABET, max_size=25).map("".join), st.lists(ALPHABET, max_size=25).map("".join))
 def test_any_text_has_a_verdict(a, b):
-    """Never an exception; the same both ways round unless a base is left out; and what is not blank is equivalent to itself."""
+    """Never an exception; the same both ways round unless a base is left out; and what is not blank equals itself."""
     ev.extract_answer(a)
     assert isinstance(verdict := ev.is_equivalent(a, b), bool)
     assert "_" in a + b or verdict == ev.is_equivalent(b, a)
@@ -351,7 +387,8 @@ def test_any_unicode_has_a_verdict(text):
 
 
 @settings(max_examples=150, deadline=2000, derandomize=True)
-@given(st.fractions(max_denominator=999, min_value=-9999, max_value=9999), st.fractions(max_denominator=999, min_value=-9999, max_value=9999))
+@given(st.fractions(max_denominator=999, min_value=-9999, max_value=9999), st.fractions(max_denominator=999,
+    min_value=-9999, max_value=9999))
 def test_fractions_are_compared_exactly(x, y):
     """Every way to write a fraction is that fraction and no other."""
     def ways(f):
@@ -408,7 +445,8 @@ def rewritings(answer: str):
         if 10**9 % int(match[3]) == 0:
             yield match[1] + format(Decimal(match[2]) / Decimal(match[3]), "f")
     if re.fullmatch(r"-?\d+", answer):
-        yield from (f"x = {answer}", answer + ".0", answer + "\\text{ cm}", f"{int(answer):,}", f"{int(answer):,}".replace(",", "{,}"))
+        yield from (f"x = {answer}", answer + ".0", answer + "\\text{ cm}", f"{int(answer):,}",
+            f"{int(answer):,}".replace(",", "{,}"))
     items = re.split(r",\s*", answer)
     if len(items) > 1 and not re.search(r"[(\[{]|\d,\d{3}|!|text", answer):
         yield ", ".join(reversed(items))
@@ -429,8 +467,8 @@ def test_every_MATH_solution_grades_as_its_own_answer(assets):
 
 
 def test_agreement_with_the_publishers_verdicts(assets):
-    """Real completions. The publisher of the third set compares text, so "45 kg", "$180." and "45<|im_end|>" count as wrong there
-    where we accept them; what remains to be measured on it is whether we refuse anything that they accept."""
+    """Real completions. The publisher of the third set compares text, so "45 kg", "$180." and "45<|im_end|>" count as
+    wrong there and right here; what remains to be measured on it is whether we refuse anything that they accept."""
     answers = assets / "answers"
 
     def ours(completion, gold):
@@ -439,7 +477,8 @@ def test_agreement_with_the_publishers_verdicts(assets):
 
     abel = [(ours(row["response"], row["gold"]), row["result"]) for row in rows(answers / "abel_gsm8k_7b.jsonl")]
     assert sum(a == b for a, b in abel) >= 0.98 * len(abel)
-    qwen = [(ours(code, row["answer"]), verdict) for row in rows(answers / "qwen25math_math_cot_100.jsonl") for code, verdict in zip(row["code"], row["score"])]
+    qwen = [(ours(code, row["answer"]), verdict) for row in rows(answers / "qwen25math_math_cot_100.jsonl") for code,
+        verdict in zip(row["code"], row["score"])]
     assert sum(a == b for a, b in qwen) >= 0.98 * len(qwen)
     step_dpo = json.loads((answers / "ysui_gsm8k_llama2-7b-instruct-step-dpo.json").read_text(encoding="utf-8"))
     verdicts = [(ours(row["completion"], row["prompt_answer"][0]), row["result"]) for row in step_dpo]
