@@ -516,7 +516,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError
     except ValueError:
         parser.error(f"--seeds {args.seeds}: expected different whole numbers with commas between, such as 0,1,2")
-    torch.set_num_threads(min(2, torch.get_num_threads()))   # a model of this size gains nothing from more
+    torch.set_num_threads(1)                                 # a model this small gains little from more, and on a busy machine loses much
     size, begun, runs = QUICK if args.quick else Size(), time.perf_counter(), []
     scored = "dev" if args.dev else "test"
     try:
