@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 import data
 from data import Batch, DataError
-from model import CheckpointError, Llama, Tree, keep_freed_memory, own_rows, resolve, whole
+from model import CheckpointError, Config, Llama, Tree, keep_freed_memory, own_rows, read_json, resolve, whole
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -424,11 +424,14 @@ def train(args, objective) -> int:
     torch.manual_seed(args.seed)          # nothing here draws from it; a variant may
     out, folder = Path(args.out), resolve(args.model)
     tokenizer = data.Tokenizer.from_pretrained(folder)
-    examples, report = data.encode_dataset(args.data, tokenizer, args.method, args.prompt, args.max_length)
+    max_length = min(args.max_length, Config.from_dict(read_json(folder / "config.json"), str(folder / "config.json")).max_position_embeddings)
+    if max_length < args.max_length:
+        say(f"--max_length {args.max_length}: the model's positions end at {max_length}, so longer rows are dropped")
+    examples, report = data.encode_dataset(args.data, tokenizer, args.method, args.prompt, max_length)
     say(report)
     held_out = []
     if args.eval_data:
-        held_out, report = data.encode_dataset(args.eval_data, tokenizer, args.method, args.prompt, args.max_length)
+        held_out, report = data.encode_dataset(args.eval_data, tokenizer, args.method, args.prompt, max_length)
         say(report)
 
     policy = load_policy(folder, args, world, device)

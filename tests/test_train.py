@@ -256,6 +256,8 @@ def test_mistakes_of_a_newcomer_end_in_one_line(work, tmp_path, capsys):
     assert "initial_reason_steps" in fails(capsys, [*argv, "--data", str(tmp_path / "columns.jsonl")])
     assert "--batch_size is 0" in fails(capsys, [*argv, "--batch_size", "0"])
     assert "no row is left" in fails(capsys, [*argv, "--max_length", "20"])
+    tiny_checkpoint(tmp_path / "short", max_position_embeddings=30)
+    assert "longer than 30 tokens" in fails(capsys, [*argv, "--model", str(tmp_path / "short")])
     if not torch.cuda.is_available():
         assert "no CUDA device" in fails(capsys, [*argv, "--device", "cuda"])
     write_json(work / "model" / "stray.json", {})
