@@ -376,19 +376,24 @@ def load_checkpoint(folder: Path, model: Llama, optimizer: torch.optim.Optimizer
     return step
 
 
-def fingerprint(args, folder: Path, examples: list) -> dict:
+def fingerprint(args, folder: Path, examples: list, held_out: list) -> dict:
     """What decides a run's numbers: settings, the content of the model's files and of the encoded rows. A continued run must have the same."""
-    model, rows = hashlib.sha256(), hashlib.sha256()
+    model = hashlib.sha256()
     for path in sorted([*folder.glob("*.safetensors"), folder / "config.json", folder / "tokenizer.json"]):
         if path.is_file():
             with open(path, "rb") as f:
                 model.update(hashlib.file_digest(f, "sha256").digest())
-    for e in examples:
-        for part in e.sides:
-            rows.update(f"{e.start} {e.shared} {len(part)} ".encode() + part.tobytes())
+
+    def content(examples: list) -> str:
+        rows = hashlib.sha256()
+        for e in examples:
+            for part in e.sides:
+                rows.update(f"{e.start} {e.shared} {len(part)} ".encode() + part.tobytes())
+        return rows.hexdigest()
+
     settings = {k: getattr(args, k, None) for k in ("method", "seed", "prompt", "epochs", "batch_size", "lr", "warmup", "schedule", "beta", "clip",
                                                     "max_length", "precision", "max_steps", "reference")}
-    return {**settings, "model": model.hexdigest(), "data": rows.hexdigest()}
+    return {**settings, "model": model.hexdigest(), "data": content(examples), "eval_data": content(held_out)}
 
 
 def prepare_out(out: Path, args, identity: dict) -> bool:
@@ -437,7 +442,7 @@ def train(args, objective) -> int:
     policy = load_policy(folder, args, world, device)
     model = policy.model
     check_vocabulary(examples + held_out, model, folder)
-    identity = fingerprint(args, folder, examples)
+    identity = fingerprint(args, folder, examples, held_out)
     same_everywhere(hashlib.sha256(json.dumps(identity).encode()).hexdigest(), device)
     finished = torch.tensor(int(rank == 0 and prepare_out(out, args, identity)), device=device)
     if all_sum(finished):
