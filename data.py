@@ -562,7 +562,7 @@ def encode_dataset(source: str | Path | Iterable[tuple[str, dict]], tokenizer: T
     report.kept = len(examples)
     if not examples:
         reasons = "; ".join(f"{len(where)} {reason}" for reason, where in report.dropped.items())
-        raise DataError(f"{report.source}: no row is left to train on ({reasons})")
+        raise DataError(f"{report.source}: no row is left to use ({reasons})")
     return examples, report
 
 

@@ -167,8 +167,8 @@ class Tree:
 
         lengths [P, S_win, S_lose]      parents [-1, 0, 0]      positions 0..P-1 | P..P+S_win-1 | P..P+S_lose-1
 
-    so the shared prefix runs through the network once: P + 2S tokens of work instead of 2(P + S), for the same numbers (DESIGN.md, decision 2;
-    Wang & Hegde 2024, arXiv 2410.20305, do the same with a block mask).
+    so the shared prefix runs through the network once: P + 2S tokens of work instead of 2(P + S), for the same numbers (Wang & Hegde
+    2024, arXiv 2410.20305, do the same with a block mask).
     """
 
     def __init__(self, lengths: list[int], parents: list[int]):
@@ -630,6 +630,8 @@ def generate(model: Llama, prompts: list[list[int]], *, n: int = 1, max_new_toke
     if stop and decode is None:
         raise ValueError("stop strings need decode, a function from new token ids to text")
     device, limit = model.lm_head.weight.device, model.config.max_position_embeddings
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}: expected 1 or more")
     for i, ids in enumerate(prompts):
         if not 0 < len(ids) < limit:
             raise ValueError(f"prompt {i} has {len(ids)} tokens; expected 1 to {limit - 1} (max_position_embeddings is {limit})")

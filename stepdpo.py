@@ -98,7 +98,8 @@ class FusedLogProbs(torch.autograd.Function):
 
 
 def logits_of(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """h (chunk, C) @ w.T (C, V), in fp32 at least: log-probabilities are small differences of large numbers."""
+    """h (chunk, C) @ w.T (C, V) as fp32 at least: log-probabilities are small differences of large numbers. (bf16 inputs: CUDA gives the fp32 sums; a CPU
+    rounds them to bf16 first, to about 0.06 at logits of 20.)"""
     if h.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(h, w.T, out_dtype=torch.float32) if h.is_cuda else (h @ w.T).float()
     return h @ w.T
@@ -376,7 +377,7 @@ def load_checkpoint(folder: Path, model: Llama, optimizer: torch.optim.Optimizer
     return step
 
 
-def fingerprint(args, folder: Path, examples: list, held_out: list) -> dict:
+def fingerprint(args, objective, folder: Path, examples: list, held_out: list) -> dict:
     """What decides a run's numbers: settings, the content of the model's files and of the encoded rows. A continued run must have the same."""
     model = hashlib.sha256()
     for path in sorted([*folder.glob("*.safetensors"), folder / "config.json", folder / "tokenizer.json"]):
@@ -393,7 +394,7 @@ def fingerprint(args, folder: Path, examples: list, held_out: list) -> dict:
 
     settings = {k: getattr(args, k, None) for k in ("method", "seed", "prompt", "epochs", "batch_size", "lr", "warmup", "schedule", "beta", "clip",
                                                     "max_length", "precision", "max_steps", "reference")}
-    return {**settings, "model": model.hexdigest(), "data": content(examples), "eval_data": content(held_out)}
+    return {**settings, "objective": getattr(objective, "__qualname__", type(objective).__name__), "model": model.hexdigest(), "data": content(examples), "eval_data": content(held_out)}
 
 
 def prepare_out(out: Path, args, identity: dict) -> bool:
@@ -442,7 +443,7 @@ def train(args, objective) -> int:
     policy = load_policy(folder, args, world, device)
     model = policy.model
     check_vocabulary(examples + held_out, model, folder)
-    identity = fingerprint(args, folder, examples, held_out)
+    identity = fingerprint(args, objective, folder, examples, held_out)
     same_everywhere(hashlib.sha256(json.dumps(identity).encode()).hexdigest(), device)
     finished = torch.tensor(int(rank == 0 and prepare_out(out, args, identity)), device=device)
     if all_sum(finished):
@@ -483,7 +484,7 @@ def train(args, objective) -> int:
     total = min(args.epochs * per_epoch, args.max_steps or sys.maxsize)
     if rank == 0:
         keep_lines(out / "metrics.jsonl", done)
-        keep_lines(out / "eval.jsonl", done + 1)
+        keep_lines(out / "eval.jsonl", done)
     say(f"{args.method}: {sum(p.numel() for p in model.parameters()):,} parameters on {world} x {device.type}"
         f"{', sharded' * (args.shard and world > 1)}, {args.precision}; {len(examples):,} rows, "
         f"batch {args.batch_size}, {total} steps ({args.epochs} epochs of {per_epoch}); lr {args.lr:g} {args.schedule}, warmup {args.warmup:.0%}"
@@ -534,7 +535,7 @@ def train(args, objective) -> int:
             if not (math.isfinite(mean["loss"]) and math.isfinite(grad_norm)):
                 raise FloatingPointError(f"step {step}: loss {mean['loss']}, gradient norm {float(grad_norm)}; the weights were not touched. Rows of the batch: "
                                          + ", ".join(examples[row].where for row in sorted(rows)))
-            if step == 0 and not args.reference and abs(mean.get("margin", 0.0)) > (2e-3 if args.precision == "fp32" else 6e-2):
+            if step == 0 and not args.reference and abs(mean.get("margin", 0.0)) > max(1.0, args.beta or 0.0) * (2e-3 if args.precision == "fp32" else 6e-2):
                 raise FloatingPointError(f"step 0: margin {mean['margin']:.4f} instead of 0, loss {mean['loss']:.4f} (in DPO and Step-DPO log 2 = 0.6931 is expected): "
                                          "the reference's log-probs are not this model's")
             optimizer.step()
@@ -549,7 +550,7 @@ def train(args, objective) -> int:
             if total <= 30 or step in (done, total - 1) or time.perf_counter() - spoke > 5:
                 spoke = time.perf_counter()
                 left = timedelta(seconds=round((spoke - begun) / (step + 1 - done) * (total - step - 1)))
-                cells = [f"{record[c]:>{max(8, len(c))}.3g}" if c == "lr" else f"{record[c]:>{max(8, len(c))}.4f}" if c != "step" else f"{step:>8}" for c in columns]
+                cells = [f"{step:>8}" if c == "step" else f"{record.get(c, math.nan):>{max(8, len(c))}{'.3g' if c == 'lr' else '.4f'}}" for c in columns]
                 say("  ".join(cells) + f"  {record['tokens_per_second']:>8,.0f}  {left}", flush=True)
             if (step + 1 < total and args.checkpoint_every and (step + 1) % args.checkpoint_every == 0) or (signalled and step + 1 < total):
                 save_checkpoint(out / "checkpoint", step + 1, model, optimizer, rank)
@@ -587,7 +588,7 @@ def evaluate(policy: Policy, examples: list, ref_logps, objective, args, rank, w
     if rank == 0:
         with open(out / "eval.jsonl", "a") as f:
             f.write(json.dumps(record) + "\n")
-        print(f"held out, after {step} updates: " + ", ".join(f"{k} {record[k]:.4f}" for k in ("loss", "accuracy", "margin")), flush=True)
+        print(f"held out, after {step} updates: " + ", ".join(f"{k} {record[k]:.4f}" for k in ("loss", "accuracy", "margin") if k in record), flush=True)
 
 
 def barrier():
@@ -670,7 +671,7 @@ def parser() -> argparse.ArgumentParser:
         g.add_argument("--checkpoint_every", type=int, default=100, metavar="STEPS", help="how often to save what is needed to continue (default 100; 0: never)")
         g.add_argument("--save_dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights in OUT (default fp32, as trained; bf16 halves the files)")
         if method != "sft":
-            g.add_argument("--eval_data", metavar="FILE", help="held-out pairs, scored before training, every --eval_every updates and at the end")
+            g.add_argument("--eval_data", metavar="FILE", help="held-out pairs, scored at the end; with --eval_every also before training and on the way")
             g.add_argument("--eval_every", type=int, default=0, metavar="STEPS", help="default 0: only at the end")
         else:
             p.set_defaults(eval_data=None, eval_every=0)
@@ -687,6 +688,11 @@ def main(argv: list[str] | None = None, objective=None) -> int:
                 raise DataError(f"--{name} is {getattr(args, name)}: expected a number above 0")
         if args.beta is not None and not args.beta > 0:
             raise DataError(f"--beta is {args.beta}: expected a number above 0")
+        if args.max_steps is not None and args.max_steps < 1:
+            raise DataError(f"--max_steps is {args.max_steps}: expected a number above 0")
+        for name in ("eval_every", "checkpoint_every"):
+            if getattr(args, name) < 0:
+                raise DataError(f"--{name} is {getattr(args, name)}: expected 0 or more")
         if not 0 <= args.warmup <= 1:
             raise DataError(f"--warmup is {args.warmup}: expected a share from 0 to 1")
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":       # torchrun --max-restarts started us again: go on, do not begin anew once more
@@ -695,7 +701,7 @@ def main(argv: list[str] | None = None, objective=None) -> int:
             args.precision = "bf16" if torch.cuda.is_available() and not (args.device or "").startswith("cpu") else "fp32"
         return train(args, objective or OBJECTIVES[args.method])
     except KeyboardInterrupt:
-        print("interrupted before the first update; the same command begins again", file=sys.stderr)
+        print("interrupted outside the updates; the same command goes on from the last checkpoint, or begins again where there is none", file=sys.stderr)
         return 130
     except (DataError, CheckpointError, FloatingPointError, OSError, torch.cuda.OutOfMemoryError) as e:
         if args.debug:

@@ -176,6 +176,8 @@ def test_greedy_generation_equals_recomputing_everything():
             assert s.stop_reason == ("length" if len(s.token_ids) == 70 else "eos")
             stopped += s.stop_reason == "eos"
     assert sorted(heard) == [(i, j) for i in range(4) for j in range(2)]
+    with pytest.raises(ValueError, match="max_new_tokens is 0"):
+        generate(model, PROMPTS, max_new_tokens=0)
     assert 0 < stopped < 8, "the test should see both ends"
 
 

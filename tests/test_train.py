@@ -140,7 +140,7 @@ def test_however_the_batch_is_cut(work, tmp_path, method):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_and_continued_is_never_interrupted(work, tmp_path, processes):
     """SIGKILL in the middle, twice, and the same command again: bit-identical weights and metrics. Then SIGTERM: it finishes its step, saves, says so."""
-    more = ["--epochs", "12", "--checkpoint_every", "3"]
+    more = ["--epochs", "12", "--checkpoint_every", "3", "--eval_data", str(work / "held.jsonl"), "--eval_every", "6"]
     run(work, "stepdpo", tmp_path / "whole", *more, processes=processes)
     out = tmp_path / "cut"
     for after in (7, 20):
@@ -159,6 +159,7 @@ def test_killed_and_continued_is_never_interrupted(work, tmp_path, processes):
     assert not (out / "model.safetensors").exists(), "nothing half-trained under the final name"
     assert "continuing after step" in run(work, "stepdpo", out, *more, processes=processes)
     assert metrics(out) == metrics(tmp_path / "whole")
+    assert (out / "eval.jsonl").read_text() == (tmp_path / "whole" / "eval.jsonl").read_text()
     assert all(torch.equal(w, weights(tmp_path / "whole")[k]) for k, w in weights(out).items())
     assert not (out / "checkpoint").exists()
     assert "is complete" in run(work, "stepdpo", out, *more, processes=processes)
@@ -210,6 +211,13 @@ def test_a_run_is_not_continued_under_other_conditions(work, tmp_path, capsys):
     assert "data: " in fails(capsys, arguments(work, "stepdpo", out, "--max_steps", "1", "--data", str(tmp_path / "other.jsonl")))
     tiny_checkpoint(tmp_path / "other", seed=5)
     assert "model: " in fails(capsys, arguments(work, "stepdpo", out, "--max_steps", "1", "--model", str(tmp_path / "other")))
+
+    def another_objective(token_logps, batch, ref_logps, args):
+        return stepdpo.response_logps(token_logps, batch).chunk(2)[1], {}
+
+    assert stepdpo.main(arguments(work, "stepdpo", out, "--max_steps", "1"), another_objective) == 2
+    assert "objective: 'preference_objective' then" in capsys.readouterr().err
+    assert stepdpo.main(arguments(work, "stepdpo", tmp_path / "variant", "--max_steps", "1"), another_objective) == 0      # metrics are its own affair
     assert stepdpo.main(arguments(work, "stepdpo", out, "--max_steps", "1", "--beta", "0.5", "--restart")) == 0
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.tex").write_text("x")
@@ -255,6 +263,7 @@ def test_mistakes_of_a_newcomer_end_in_one_line(work, tmp_path, capsys):
     write_rows(tmp_path / "columns.jsonl", [{"question": "x", "good": "y", "bad": "z"}])
     assert "initial_reason_steps" in fails(capsys, [*argv, "--data", str(tmp_path / "columns.jsonl")])
     assert "--batch_size is 0" in fails(capsys, [*argv, "--batch_size", "0"])
+    assert "--max_steps is 0" in fails(capsys, [*argv, "--max_steps", "0"])
     assert "no row is left" in fails(capsys, [*argv, "--max_length", "20"])
     tiny_checkpoint(tmp_path / "short", max_position_embeddings=30)
     assert "longer than 30 tokens" in fails(capsys, [*argv, "--model", str(tmp_path / "short")])
