@@ -249,8 +249,11 @@ class Tokenizer:
         folder = Path(folder)
         path, settings_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
         if not path.is_file():
-            raise DataError(f"{path}: not there; a checkpoint that has only tokenizer.model is converted by "
-                            "transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)")
+            if (folder / "tokenizer.model").is_file():
+                raise DataError(f"{path}: not there; a checkpoint that has only tokenizer.model is converted by "
+                                "transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)")
+            holds = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) if folder.is_dir() else ""
+            raise DataError(f"{folder}: is no checkpoint folder: tokenizer.json is not there, only {holds or 'nothing'}")
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
             opening = backend.encode("").ids            # what the post-processor puts around a text
@@ -441,6 +444,9 @@ PROMPT_STYLES = ("qwen2-boxed", "alpaca", "deepseek-math", "chat", "raw")
 def render_prompt(style: str, question: str, tokenizer: Tokenizer) -> str:
     """The text up to the first character of the reasoning. The first three are the paper's, for models it trained."""
     if style == "qwen2-boxed":
+        if tokenizer is not None and "<|im_start|>" not in tokenizer.control_tokens:
+            raise DataError(f"{tokenizer.source}: --prompt qwen2-boxed is written with <|im_start|>, which is no control token "
+                            "of this checkpoint; choose --prompt chat, alpaca or raw")
         return ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
                 f"<|im_start|>user\n{question}{BOXED}<|im_end|>\n<|im_start|>assistant\n")
     if style == "alpaca":
@@ -866,7 +872,7 @@ class Endpoint:
             raise DataError(f"--endpoint {url}: expected an address such as http://localhost:8000/v1")
         self.url = url.rstrip("/") + ("/v1" if parts.path in ("", "/") else "")
         self.model, self.key = model, key or os.environ.get("OPENAI_API_KEY")
-        self.timeout, self.attempts, self.pause = timeout, attempts, pause
+        self.timeout, self.attempts, self.pause, self.warned = timeout, attempts, pause, False
         self.opener = urllib.request.build_opener(_NoRedirect)
 
     def chat(self, messages: list[dict[str, str]], **settings) -> list[Reply]:
@@ -914,6 +920,9 @@ class Endpoint:
             except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
                 trouble = f"{type(error).__name__}: {_one_line(error)}"        # refused, reset, timed out, cut short
             if attempt + 1 < self.attempts:
+                if not self.warned:
+                    self.warned = True
+                    print(f"{where}: {trouble}; trying again, up to {self.attempts} times a request", file=sys.stderr)
                 time.sleep(min(wait, 60))
         raise EndpointError(f"{where}: no answer after {self.attempts} attempts (last: {trouble}); is the server up? "
                             "What is finished is kept: the same command continues")
@@ -1162,7 +1171,7 @@ def judge_all(rows: dict[tuple, dict], name: str, args: argparse.Namespace,
             else:
                 verdicts.add(key, found)
     finally:
-        verdicts.close(finished=len(verdicts.done) == len(rows))
+        verdicts.close(finished=len(verdicts.done) == len(rows) or name == "values")    # what costs nothing is not kept
     return {key: verdicts.done[key] for key in rows if key in verdicts.done}
 
 
@@ -1488,6 +1497,10 @@ def show(args: argparse.Namespace) -> int:
     suggested = "sft" if "response" in columns else "stepdpo" if "initial_reason_steps" in columns else "dpo"
     method = args.method or suggested
     tokenizer = Tokenizer.from_pretrained(resolve(args.model))
+    limit = _settings(resolve(args.model) / "config.json").get("max_position_embeddings")
+    if type(limit) is int and limit < args.max_length:
+        print(f"--max_length {args.max_length}: the model's positions end at {limit}, so longer rows are dropped\n")
+        args.max_length = limit
     examples, report = encode_dataset(args.data, tokenizer, method, args.prompt, args.max_length)
     kept = {example.where: example for example in examples}
     where, row = rows[args.row - 1] if args.row else next((where, row) for where, row in rows if where in kept)

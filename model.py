@@ -419,6 +419,7 @@ class Llama(nn.Module):
                     tensors[k] = p.cpu().contiguous()
             if writer:
                 save_file(tensors, aside / filename, metadata={"format": "pt"})
+                (aside / filename).chmod(0o666 & ~current_umask())         # save_file makes files that only their owner can read
         if not writer:
             return
         if len(shards) > 1:
@@ -446,6 +447,12 @@ class Llama(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoint files
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
 
 def own_rows(p: torch.Tensor) -> tuple[int, int]:
     """First and last (exclusive) row of p on this process: all of them, or of a DTensor cut along dim 0 the chunk that torch.chunk gives this rank."""

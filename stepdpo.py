@@ -398,18 +398,23 @@ def fingerprint(args, objective, folder: Path, examples: list, held_out: list) -
 
 
 def prepare_out(out: Path, args, identity: dict) -> bool:
-    """Rank 0 makes or checks the run's folder. True if this very run is already complete."""
+    """Rank 0 makes or checks the run's folder. True if this very run is already complete. A folder that is no run's is never written into."""
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out}: is a file; --out is a folder")
+    if out.exists() and any(out.iterdir()) and not (out / "run.json").exists():
+        raise DataError(f"{out}: is not empty and holds no run.json of an earlier run; choose another --out")
+    if any(source and Path(source).exists() and out.exists() and out.samefile(source) for source in (args.model, args.reference)):
+        raise DataError(f"{out}: is the folder that --model or --reference is read from; choose another --out")
     if args.restart:
         for name in ("checkpoint", "run.json", "metrics.jsonl", "eval.jsonl"):
             shutil.rmtree(out / name, ignore_errors=True) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
     if (out / "run.json").exists():
         run = json.loads((out / "run.json").read_text())
-        changed = [f"{k}: {run['identity'].get(k)!r} then, {v!r} now" for k, v in identity.items() if run["identity"].get(k) != v]
+        short = lambda v: v[:12] if isinstance(v, str) and len(v) == 64 else v                       # of a hash
+        changed = [f"{k}: {short(run['identity'].get(k))!r} then, {short(v)!r} now" for k, v in identity.items() if run["identity"].get(k) != v]
         if changed:
             raise DataError(f"{out}: holds a run that was started differently ({'; '.join(changed)}); choose another --out, or begin anew with --restart")
         return run["finished"]
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not args.restart:
-        raise DataError(f"{out}: is not empty and holds no run.json of an earlier run; choose another --out, or begin anew with --restart")
     out.mkdir(parents=True, exist_ok=True)
     settings = {k: v for k, v in vars(args).items() if not callable(v)}
     write_json(out / "run.json", {"finished": False, "settings": settings, "identity": identity, "versions":
@@ -709,7 +714,8 @@ def main(argv: list[str] | None = None, objective=None) -> int:
         message = str(e)
         if isinstance(e, torch.cuda.OutOfMemoryError):
             message = f"out of GPU memory ({message.splitlines()[0]}); lower --micro_batch_tokens or --max_length, or add --gradient_checkpointing"
-        print(f"error: {message}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":            # once a machine, not once a process
+            sys.stderr.write(f"error: {message}\n")
         return 2
 
 

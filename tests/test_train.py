@@ -221,7 +221,11 @@ def test_a_run_is_not_continued_under_other_conditions(work, tmp_path, capsys):
     assert stepdpo.main(arguments(work, "stepdpo", out, "--max_steps", "1", "--beta", "0.5", "--restart")) == 0
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.tex").write_text("x")
-    assert "is not empty" in fails(capsys, arguments(work, "stepdpo", tmp_path / "precious"))
+    for more in ([], ["--restart"]):
+        assert "is not empty" in fails(capsys, arguments(work, "stepdpo", tmp_path / "precious", *more))
+        assert "is not empty" in fails(capsys, arguments(work, "stepdpo", work / "model", *more))                  # nor is the base checkpoint
+        assert "--model or --reference" in fails(capsys, [*arguments(work, "stepdpo", out, *more), "--model", str(out)])
+    assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
 
 
 def test_another_reference(work, tmp_path, capsys):
