@@ -40,7 +40,7 @@ from tqdm import tqdm
 from data import (BOXED, PROMPT_STYLES, STEP_STYLES, DataError, Endpoint, RequestRefused, Tokenizer, complain,
                   first_error_from_values, next_prefix, read_rows, render_prompt, same_step, split_steps, text_field,
                   write_rows)
-from model import CheckpointError, Llama, generate, keep_freed_memory, read_json, resolve, stable_key
+from model import CheckpointError, Llama, fingerprint, generate, keep_freed_memory, read_json, resolve, stable_key
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1411,7 +1411,7 @@ class Local:
         self.args, self.tokenizer = args, Tokenizer.from_pretrained(folder)
         self.stop_ids = self.tokenizer.stop_ids(args.prompt)
         self.model = Llama.from_pretrained(folder, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], device)
-        self.settings = {"model": f"{folder.resolve().name} {fingerprint(folder)}", "dtype": dtype, "device": kind}
+        self.settings = {"model": f"{folder.resolve().name} {fingerprint(folder)[:12]}", "dtype": dtype, "device": kind}
 
     def prepare(self, problem: Problem, text: str, cut: int | None = None) -> tuple[list[int], str]:
         """What `run` wants of a prompt, and the reasoning that is in it: `text`, or its steps before character `cut`.
@@ -1516,21 +1516,6 @@ class Remote:
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-
-
-def fingerprint(folder: Path) -> str:
-    """Tells checkpoints apart without reading all of them: the small files whole, of each weight file its size and 16
-    places."""
-    digest = hashlib.blake2b(digest_size=6)
-    patterns = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*.json", "special*.json", "*.jinja")
-    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with path.open("rb") as file:
-            for k in range(16 if size > 2**20 else 1):
-                file.seek(k * size // 16)
-                digest.update(file.read(2**16 if size > 2**20 else size))
-    return digest.hexdigest()
 
 
 class Journal:

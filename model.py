@@ -486,6 +486,16 @@ def resolve(folder_or_hub_id: str | os.PathLike) -> Path:
         raise CheckpointError(f"{folder}: no such folder, and the hub did not give it either ({type(e).__name__}: {str(e).splitlines()[0]})") from None
 
 
+def fingerprint(folder: Path) -> str:
+    """sha256 of everything in a checkpoint's folder that decides what it computes: weights, config, tokenizer and templates, names included."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *(folder / name for name in ("config.json", *TOKENIZER_FILES))]):
+        if path.is_file():
+            with open(path, "rb") as f:
+                digest.update(path.name.encode() + b"\0" + hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()
+
+
 def read_json(path: Path) -> dict:
     """A JSON object from a checkpoint's folder; CheckpointError names the file."""
     try:

@@ -11,7 +11,8 @@ What is deliberately left out, and why nothing is missing:
  1. A second model in memory: the reference is the policy at step 0, so one scoring pass before the first update gives every reference term.
  2. Two forward passes a pair: chosen and rejected share their prefix, which runs through the network once (model.py, `Tree`).
  3. The (tokens x vocabulary) matrix of logits: only response tokens meet the vocabulary, a chunk at a time (`FusedLogProbs`).
- 4. A trainer class: the loop is `train`; a new method is a function (token_logps, batch, ref_logps, args) -> per-unit losses and metrics.
+ 4. A trainer class: the loop is `train`; a new method is a function (token_logps, batch, ref_logps, args) -> losses (B,) of the
+    pairs (in SFT (M,), of the tokens) and metrics, of which the loop takes the global means.
 
     python stepdpo.py stepdpo --model FOLDER --data pairs.jsonl --out OUT                            one process, CPU or GPU
     torchrun --nproc_per_node 8 stepdpo.py stepdpo --model FOLDER --data pairs.jsonl --out OUT       eight, each with the whole model; with --shard an eighth
@@ -45,7 +46,7 @@ from tqdm import tqdm
 
 import data
 from data import Batch, DataError
-from model import CheckpointError, Config, Llama, Tree, keep_freed_memory, own_rows, read_json, resolve, whole
+from model import CheckpointError, Config, Llama, Tree, fingerprint, keep_freed_memory, own_rows, read_json, resolve, whole
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -377,14 +378,8 @@ def load_checkpoint(folder: Path, model: Llama, optimizer: torch.optim.Optimizer
     return step
 
 
-def fingerprint(args, objective, folder: Path, examples: list, held_out: list) -> dict:
+def identity_of(args, objective, folder: Path, examples: list, held_out: list) -> dict:
     """What decides a run's numbers: settings, the content of the model's files and of the encoded rows. A continued run must have the same."""
-    model = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json", folder / "tokenizer.json"]):
-        if path.is_file():
-            with open(path, "rb") as f:
-                model.update(hashlib.file_digest(f, "sha256").digest())
-
     def content(examples: list) -> str:
         rows = hashlib.sha256()
         for e in examples:
@@ -394,21 +389,23 @@ def fingerprint(args, objective, folder: Path, examples: list, held_out: list) -
 
     settings = {k: getattr(args, k, None) for k in ("method", "seed", "prompt", "epochs", "batch_size", "lr", "warmup", "schedule", "beta", "clip",
                                                     "max_length", "precision", "max_steps", "reference")}
-    return {**settings, "objective": getattr(objective, "__qualname__", type(objective).__name__), "model": model.hexdigest(), "data": content(examples), "eval_data": content(held_out)}
+    return {**settings, "objective": getattr(objective, "__qualname__", type(objective).__name__), "model": fingerprint(folder),
+            "data": content(examples), "eval_data": content(held_out)}
 
 
 def prepare_out(out: Path, args, identity: dict) -> bool:
     """Rank 0 makes or checks the run's folder. True if this very run is already complete. A folder that is no run's is never written into."""
     if out.exists() and not out.is_dir():
         raise DataError(f"{out}: is a file; --out is a folder")
-    if out.exists() and any(out.iterdir()) and not (out / "run.json").exists():
+    if out.exists() and not (out / "run.json").exists() and any(p.name != "run.json.tmp" for p in out.iterdir()):
         raise DataError(f"{out}: is not empty and holds no run.json of an earlier run; choose another --out")
     if any(source and Path(source).exists() and out.exists() and out.samefile(source) for source in (args.model, args.reference)):
         raise DataError(f"{out}: is the folder that --model or --reference is read from; choose another --out")
     if args.restart:
-        for name in ("checkpoint", "run.json", "metrics.jsonl", "eval.jsonl"):
-            shutil.rmtree(out / name, ignore_errors=True) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
-    if (out / "run.json").exists():
+        shutil.rmtree(out / "checkpoint", ignore_errors=True)
+        for name in ("metrics.jsonl", "eval.jsonl"):
+            (out / name).unlink(missing_ok=True)
+    elif (out / "run.json").exists():                       # (--restart replaces it below, in one go: without it the folder would be a stranger's)
         run = json.loads((out / "run.json").read_text())
         short = lambda v: v[:12] if isinstance(v, str) and len(v) == 64 else v                       # of a hash
         changed = [f"{k}: {short(run['identity'].get(k))!r} then, {short(v)!r} now" for k, v in identity.items() if run["identity"].get(k) != v]
@@ -448,7 +445,9 @@ def train(args, objective) -> int:
     policy = load_policy(folder, args, world, device)
     model = policy.model
     check_vocabulary(examples + held_out, model, folder)
-    identity = fingerprint(args, objective, folder, examples, held_out)
+    if args.reference and Llama.skeleton(args.reference).config.vocab_size < model.config.vocab_size:       # checked before OUT is made
+        raise CheckpointError(f"--reference {args.reference}: its vocabulary is smaller than the model's ({model.config.vocab_size})")
+    identity = identity_of(args, objective, folder, examples, held_out)
     same_everywhere(hashlib.sha256(json.dumps(identity).encode()).hexdigest(), device)
     finished = torch.tensor(int(rank == 0 and prepare_out(out, args, identity)), device=device)
     if all_sum(finished):
@@ -465,8 +464,6 @@ def train(args, objective) -> int:
             reference = policy
             if args.reference:
                 reference = load_policy(args.reference, args, world, device)
-                if reference.model.config.vocab_size < model.config.vocab_size:
-                    raise CheckpointError(f"--reference {args.reference}: its vocabulary ({reference.model.config.vocab_size}) is smaller than the model's")
             table = {"train": score(reference, examples, args, rank, world, device, "reference"),
                      "held_out": score(reference, held_out, args, rank, world, device, "reference") if held_out else torch.zeros(0, 2)}
             del reference

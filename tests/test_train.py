@@ -219,6 +219,9 @@ def test_a_run_is_not_continued_under_other_conditions(work, tmp_path, capsys):
     assert "objective: 'preference_objective' then" in capsys.readouterr().err
     assert stepdpo.main(arguments(work, "stepdpo", tmp_path / "variant", "--max_steps", "1"), another_objective) == 0      # metrics are its own affair
     assert stepdpo.main(arguments(work, "stepdpo", out, "--max_steps", "1", "--beta", "0.5", "--restart")) == 0
+    (tmp_path / "early").mkdir()                                # killed in the moment before run.json had its name: nothing to protect yet
+    (tmp_path / "early" / "run.json.tmp").write_text("{")
+    assert stepdpo.main(arguments(work, "stepdpo", tmp_path / "early", "--max_steps", "1")) == 0
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.tex").write_text("x")
     for more in ([], ["--restart"]):
@@ -262,6 +265,7 @@ def test_mistakes_of_a_newcomer_end_in_one_line(work, tmp_path, capsys):
     out = str(tmp_path / "out")
     argv = arguments(work, "stepdpo", out)
     assert "no such folder" in fails(capsys, [*argv, "--model", "nowhere"])
+    assert "no such folder" in fails(capsys, [*argv, "--reference", "nowhere"])
     assert "nofile.jsonl" in fails(capsys, [*argv, "--data", str(tmp_path / "nofile.jsonl")])
     assert "--prompt alpaca" in fails(capsys, [*argv, "--prompt", "chat"])
     write_rows(tmp_path / "columns.jsonl", [{"question": "x", "good": "y", "bad": "z"}])
