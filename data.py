@@ -23,6 +23,7 @@ wrong step located (`localize`) and pairs it with the steps that led to the righ
 Legend: B rows of a micro-batch, N tokens laid end to end in it, M predicted (response) tokens among them.
 """
 import argparse
+import functools
 import hashlib
 import http.client
 import importlib
@@ -42,18 +43,20 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
+from typing import Callable, Iterable, Iterator, MappingView, NamedTuple, Sequence
 
 import numpy as np
 import tokenizers
 import torch
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, nodes, pass_context
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
 from tqdm import tqdm
 
-from model import CheckpointError, resolve
+from model import CheckpointError, read_json, resolve, strict_json, writing
 
 
 class DataError(ValueError):
@@ -76,7 +79,7 @@ def read_rows(source: str | Path, bad: list[DataError] | None = None) -> Iterato
     if path.is_file():
         files = [path]
     elif path.exists():
-        raise DataError(f"{path}: is a folder; give one .jsonl, .json or .parquet file of it")
+        raise DataError(f"{path}: is a folder or device; give a .jsonl, .json or .parquet file")
     elif path.suffix in _READERS or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise DataError(f"{path}: no such file; give a .jsonl, .json or .parquet file, or a hub dataset (owner/name)")
     else:
@@ -92,7 +95,8 @@ def read_rows(source: str | Path, bad: list[DataError] | None = None) -> Iterato
                 yield where, row
                 continue
             error = row if isinstance(row, DataError) else DataError(
-                f"{where}: found {_kind(row)} where an object (a row with named fields) belongs; one {{...}} a line")
+                f"{where}: found {_kind(row)} where an object (a row with named fields) belongs; one {{...}} a line, "
+                "or an array of them in a file that is called .json")
             if bad is None:
                 raise error
             bad.append(error)
@@ -106,6 +110,8 @@ def _read_lines(path: Path) -> Iterator[tuple[str, object]]:
             where = f"{path}:{number}"
             if number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff"):
                 raise DataError(f"{where}: is UTF-16; save the file as UTF-8")
+            if number == 1 and line[:2] == b"\x1f\x8b":
+                raise DataError(f"{where}: is compressed by gzip; unpack it")
             if line.removeprefix(b"\xef\xbb\xbf").strip():
                 yield where, _parse(line, where)
 
@@ -156,7 +162,7 @@ def _hub_files(dataset: str) -> list[Path]:
 def _parse(raw: bytes, where: str) -> object:
     """One JSON value, or the DataError that says why not."""
     try:
-        return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        return strict_json(raw)
     except UnicodeDecodeError as error:
         found = f"found 0x{raw[error.start]:02x}"
         return DataError(f"{where}: byte {error.start} is not UTF-8 ({found}); save the file as UTF-8")
@@ -165,18 +171,6 @@ def _parse(raw: bytes, where: str) -> object:
     except ValueError as error:
         begins = _quote(raw[:60].decode("utf-8", "replace"))
         return DataError(f"{where}: malformed JSON ({_one_line(error)}; begins {begins}); correct or remove it")
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        key = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {key!r} stands there twice: which one is meant?")
-    return row
-
-
-def _refuse_constant(name: str):
-    raise ValueError(f"{name} is not JSON")
 
 
 def text_field(row: dict, name: str, where: str) -> str:
@@ -192,6 +186,31 @@ def text_field(row: dict, name: str, where: str) -> str:
         raise DataError(f"{where}: field {name!r}: half a surrogate pair (\\u{ord(lone[0]):x}) at position "
                         f"{lone.start()}, which is no character: the text was cut or decoded wrongly; remove the row")
     return value
+
+
+# The files of the pipeline, by the columns that tell them, and what is done with them.
+_STAGES = {"pairs": ({"prompt", "chosen", "rejected"}, "stepdpo.py --data F"),
+           "rectified attempts": ({"completion", "full_rejected"}, "data.py pairs F"),
+           "valued attempts": ({"completion", "values"}, "data.py localize F --judge values"),
+           "attempts": ({"completion", "correct"}, "eval.py --problems F --rollouts 8, or data.py localize F"),
+           "errors": ({"prefix", "full_rejected"}, "eval.py --problems F --samples 20"),
+           "problems": ({"question", "answer"}, "eval.py --problems F")}
+
+
+def expect(row: dict, where: str, *wanted: str) -> None:
+    """DataError where a row is known to be of another stage of the pipeline than the `wanted` ones."""
+    found = next((name for name, (columns, _) in _STAGES.items() if columns <= row.keys()), None)
+    if found and found not in wanted:
+        raise DataError(f"{where}: the file holds {found}, and {wanted[0]} belong here; what goes on with {found} is "
+                        f"{_STAGES[found][1]}")
+
+
+def check_writable(row: dict, where: str) -> None:
+    """DataError where a row, whatever its fields, could not be written to a file of the next stage."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError):
+        raise DataError(f"{where}: half a surrogate pair in it, or too deep an object; make the row again") from None
 
 
 def _kind(value) -> str:
@@ -245,7 +264,8 @@ class Tokenizer:
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
         """Read tokenizer.json and, where they are, tokenizer_config.json, special_tokens_map.json, chat_template.jinja,
-        config.json and generation_config.json. DataError where a file is damaged, or disagrees with another."""
+        config.json and generation_config.json. DataError or CheckpointError where a file is damaged, or disagrees
+        with another. The file is obeyed by Rust code that executes nothing of it, but may be made to take its time."""
         folder = Path(folder)
         path, settings_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
         if not path.is_file():
@@ -257,10 +277,12 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
             opening = backend.encode("").ids            # what the post-processor puts around a text
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:                  # the Rust side may panic, and its panic is no Exception
-            raise DataError(f"{path}: damaged or not a tokenizer ({_one_line(error)}); fetch the file again") from None
+            largest = max(backend.get_vocab().values(), default=-1)
+        except BaseException as error:
+            raise _of_rust(error, str(path)) from None
+        if not 0 <= largest < 2**24:
+            raise DataError(f"{path}: the largest token id is {largest}; expected one from 0 to {2**24 - 1}: fetch the "
+                            "file again")
         config, generation = _settings(folder / "config.json"), _settings(folder / "generation_config.json")
         own = _settings(folder / "special_tokens_map.json") | _settings(settings_path)
         tokens = {key: value.get("content") if isinstance(value, dict) else value for key, value in own.items()}
@@ -276,14 +298,18 @@ class Tokenizer:
         wants_bos = own.get("add_bos_token")
         if not isinstance(wants_bos, bool):
             wants_bos = bos_id is not None and opening[:1] == [bos_id]
-        if wants_bos and not isinstance(bos_id, int):
+        if wants_bos and bos_id is None:
             raise DataError(f"{settings_path}: add_bos_token is true, but bos_token {names.get('bos_token')!r} is not "
                             "in tokenizer.json; set one that is, or add_bos_token to false")
-        eos_ids = []
-        for value in (names.get("eos_token"), generation.get("eos_token_id"), config.get("eos_token_id")):
-            value = backend.token_to_id(value) if isinstance(value, str) else value
-            eos_ids += [id for id in (value if isinstance(value, list) else [value]) if isinstance(id, int)]
-        return cls(backend, bos_id=bos_id if wants_bos else None, eos_ids=tuple(dict.fromkeys(eos_ids)),
+        eos_ids = [backend.token_to_id(names["eos_token"])] if "eos_token" in names else []
+        for value in (generation.get("eos_token_id"), config.get("eos_token_id")):
+            eos_ids += value if isinstance(value, list) else [value]
+        for id in (bos_id, *eos_ids):
+            if id is not None and (type(id) is not int or not 0 <= id <= largest):
+                raise DataError(f"{folder}: bos_token_id or eos_token_id is {id!r:.60}; expected an id of "
+                                f"tokenizer.json, 0 to {largest}: config.json or generation_config.json is another's")
+        eos_ids = tuple(dict.fromkeys(id for id in eos_ids if id is not None))
+        return cls(backend, bos_id=bos_id if wants_bos else None, eos_ids=eos_ids,
                    chat_template=_chat_template(folder, own), names=names, source=str(folder))
 
     def __len__(self) -> int:
@@ -294,13 +320,19 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
-        encoded = [Encoded(e.ids, e.offsets) for e in self.backend.encode_batch(texts, add_special_tokens=False)]
+        try:
+            encoded = [Encoded(e.ids, e.offsets) for e in self.backend.encode_batch(texts, add_special_tokens=False)]
+        except BaseException as error:
+            raise _of_rust(error, self.source) from None
         bos = [] if self.bos_id is None else [self.bos_id]
         return [e if e.ids[:1] == bos else Encoded(bos + e.ids, [(0, 0)] * len(bos) + e.offsets) for e in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the tokens, special ones included."""
-        return self.backend.decode(list(ids), skip_special_tokens=False)
+        try:
+            return self.backend.decode(list(ids), skip_special_tokens=False)
+        except BaseException as error:
+            raise _of_rust(error, self.source) from None
 
     def continuation(self, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> str:
         """Exactly the text that `new_ids` add after `prompt_ids`.
@@ -323,21 +355,14 @@ class Tokenizer:
             raise DataError(f"{self.source}: the checkpoint has no chat template; choose --prompt alpaca or raw")
         try:
             if self._template is None:
-                self._template = _Sandbox().from_string(self.chat_template)
-            room = 1_000_000 + 4 * sum(len(message["content"]) for message in messages)
-            pieces = []
-            for piece in self._template.generate(
-                    messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None,
-                    range=_bounded_range(100_000), **self.names):
-                pieces.append(piece)
-                room -= len(piece)
-                if room < 0:
-                    raise SecurityError("it writes more than a million characters")
-            return "".join(pieces)
-        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError,
-                MemoryError) as error:
-            raise DataError(f"{self.source}: the chat template fails ({type(error).__name__}: {_one_line(error)}); "
-                            "choose --prompt alpaca or raw") from None
+                self._template = _Sandbox(self.chat_template)
+            return self._template.render(messages, add_generation_prompt=add_generation_prompt, tools=None,
+                                         documents=None, **self.names)
+        except Exception as error:                      # a stranger's program: it may fail in any way
+            file = Path(self.source) / "chat_template.jinja"
+            file = file if file.is_file() else file.with_name("tokenizer_config.json")
+            raise DataError(f"{file}: the chat template fails ({type(error).__name__}: {_one_line(error)}); choose "
+                            "--prompt alpaca or raw") from None
 
     def end_of_turn_id(self, style: str) -> int:
         """What ends a whole answer: <|im_end|> in ChatML, for `chat` what its template puts there, else EOS."""
@@ -361,16 +386,16 @@ class Tokenizer:
         return tuple(dict.fromkeys((self.end_of_turn_id(style),) + self.eos_ids))
 
 
+def _of_rust(error: BaseException, source: str) -> BaseException:
+    """What to raise for an error of `tokenizers`. It may panic (a pattern that runs away), which is no Exception."""
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        return error
+    return DataError(f"{source}: damaged or not a tokenizer ({_one_line(error)}); fetch the file again")
+
+
 def _settings(path: Path) -> dict:
     """A small JSON file beside the tokenizer; {} where there is none."""
-    if not path.is_file():
-        return {}
-    settings = _parse(path.read_bytes(), str(path))
-    if isinstance(settings, DataError):
-        raise settings
-    if not isinstance(settings, dict):
-        raise DataError(f"{path}: found {_kind(settings)} where an object belongs; fetch the file again")
-    return settings
+    return read_json(path) if path.exists() else {}
 
 
 def _chat_template(folder: Path, own: dict) -> str | None:
@@ -382,8 +407,8 @@ def _chat_template(folder: Path, own: dict) -> str | None:
             raise DataError(f"{file}: is not UTF-8 ({_one_line(error)}); fetch the file again") from None
     template = own.get("chat_template")
     if isinstance(template, list):                      # several named ones
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        template = next((entry.get("template") for entry in template
+                         if isinstance(entry, dict) and entry.get("name") == "default"), None)
     return template if isinstance(template, str) else None
 
 
@@ -396,41 +421,135 @@ class _GenerationTag(Extension):
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
+# What a template may call. Of these only replace, join and indent make more than they are given.
+_FILTERS = frozenset("abs capitalize count d default dictsort e escape first float indent int items join last length "
+                     "list lower map max min reject rejectattr replace reverse safe select selectattr sort string "
+                     "title tojson trim unique upper".split())
+_METHODS = frozenset("capitalize count endswith find get index isalnum isalpha isdecimal isdigit islower isnumeric "
+                     "isspace istitle isupper items join keys lower lstrip partition removeprefix removesuffix replace "
+                     "rfind rindex rpartition rsplit rstrip split splitlines startswith strip swapcase title upper "
+                     "values".split())
+_SIZED = (str, list, tuple, dict, range)
+
+
 class _Sandbox(ImmutableSandboxedEnvironment):
     """Where chat templates run, with the settings and helpers of transformers: real templates need them.
 
-    A template comes with a stranger's checkpoint. The sandbox keeps it from Python's internals; bounds on `range` and
-    on repetition keep it from filling the memory. It can still waste time.
+    A template is a stranger's program. jinja2's sandbox keeps it from Python's internals. That it ends, in little
+    memory, is seen to here: each turn of a loop, each call and each thing that is made is paid for by its size, `fuel`
+    is far more than prompts need, and what would be huge is refused beforehand. `deadline` is for what is slow
+    otherwise.
     """
-    intercepted_binops = frozenset({"*", "**"})
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
 
-    def __init__(self):
+    def __init__(self, source: str):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag])
-        self.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False} | options)
+        self.filters = {name: self._paid(name, (self.filters | {"tojson": _to_json})[name]) for name in _FILTERS} | {
+            "pay": pass_context(lambda _, value: self.pay(value)),
+            "turn": pass_context(lambda _, cost: self.pay(True, max(1, cost)))}
         # a fixed day, the one that Llama 3's templates fall back to: a prompt must not change overnight
-        self.globals["strftime_now"] = datetime(2024, 7, 26).strftime
-        self.globals["raise_exception"] = self._raise
+        self.globals |= {"strftime_now": datetime(2024, 7, 26).strftime, "raise_exception": self._raise,
+                         "namespace": _Namespace, "lipsum": None}
+        self.fuel, self.deadline = 1_000_000, time.thread_time() + 5
+        self.pay(source, 4 * len(source))
+        self.template = self.from_string(source)
+
+    def render(self, messages: list[dict[str, str]], **names) -> str:
+        self.fuel = 1_000_000 + 100 * sum(len(message["content"]) for message in messages)
+        self.deadline = time.thread_time() + 5
+        return self.template.render(messages=messages, **names)
+
+    def pay(self, value, cost: int = 1):
+        """`value`, after its size is paid for: characters, items, and the items of items."""
+        todo = [value]
+        while todo:
+            item = todo.pop()
+            self.fuel -= cost + (len(item) if isinstance(item, _SIZED) else 0)
+            if self.fuel < 0 or time.thread_time() > self.deadline:
+                raise SecurityError("it takes too many turns, makes too much text, or needs more than 5 seconds")
+            if isinstance(item, (list, tuple, dict)):
+                todo += [*item, *item.values()] if isinstance(item, dict) else item
+        return value
+
+    def _refuse_growth(self, values) -> None:
+        """Before replace, join, indent or *: the two largest of the arguments tell how much is made at most."""
+        sizes = [len(x) if isinstance(x, _SIZED) else abs(x) if isinstance(x, (int, float)) else 1 for x in values]
+        if math.prod(sorted(sizes)[-2:]) > self.fuel:
+            raise SecurityError("it makes too much text")
+
+    def _paid(self, name: str, function: Callable) -> Callable:
+        @functools.wraps(function)
+        def paid(*args, **options):
+            self.pay((args, options))
+            if name in ("replace", "join", "indent"):
+                self._refuse_growth([*args, *options.values()])
+            made = function(*args, **options)
+            return self.pay(list(made) if isinstance(made, Iterator) else made)
+        return paid
+
+    def call(self, context, function, *args, **options):
+        name, of = getattr(function, "__name__", ""), getattr(function, "__self__", "")
+        if name in ("format", "format_map"):
+            raise SecurityError(f"{name} is not allowed in a template")
+        self.pay((of, args))
+        if name in ("replace", "join"):
+            self._refuse_growth((of, *args))
+        made = super().call(context, function, *args, **options)
+        return self.pay(list(made) if isinstance(made, MappingView) else made)
+
+    def call_binop(self, context, operator, left, right):
+        if operator == "**" or operator == "%" and isinstance(left, str):
+            raise SecurityError(f"{operator} on such values is not allowed in a template")
+        if operator == "*":
+            self._refuse_growth((left, right))
+        return self.pay(super().call_binop(context, operator, left, right))
+
+    def is_safe_attribute(self, value, name, attribute) -> bool:
+        known = name in _METHODS or not isinstance(value, (str, bytes, int, float, list, tuple, dict))
+        return known and super().is_safe_attribute(value, name, attribute)
+
+    def _parse(self, source, name, filename):
+        return _Meter().visit(super()._parse(source, name, filename)).set_environment(self)
 
     @staticmethod
     def _raise(message):
         raise TemplateError(message)
 
-    def call_binop(self, context, operator, left, right):
-        size = lambda x: abs(x) / 100 if isinstance(x, (int, float)) else len(x)
-        if operator == "**" or max(size(left), size(right)) > 10_000:
-            raise SecurityError(f"{operator} on values of this size is not allowed in a template")
-        return super().call_binop(context, operator, left, right)
+
+def _to_json(value, **options) -> str:
+    if (options.get("indent") or 0) > 16 or len(repr(options)) > 200:
+        raise SecurityError("tojson with such options is not allowed in a template")
+    return json.dumps(value, **{"ensure_ascii": False} | options)
 
 
-def _bounded_range(budget: int) -> Callable[..., range]:
-    def bounded(*limits):
-        nonlocal budget
-        numbers = range(*limits)
-        budget -= len(numbers)
-        if budget < 0:
-            raise SecurityError("its loops over range() take too many turns")
-        return numbers
-    return bounded
+class _Namespace(Namespace):
+    __repr__ = lambda self: "<namespace>"               # not what is in it: that may be in it many times over
+
+
+class _Meter(NodeTransformer):
+    """Has a template pay for the turns of its loops, and for what it makes other than by calls, filters and sums."""
+
+    def paid(self, node, *_):
+        return nodes.Filter(self.generic_visit(node), "pay", [], [], None, None, lineno=node.lineno)
+
+    visit_Concat = visit_List = visit_Dict = visit_Compare = paid
+
+    def visit_Tuple(self, node):
+        return self.paid(node) if node.ctx == "load" else node
+
+    def visit_Getitem(self, node):
+        return self.paid(node) if isinstance(node.arg, nodes.Slice) else self.generic_visit(node)
+
+    def visit_Output(self, node):
+        node.nodes = [x if isinstance(x, nodes.TemplateData) else self.paid(x) for x in node.nodes]
+        return node
+
+    def visit_For(self, node):
+        text = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
+        turn = nodes.Filter(nodes.Const(1 + text), "turn", [], [], None, None, lineno=node.lineno)
+        self.generic_visit(node)
+        node.test = nodes.And(turn, node.test) if node.test else turn
+        return node
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -467,6 +586,7 @@ def render_prompt(style: str, question: str, tokenizer: Tokenizer) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 METHODS = ("sft", "dpo", "stepdpo")
+LONGEST_TOKEN = 1_000                                   # characters: more than a token of any vocabulary has
 
 
 @dataclass(slots=True)
@@ -523,6 +643,7 @@ def texts_of(row: dict, method: str, where: str) -> tuple[str, str, list[str]]:
     needed = ["prompt", *responses] if plain else ["prompt", "initial_reason_steps", *responses]
     missing = [name for name in needed if name not in row]
     if missing:
+        expect(row, where, "pairs", "problems")
         also = " (or prompt, response)" if method == "sft" else ""
         raise DataError(f"{where}: {method} needs the columns {', '.join(needed)}{also}; found "
                         f"{', '.join(row) or 'none'}; missing {', '.join(missing)}: rename them or change method")
@@ -557,7 +678,11 @@ def encode_dataset(source: str | Path | Iterable[tuple[str, dict]], tokenizer: T
                 report.drop(reason, where)
             else:
                 context = render_prompt(style, question, tokenizer) + steps
-                taken.append((where, len(context), [context + response for response in responses]))
+                texts = [context + response for response in responses]
+                if max_length is not None and max(map(len, texts)) > LONGEST_TOKEN * max_length:
+                    report.drop(f"longer than {max_length} tokens", where)      # without waiting for its tokens
+                else:
+                    taken.append((where, len(context), texts))
         encoded = iter(tokenizer.encode_batch([text for _, _, texts in taken for text in texts]))
         for where, boundary, texts in taken:
             example = _example(where, [next(encoded) for _ in texts], boundary, end, max_length)
@@ -1090,14 +1215,28 @@ def write_rows(path: str | Path, rows: Iterable) -> int:
     """Write JSONL aside and rename it: the file is there whole or not at all. Returns the number of rows."""
     path, count = Path(path), 0
     aside = path.with_name(path.name + ".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with aside.open("w", encoding="utf-8", newline="\n") as file:
-        for count, row in enumerate(rows, 1):
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("w", encoding="utf-8", newline="\n") as file:
+            for count, row in enumerate(rows, 1):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
     return count
+
+
+COSTLY = ("endpoint", "ask")                            # judges whose verdicts are kept for good
+
+
+def write_out(args: argparse.Namespace, rows: list[dict], bad: list[DataError]) -> int:
+    """Write OUT and return the exit status. An OUT with other rows in it is not overwritten, unless by --restart or by
+    the command that had left it incomplete."""
+    out, made = Path(args.out), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    if out.exists() and not args.restart and not args.completes and out.read_bytes() != made:
+        raise DataError(f"{out}: exists and holds other rows; choose another --out, or begin anew with --restart")
+    write_rows(out, rows)
+    return 1 if bad else 0
 
 
 class Verdicts:
@@ -1115,20 +1254,16 @@ class Verdicts:
                 raise ValueError("begun by a command with other solutions, another judge or other --steps")
             self.done = {tuple(key): verdict for key, verdict in map(json.loads, lines[1:])}
         except (ValueError, TypeError) as error:
-            raise DataError(f"{path}: cannot be continued ({_one_line(error)}); finish that command, or delete the "
-                            "file to begin anew") from None
+            raise DataError(f"{path}: cannot be continued ({_one_line(error)}); finish that command, choose another "
+                            "--out, or begin anew with --restart") from None
         write_rows(path, [belongs_to, *([key, verdict] for key, verdict in self.done.items())])
         self.file = path.open("a", encoding="utf-8", newline="\n")
 
     def add(self, key: tuple, verdict: int | str | None) -> None:
         self.done[key] = verdict
-        self.file.write(json.dumps([key, verdict]) + "\n")
-        self.file.flush()
-
-    def close(self, finished: bool) -> None:
-        self.file.close()
-        if finished:
-            self.path.unlink()
+        with writing(self.path):
+            self.file.write(json.dumps([key, verdict]) + "\n")
+            self.file.flush()
 
 
 def judge_all(rows: dict[tuple, dict], name: str, args: argparse.Namespace,
@@ -1136,12 +1271,19 @@ def judge_all(rows: dict[tuple, dict], name: str, args: argparse.Namespace,
     """A verdict for every row: index of the first wrong step, None (nothing wrong), or the text of Unclear.
 
     Rows on which the judge fails are left out and named in `bad`; so are those that the person at the terminal did not
-    come to (Stop is passed on). Either way what is decided stays in OUT.verdicts until all of it is.
+    come to (Stop is passed on). What is decided is in OUT.verdicts, from which the same command goes on.
     """
-    judge = make_judge(name, args)
+    judge, path = make_judge(name, args), Path(f"{args.out}.verdicts")
+    if args.restart:
+        path.unlink(missing_ok=True)
+    begun = path.exists()
+    if name in COSTLY and Path(args.out).exists() and not begun and not args.restart:
+        raise DataError(f"{args.out}: exists, without {path.name} that would say how it was made; choose another "
+                        "--out, or begin anew with --restart")
     digest = hashlib.sha256(json.dumps([[*key, row["steps"]] for key, row in rows.items()]).encode()).hexdigest()
-    verdicts = Verdicts(Path(f"{args.out}.verdicts"), {"solutions": digest, "judge": name})
+    verdicts = Verdicts(path, {"solutions": digest, "judge": name})
     todo = [key for key in rows if key not in verdicts.done]
+    args.completes = begun and bool(todo)
 
     def verdict(key: tuple) -> int | str | None | DataError:
         try:
@@ -1171,18 +1313,25 @@ def judge_all(rows: dict[tuple, dict], name: str, args: argparse.Namespace,
             else:
                 verdicts.add(key, found)
     finally:
-        verdicts.close(finished=len(verdicts.done) == len(rows) or name == "values")    # what costs nothing is not kept
+        with writing(verdicts.path):
+            verdicts.file.close()
+        if name == "values" or not rows or name not in COSTLY and len(verdicts.done) == len(rows):
+            path.unlink()                               # what can be had again at no cost
     return {key: verdicts.done[key] for key in rows if key in verdicts.done}
 
 
-def read_attempts(file: str, bad: list[DataError]) -> Iterator[tuple[tuple[str, int], dict]]:
-    """((id, sample), row) of the graded samples that eval.py wrote; rows that are none go to `bad`.
+def read_attempts(file: str, bad: list[DataError], *stages: str) -> Iterator[tuple[tuple[str, int], dict]]:
+    """((id, sample), row) of the graded samples that eval.py wrote; rows that are none go to `bad`. DataError where the
+    first row is of none of the pipeline's `stages`.
 
     A row gets `where`, and `text`: the whole solution, prefix + completion.
     """
     seen = {}
-    for where, row in read_rows(file, bad):
+    for number, (where, row) in enumerate(read_rows(file, bad)):
+        if number == 0:
+            expect(row, where, *stages)
         try:
+            check_writable(row, where)
             id, sample = row.get("id"), row.get("sample", 0)
             if not isinstance(id, (str, int)) or type(sample) is not int:
                 raise DataError(f"{where}: fields 'id', 'sample': found {_quote(json.dumps([id, sample]))}; expected a "
@@ -1223,7 +1372,8 @@ OF_AN_ATTEMPT = ("id", "sample", "prefix", "completion", "extracted", "correct",
 def localize(args: argparse.Namespace) -> int:
     """attempts -> errors: of each wrong attempt the prefix up to its first wrong step, that step, and the rest."""
     bad, wrong, stages, problems = [], {}, Counter(), set()
-    for key, row in read_attempts(args.file, bad):
+    valued = () if args.judge == "values" else ("attempts",)
+    for key, row in read_attempts(args.file, bad, *valued, "valued attempts", "rectified attempts"):
         stages["attempts"] += 1
         problems.add(key[0])
         stages["wrong"] += not row["correct"]
@@ -1266,8 +1416,7 @@ def localize(args: argparse.Namespace) -> int:
                   *((f"    {reason}", count) for reason, count in reasons.most_common()), ("located", len(errors))]))
     if not errors:
         raise DataError(f"{args.file}: no first wrong step was located, nothing to write to {args.out}")
-    write_rows(args.out, errors.values())
-    return 1 if bad else 0
+    return write_out(args, list(errors.values()), bad)
 
 
 def pairs(args: argparse.Namespace) -> int:
@@ -1275,7 +1424,8 @@ def pairs(args: argparse.Namespace) -> int:
     bad, stages = [], Counter()
     if args.whole and args.verify:
         raise DataError("--verify judges a chosen step; whole answers (--whole) are right by their final answer")
-    rows = list(read_attempts(args.file, bad))
+    stages_taken = ("attempts", "valued attempts", "rectified attempts") if args.whole else ("rectified attempts",)
+    rows = list(read_attempts(args.file, bad, *stages_taken))
     candidates = whole_pairs(rows, stages) if args.whole else step_pairs(rows, args.steps, stages, bad)
     if args.verify:
         solutions = {key: {"id": key[0], "where": key[0], "question": pair["prompt"], "answer": pair["answer"],
@@ -1300,8 +1450,7 @@ def pairs(args: argparse.Namespace) -> int:
     print(funnel([*stages.items(), ("pairs", len(kept))]))
     if not kept:
         raise DataError(f"{args.file}: no pair came of it, nothing to write to {args.out}")
-    write_rows(args.out, kept)
-    return 1 if bad else 0
+    return write_out(args, kept, bad)
 
 
 def step_pairs(rows: list[tuple[tuple, dict]], style: str, stages: Counter, bad: list[DataError]) -> dict[tuple, dict]:
@@ -1578,6 +1727,8 @@ def arguments() -> argparse.ArgumentParser:
     for name in ("localize", "pairs"):
         command = commands.choices[name]
         command.add_argument("--out", required=True, metavar="F", help="JSONL file to write")
+        command.add_argument("--restart", action="store_true", help="begin anew, whatever an earlier run has left at F")
+        command.set_defaults(completes=False)
         command.add_argument("--endpoint", metavar="URL", help="the judge's OpenAI-compatible server, such as "
                              "http://localhost:8000/v1; the key is read from OPENAI_API_KEY")
         command.add_argument("--api_model", metavar="NAME", help="name of the judge model on that server")

@@ -37,10 +37,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import (BOXED, PROMPT_STYLES, STEP_STYLES, DataError, Endpoint, RequestRefused, Tokenizer, complain,
-                  first_error_from_values, next_prefix, read_rows, render_prompt, same_step, split_steps, text_field,
-                  write_rows)
-from model import CheckpointError, Llama, fingerprint, generate, keep_freed_memory, read_json, resolve, stable_key
+from data import (BOXED, LONGEST_TOKEN, PROMPT_STYLES, STEP_STYLES, DataError, Endpoint, RequestRefused, Tokenizer,
+                  check_writable, complain, expect, first_error_from_values, next_prefix, read_rows, render_prompt,
+                  same_step, split_steps, text_field, write_rows)
+from model import (CheckpointError, Llama, fingerprint, generate, keep_freed_memory, read_json, resolve, stable_key,
+                   writing)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1376,14 +1377,15 @@ def read_attempt(where: str, row: dict) -> tuple[Problem, str]:
 def read_file(args: argparse.Namespace, bad: list[DataError]) -> list:
     """The problems of F, or with --rollouts its wrong attempts. Rows that cannot be used go to `bad`."""
     items, read = [], read_attempt if args.rollouts else read_problem
+    stages = ("attempts", "valued attempts", "rectified attempts") if args.rollouts else ("problems", "errors", "pairs")
     for where, row in itertools.islice(read_rows(args.problems, bad), args.limit):
+        if not items and not bad:
+            expect(row, where, *stages)
         try:
-            dumps(row).encode()
+            check_writable(row, where)
             items.append(read(where, row))
         except DataError as error:
             bad.append(error)
-        except (UnicodeEncodeError, RecursionError):
-            bad.append(DataError(f"{where}: half a surrogate pair in it, or too deep an object; make the row again"))
     if args.rollouts:
         items = [item for item in items if not item[0].carried["correct"]]
     if not items:
@@ -1422,14 +1424,20 @@ class Local:
         if found:
             raise DataError(f"{problem.where}: it contains the control token {found}, which is no text; remove it")
         rendered = render_prompt(self.args.prompt, problem.question, self.tokenizer)
+        most = self.model.config.max_position_embeddings - 1
+        if len(rendered + text) > LONGEST_TOKEN * most:
+            raise DataError(f"{problem.where}: prompt and prefix have {len(rendered + text)} characters; the model takes "
+                            f"1 to {most} tokens")
         ids, offsets = self.tokenizer.encode(rendered + text)
         if cut is not None:
             cut = len(rendered) + len(text) - len(text[cut:].lstrip())
             kept = sum(1 for _, end in offsets if end <= cut)
             ids, text = ids[:kept], text[:max(0, offsets[kept - 1][1] - len(rendered))]
-        most = self.model.config.max_position_embeddings - 1
         if not 0 < len(ids) <= most:
             raise DataError(f"{problem.where}: prompt and prefix have {len(ids)} tokens; the model takes 1 to {most}")
+        if max(ids) >= self.model.config.vocab_size:
+            raise CheckpointError(f"{self.tokenizer.source}: tokenizer.json gives token {max(ids)}, config.json says "
+                                  f"vocab_size {self.model.config.vocab_size}: they do not belong together")
         return ids, text
 
     def batches(self, prompts: list[list[int]], n: int) -> list[list[int]]:
@@ -1547,7 +1555,7 @@ class Journal:
 
     def open(self) -> None:
         """Begin to write. Under torchrun: once all ranks have read."""
-        with self.path.open("ab+") as file:      # a torn line goes away
+        with writing(self.path), self.path.open("ab+") as file:      # a torn line goes away
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
         self.file = self.path.open("a", encoding="utf-8", newline="\n")
@@ -1560,8 +1568,9 @@ class Journal:
             self.write([key, value])
 
     def write(self, entry) -> None:
-        self.file.write(dumps(entry) + "\n")
-        self.file.flush()
+        with writing(self.path):
+            self.file.write(dumps(entry) + "\n")
+            self.file.flush()
 
 
 def refuse_other(old, new: dict, path: Path) -> None:
@@ -1811,7 +1820,12 @@ def evaluate(args: argparse.Namespace) -> int:
             work = Work(args, sampler, journal, bad, rank, world)
             journal.open()
             started = time.monotonic()
-            (value_steps if args.rollouts else sample_problems)(items, work)
+            try:
+                (value_steps if args.rollouts else sample_problems)(items, work)
+            except (DataError, CheckpointError):
+                if not journal.done:             # nothing is finished: leave nothing
+                    journal.path.unlink()
+                raise
             seconds = time.monotonic() - started
             journal.file.close()
             bad += getattr(sampler, "refused", [])
@@ -1959,6 +1973,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         print(f"error: out of GPU memory; what is finished is kept: go on with a --batch_size below {args.batch_size}",
+              file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if args.debug or os.environ.get("WORLD_SIZE", "1") == "1" or "onnection" not in str(error):
+            raise
+        print("error: another process of this run has ended; if it failed, it says why. The same command continues",
               file=sys.stderr)
         return 2
     except KeyboardInterrupt:

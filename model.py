@@ -15,10 +15,14 @@ Shapes: B batch, T tokens of a row, N tokens of a flat row, C hidden size, H que
 """
 import ctypes
 import hashlib
+import inspect
 import json
 import math
 import os
+import re
 import shutil
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -30,6 +34,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -73,21 +78,31 @@ class Config:
         (`rope_parameters`, `dtype`). Raises CheckpointError naming the field when the model is of a kind that this file does not compute."""
 
         def refuse(field, why):
-            raise CheckpointError(f"{source}: {field} is {raw.get(field)!r}: {why}")
+            raise CheckpointError(f"{source}: {field} is {raw.get(field)!r:.200}: {why}")
 
         def integer(field, default=None, most=2**24):
-            value = raw.get(field)
-            value = default if value is None else value
+            value = default if raw.get(field) is None else raw[field]
             if type(value) is not int or not 1 <= value <= most:
                 refuse(field, f"expected a whole number from 1 to {most}")
             return value
 
+        def boolean(field):
+            if raw.get(field) is not None and type(raw[field]) is not bool:
+                refuse(field, "expected true or false")
+            return bool(raw.get(field))
+
         def number(field, default, where=raw):
-            value = where.get(field)
-            value = default if value is None else value
-            if type(value) not in (int, float) or not 0 < value < math.inf:
-                raise CheckpointError(f"{source}: {field} is {value!r}: expected a number above 0")
+            value = default if where.get(field) is None else where[field]
+            if type(value) not in (int, float) or not 1e-12 <= value <= 1e12:
+                raise CheckpointError(f"{source}: {field} is {value!r:.200}: expected a number from 1e-12 to 1e12")
             return float(value)
+
+        def token_ids(field):
+            value = raw.get(field)
+            ids = tuple(value) if isinstance(value, list) else () if value is None else (value,)
+            if any(type(i) is not int or not 0 <= i < 2**24 for i in ids):
+                refuse(field, "expected a token id or a list of them")
+            return ids
 
         if not isinstance(raw, dict):
             raise CheckpointError(f"{source}: expected a JSON object, found {type(raw).__name__}")
@@ -107,7 +122,7 @@ class Config:
         in_force = raw.get("use_sliding_window", family == "mistral")
         if window is not None and in_force and (type(window) is not int or window < longest):
             refuse("sliding_window", "attention here has no sliding window; use a checkpoint where it is null or switched off")
-        if set(raw.get("layer_types") or ()) - {"full_attention"}:
+        if (kinds := raw.get("layer_types")) and (type(kinds) is not list or any(kind != "full_attention" for kind in kinds)):
             refuse("layer_types", "only full_attention layers are computed")
 
         # transformers 5 moved theta and the scaling into one object
@@ -115,10 +130,10 @@ class Config:
         field = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
         if not isinstance(rope, dict):
             refuse(field, "expected an object")
-        kind = rope.get("rope_type", rope.get("type", "default"))
+        kind = rope.get("rope_type", rope.get("type", None if "factor" in rope else "default"))
         needs = {"default": (), "linear": ("factor",),
                  "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-        if kind not in needs:
+        if not isinstance(kind, str) or kind not in needs:
             refuse(field, f"rope type {kind!r} is not computed; {', '.join(needs)} are")
         scaling = {"rope_type": kind, **{key: number(key, None, rope) for key in needs[kind]}} if kind != "default" else None
         if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
@@ -128,24 +143,22 @@ class Config:
         kv_heads = integer("num_key_value_heads", heads, most=2**16)
         hidden = integer("hidden_size")
         head_dim = integer("head_dim", hidden // heads)
+        if heads * head_dim > 2**24:      # and with it every matrix has less than 2^48 elements
+            refuse("head_dim", f"{heads} heads of {head_dim} are more than the {2**24} dimensions that are possible")
         if heads % kv_heads:
             refuse("num_key_value_heads", f"must divide num_attention_heads = {heads}")
         if head_dim % 2:
             refuse("head_dim", "must be even: the rotation turns pairs")
 
-        bias = bool(raw.get("attention_bias", False))
-        eos = raw.get("eos_token_id")
-        eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-        if any(type(i) is not int for i in eos):
-            refuse("eos_token_id", "expected a token id or a list of them")
+        bias = boolean("attention_bias")
         return cls(
             vocab_size=integer("vocab_size"), hidden_size=hidden, intermediate_size=integer("intermediate_size"),
             num_hidden_layers=integer("num_hidden_layers", most=1024), num_attention_heads=heads, num_key_value_heads=kv_heads,
             head_dim=head_dim, rms_norm_eps=number("rms_norm_eps", 1e-6), rope_theta=number("rope_theta", number("rope_theta", 10000.0), rope),
-            rope_scaling=scaling, max_position_embeddings=longest, tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            rope_scaling=scaling, max_position_embeddings=longest, tie_word_embeddings=boolean("tie_word_embeddings"),
             qkv_bias=family == "qwen2" or (bias and family != "mistral"), o_bias=bias and family in ("llama", "qwen3"),
-            mlp_bias=bool(raw.get("mlp_bias", False)) and family == "llama", qk_norm=family == "qwen3",
-            initializer_range=number("initializer_range", 0.02), bos_token_id=raw.get("bos_token_id"), eos_token_ids=eos, raw=dict(raw))
+            mlp_bias=boolean("mlp_bias") and family == "llama", qk_norm=family == "qwen3",
+            initializer_range=number("initializer_range", 0.02), bos_token_id=(*token_ids("bos_token_id"), None)[0], eos_token_ids=token_ids("eos_token_id"), raw=dict(raw))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,15 +192,11 @@ class Tree:
                 raise ValueError(f"segment {j}: its parent must be an earlier segment or -1, found {parent}")
             self.ancestors.append([] if parent < 0 else self.ancestors[parent] + [parent])
         self.masks: dict = {}
-
-    def lower_right(self, own: int, before: int, device) -> torch.Tensor:
-        """(own, before + own), True where seen: everything before, and oneself causally."""
-        key = own, before, device
-        if key not in self.masks:
-            self.masks[key] = torch.ones(own, before + own, dtype=torch.bool, device=device).tril(before)
-        return self.masks[key]
+        self.table: tuple | None = None                     # of `in_one_call`
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if v.is_cuda and v.dtype in (torch.bfloat16, torch.float16):
+            return self.in_one_call(q, k, v)
         q, k, v = (x.split(self.lengths, dim=2) for x in (q, k, v))
         out = []
         for j, ancestors in enumerate(self.ancestors):
@@ -200,6 +209,31 @@ class Tree:
             mask = self.lower_right(own, keys.shape[2] - own, keys.device)
             out.append(F.scaled_dot_product_attention(q[j], keys, values, attn_mask=mask, enable_gqa=q[j].shape[1] != keys.shape[1]))
         return torch.cat(out, dim=2)
+
+    def lower_right(self, own: int, before: int, device) -> torch.Tensor:
+        """(own, before + own), True where seen: everything before, and oneself causally."""
+        key = own, before, device
+        if key not in self.masks:
+            self.masks[key] = torch.ones(own, before + own, dtype=torch.bool, device=device).tril(before)
+        return self.masks[key]
+
+    def in_one_call(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The same on a GPU in half precision, where a launch for each segment would cost more than its arithmetic: FlashAttention for texts of unequal lengths.
+        Segment j is a text that asks with its own tokens and is answered by its ancestors' and its own; the kernel aligns the causal mask to the lower right."""
+        if self.table is None:
+            ends = np.cumsum(self.lengths)
+            places = [np.concatenate([np.arange(ends[i] - self.lengths[i], ends[i]) for i in (*ancestors, j)]) for j, ancestors in enumerate(self.ancestors)]
+            limits = lambda lengths: torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)).to(v.device)
+            self.table = (torch.from_numpy(np.concatenate(places)).to(v.device), limits(self.lengths), limits(map(len, places)),
+                          max(self.lengths), max(map(len, places)))
+        places, queries_end, keys_end, longest_query, longest_key = self.table
+        q, k, v = (x[0].transpose(0, 1).to(v.dtype) for x in (q, k, v))                                              # (N, H or G, D)
+        y = varlen_attn(q, k[places], v[places], queries_end, keys_end, longest_query, longest_key, window_size=(-1, 0), **VARLEN_GQA)
+        return y.transpose(0, 1)[None]
+
+
+# torch 2.11's varlen_attn takes grouped heads as they come, later ones want it said
+VARLEN_GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,7 +271,25 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
     Meta's original release pairs neighbours (x[2i], x[2i+1]); its q and k weights are a permutation of these, and mixing the two fails in silence."""
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    turned = torch.empty_like(x)
+    first, second = turned.chunk(2, dim=-1)
+    torch.mul(a, cos, out=first).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=second).addcmul_(a, sin)
+    return turned
+
+
+class Rotate(torch.autograd.Function):
+    """`rotate` with its gradient, which is the rotation back: half the passes over memory that autograd would make."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return rotate(grad, cos, -sin), None, None
 
 
 class Attention(nn.Module):
@@ -257,8 +309,22 @@ class Attention(nn.Module):
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)       # (B, G, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)                    # (B, G, T, D)
         cos, sin = cos.to(q.dtype), sin.to(q.dtype)
-        y = attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)                 # (B, H, T, D)
+        y = attend(self.layer, Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin), v)     # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up. silu(gate) is made again for the gradient instead of kept: a quarter less of the MLP's activations, which are the most of a block's."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
 class MLP(nn.Module):
@@ -269,7 +335,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -496,21 +562,47 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def strict_json(raw: bytes):
+    """The value of a UTF-8 JSON text, with or without BOM. ValueError or RecursionError where it is none, names a key twice or holds a NaN."""
+    def unique(pairs):
+        if len(value := dict(pairs)) < len(pairs):
+            (twice, _), = Counter(key for key, _ in pairs).most_common(1)
+            raise ValueError(f"the key {twice!r} stands there twice: which one is meant?")
+        return value
+
+    def refuse(name):
+        raise ValueError(f"{name} is not JSON")
+
+    return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique, parse_constant=refuse)
+
+
 def read_json(path: Path) -> dict:
     """A JSON object from a checkpoint's folder; CheckpointError names the file."""
     try:
-        value = json.loads(path.read_bytes())
+        value = strict_json(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; a checkpoint folder holds config.json, *.safetensors and tokenizer.json") from None
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path}: not valid JSON ({e})") from None
+    except (ValueError, RecursionError, OSError) as e:
+        raise CheckpointError(f"{path}: not valid JSON ({e}); fetch the file again") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}; fetch the file again")
     return value
 
 
+@contextmanager
+def writing(path: Path):
+    """What cannot be written (a full disk, a read-only folder) ends in one error that names the file."""
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        raise OSError(f"{getattr(e, 'filename', None) or path}: cannot be written ({getattr(e, 'strerror', None) or e}); make room or repair its permissions, "
+                      "then the same command continues") from e
+
+
 def weight_files(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
-    """Tensor name -> (file, shape, dtype), read from the safetensors headers alone. Raises CheckpointError."""
+    """Tensor name -> (file, shape, dtype), read from the safetensors headers alone. Raises CheckpointError.
+
+    A shard is a plain name: an index cannot point out of the folder. The file of that name may be a symbolic link, as all are in the hub's cache."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
         placed = {folder / "model.safetensors": None}
@@ -518,10 +610,10 @@ def weight_files(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
         placed = {}
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{index}: weight_map is missing")
+            raise CheckpointError(f"{index}: weight_map is not an object of tensor names and files; fetch the file again")
         for name, filename in weight_map.items():
-            if not isinstance(filename, str) or Path(filename).name != filename or "\\" in filename:
-                raise CheckpointError(f"{index}: {name} is said to lie in {filename!r}; a shard must be a plain file name in this folder")
+            if not isinstance(filename, str) or not re.fullmatch(r"[\w.-]+\.safetensors", filename, re.ASCII):
+                raise CheckpointError(f"{index}: {name} is said to lie in {filename!r}; a shard must be a plain file name in this folder, *.safetensors")
             placed.setdefault(folder / filename, set()).add(name)
     else:
         other = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in folder.glob(pattern)]
@@ -532,11 +624,13 @@ def weight_files(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
         try:
             with safe_open(path, framework="pt") as f:
                 here = {name: (path, list(s.get_shape()), s.get_dtype()) for name in f.keys() for s in [f.get_slice(name)]}
-        except (SafetensorError, OSError) as e:
+            with open(path, "rb") as f:                    # once more, for a tensor that is described twice: safetensors takes the last
+                strict_json(f.read(int.from_bytes(f.read(8), "little")))
+        except (SafetensorError, OSError, ValueError) as e:
             raise CheckpointError(f"{path}: cannot be read as safetensors ({e}); download it again") from None
         if names is not None and set(here) != names:
             odd = sorted(set(here) ^ names)[0]
-            raise CheckpointError(f"{path}: {odd} is {'in the index but not in the file' if odd in names else 'in the file but not in the index'}")
+            raise CheckpointError(f"{path}: {odd} is {'in the index but not in the file' if odd in names else 'in the file, where the index does not place it'}")
         found.update(here)
     return found
 
@@ -618,7 +712,7 @@ def pick_tokens(logits: torch.Tensor, temperature: float, top_p: float, uniform:
     chosen = torch.empty(len(probs), dtype=torch.long, device=probs.device)
     rows = torch.arange(len(probs), device=probs.device)                      # those still without a token
     for draw in range(DRAWS):
-        whole, part = cumulative[rows], probs[rows]
+        whole, part = (cumulative, probs) if len(rows) == len(probs) else (cumulative[rows], probs[rows])
         ids = torch.searchsorted(whole, uniform[rows, draw, None] * whole[:, -1:], right=True).clamp_(max=probs.shape[1] - 1)
         chosen[rows] = ids[:, 0]
         if top_p >= 1:

@@ -29,7 +29,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 import data
 from data import Batch, DataError
-from model import CheckpointError, Config, Llama, Tree, fingerprint, keep_freed_memory, own_rows, read_json, resolve, whole
+from model import CheckpointError, Config, Llama, Tree, fingerprint, keep_freed_memory, own_rows, read_json, resolve, whole, writing
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,8 +59,8 @@ class FusedLogProbs(torch.autograd.Function):
     """log softmax(hidden @ weight.T)[targets], without ever holding the (M, V) matrix of logits, forward or backward.
 
     hidden (M, C), weight (V, C), targets (M,) int64 -> (M,) fp32 (fp64 if hidden is). A chunk of tokens at a time: logits z, then z[target] - logsumexp(z).
-    The backward pass makes each chunk's logits once more: d logp / d z = onehot(target) - softmax(z), times the token's own gradient. That gradient is known
-    only after the whole step has been summed and put through the sigmoid, which is why the forward pass cannot already do this work."""
+    The backward pass makes each chunk's logits once more (but the last's): d logp / d z = onehot(target) - softmax(z), times the token's own gradient. That is
+    known only after the whole step has been summed and put through the sigmoid, which is why the forward pass cannot already do this work."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets):
@@ -73,6 +73,7 @@ class FusedLogProbs(torch.autograd.Function):
             log_z.append(z.logsumexp(-1))
             logps.append(z.gather(1, at[:, None])[:, 0] - log_z[-1])
         ctx.save_for_backward(hidden, weight, targets, torch.cat(log_z))
+        ctx.last = z                                                            # the backward pass begins with the last chunk: its logits are kept
         ctx.dtype = dtype
         return torch.cat(logps)
 
@@ -81,21 +82,23 @@ class FusedLogProbs(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, weight, targets, log_z = ctx.saved_tensors
         h, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
+        weighted = (h * grad[:, None]).to(ctx.dtype)                            # each token's own gradient goes to the (M, C) side of both products
         grad_hidden = torch.empty_like(h)
         grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         rows = max(1, LOGITS_AT_ONCE // len(w))
-        for start in range(0, len(h), rows):
+        kept, ctx.last = ctx.last, None
+        for start in reversed(range(0, len(h), rows)):
             s = slice(start, start + rows)
-            z = logits_of(h[s], w)
-            z.sub_(log_z[s, None]).exp_().mul_(-grad[s, None])                  # -g softmax(z)
-            z.scatter_add_(1, targets[s, None], grad[s, None])                  # +g at the target
+            z, kept = logits_of(h[s], w) if kept is None else kept, None
+            z.sub_(log_z[s, None]).exp_()                                       # softmax(z)
+            z.scatter_add_(1, targets[s, None], z.new_full((len(z), 1), -1.0))  # - onehot(target)
             z = z.to(ctx.dtype)
             torch.mm(z, w, out=grad_hidden[s])
             if grad_weight.dtype == ctx.dtype:
-                grad_weight.addmm_(z.T, h[s])
+                grad_weight.addmm_(z.T, weighted[s], alpha=-1)
             else:
-                grad_weight += z.T @ h[s]
-        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), None
+                grad_weight -= z.T @ weighted[s]
+        return grad_hidden.mul_(-grad[:, None]).to(hidden.dtype), grad_weight.to(weight.dtype), None
 
 
 def logits_of(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -222,6 +225,10 @@ def load_policy(source, args, world: int, device: torch.device) -> Policy:
         fully_shard(policy, **how)
         policy.model.model.embed_tokens.register_forward_hook(lambda module, ids, x: x.float())
     policy.model.read_weights(device=device)
+    if args.compile:             # attention is one kernel already, and everything around it changes its shape with every batch
+        for block in policy.model.model.layers:
+            for part in (block.input_layernorm, block.post_attention_layernorm, block.mlp):
+                part.compile(dynamic=True)
     return policy
 
 
@@ -233,15 +240,15 @@ def in_step(plan: list, rank: int) -> list:
     return [(rows, 1.0) for rows in plan[rank]] + [(row, 0.0)] * idle
 
 
-def same_everywhere(digest: str, device: torch.device):
-    """Every rank must have read the same model and the same data: they compare the first 60 bits of their fingerprints."""
-    mine = torch.tensor([int(digest[:15], 16)], device=device)
+def same_everywhere(what: str, value, device: torch.device):
+    """Every rank must have read the same `what`, a JSON value: they compare the first 60 bits of its hash."""
+    mine = torch.tensor([int(hashlib.sha256(json.dumps(value).encode()).hexdigest()[:15], 16)], device=device)
     if dist.is_initialized():
         high, low = mine.clone(), mine.clone()
         dist.all_reduce(high, dist.ReduceOp.MAX)
         dist.all_reduce(low, dist.ReduceOp.MIN)
         if high != low:
-            raise DataError("the processes did not read the same model and data (their fingerprints differ): check that all machines see the same files")
+            raise DataError(f"the processes do not read the same {what}: check that all machines see the same files, and were given the same command")
 
 
 class StopSignal:
@@ -305,10 +312,39 @@ def autocast(args, device):
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoints: what is needed to go on, in safetensors and JSON only
 
-def write_json(path: Path, value):
+@contextmanager
+def written(path: Path):
+    """Yields where to write what shall be `path`: there it is whole or not at all, and on the disk before anything is done on the strength of it."""
     aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(aside, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        sync(aside)
+        os.replace(aside, path)
+
+
+def sync(path: Path):
+    with open(path, "rb") as f:
+        os.fsync(f.fileno())
+
+
+def write_json(path: Path, value):
+    with written(path) as aside:
+        aside.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def append(path: Path, record: dict):
+    with writing(path), open(path, "a") as f:
+        f.write(json.dumps(record) + "\n")
+
+
+@contextmanager
+def reading(path: Path):
+    """What a run should have left and has not ends in one error that names the file."""
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError, TypeError, LookupError) as e:
+        raise CheckpointError(f"{path}: is damaged ({e}); begin anew with --restart") from e
 
 
 # One format for all runs: a set of safetensors files, each with some rows of every tensor it names; in the order of the file names the rows add up to the
@@ -326,7 +362,6 @@ def save_checkpoint(folder: Path, step: int, model: Llama, optimizer: torch.opti
     aside, final = folder / "writing", folder / f"step-{step:08d}"
     if rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
     barrier()
     files: dict[str, dict] = {}
     for k, p in model.named_parameters():
@@ -336,13 +371,14 @@ def save_checkpoint(folder: Path, step: int, model: Llama, optimizer: torch.opti
             for kind in ("exp_avg", "exp_avg_sq"):
                 files.setdefault(f"optimizer-{rank:05d}-{layer}", {})[f"{kind}.{k}"] = optimizer.state[p][kind]
     for name, tensors in files.items():
-        path = aside / f"{name}.safetensors"
-        save_file({k: own_slice(t).cpu().contiguous() for k, t in tensors.items()}, path)
-        with open(path, "rb") as f:
-            os.fsync(f.fileno())
+        with written(aside / f"{name}.safetensors") as path:
+            save_file({k: own_slice(t).cpu().contiguous() for k, t in tensors.items()}, path)
     barrier()
     if rank == 0:
-        os.replace(aside, final)
+        for log in folder.parent.glob("*.jsonl"):
+            sync(log)
+        with writing(final):
+            os.replace(aside, final)
         for old in folder.glob("step-*"):
             if old != final:
                 shutil.rmtree(old)
@@ -356,18 +392,20 @@ def load_checkpoint(folder: Path, model: Llama, optimizer: torch.optim.Optimizer
     step = int(found[-1].name.removeprefix("step-"))
     pieces: dict[str, list] = {}                                              # tensor -> its files in order, and how many rows each has
     for path in sorted(found[-1].glob("*.safetensors")):
-        with safe_open(path, framework="pt") as f:
+        with reading(path), safe_open(path, framework="pt") as f:
             for key in f.keys():
                 pieces.setdefault(key, []).append((path, f.get_slice(key).get_shape()[0]))
 
     def restore(key: str, t: torch.Tensor):
         (first, last), begin, here = own_rows(t), 0, own_slice(t)
-        for path, rows in pieces[key]:
+        for path, rows in pieces.get(key, []):
             a, b = max(first, begin), min(last, begin + rows)
             if a < b:
-                with safe_open(path, framework="pt") as f:
+                with reading(path), safe_open(path, framework="pt") as f:
                     here[a - first:b - first] = f.get_slice(key)[a - begin:b - begin].to(here.device)
             begin += rows
+        if begin != len(t):
+            raise CheckpointError(f"{found[-1]}: is damaged ({begin} of {len(t)} rows of {key}); begin anew with --restart")
 
     for k, p in model.named_parameters():
         restore(k, p)
@@ -388,34 +426,47 @@ def identity_of(args, objective, folder: Path, examples: list, held_out: list) -
         return rows.hexdigest()
 
     settings = {k: getattr(args, k, None) for k in ("method", "seed", "prompt", "epochs", "batch_size", "lr", "warmup", "schedule", "beta", "clip",
-                                                    "max_length", "precision", "max_steps", "reference")}
+                                                    "max_length", "precision", "max_steps")}
     return {**settings, "objective": getattr(objective, "__qualname__", type(objective).__name__), "model": fingerprint(folder),
-            "data": content(examples), "eval_data": content(held_out)}
+            "reference": args.reference and fingerprint(resolve(args.reference)), "data": content(examples), "eval_data": content(held_out)}
 
 
-def prepare_out(out: Path, args, identity: dict) -> bool:
-    """Rank 0 makes or checks the run's folder. True if this very run is already complete. A folder that is no run's is never written into."""
-    if out.exists() and not out.is_dir():
-        raise DataError(f"{out}: is a file; --out is a folder")
+def check_out(out: Path, args):
+    """Refuse a folder that this run may not or cannot write into; nothing is touched."""
+    nearest = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not nearest.is_dir():
+        raise DataError(f"{nearest}: is a file; --out is a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise DataError(f"{nearest}: is not writable for you; choose another --out, or repair its permissions")
     if out.exists() and not (out / "run.json").exists() and any(p.name != "run.json.tmp" for p in out.iterdir()):
         raise DataError(f"{out}: is not empty and holds no run.json of an earlier run; choose another --out")
     if any(source and Path(source).exists() and out.exists() and out.samefile(source) for source in (args.model, args.reference)):
         raise DataError(f"{out}: is the folder that --model or --reference is read from; choose another --out")
-    if args.restart:
-        shutil.rmtree(out / "checkpoint", ignore_errors=True)
-        for name in ("metrics.jsonl", "eval.jsonl"):
-            (out / name).unlink(missing_ok=True)
-    elif (out / "run.json").exists():                       # (--restart replaces it below, in one go: without it the folder would be a stranger's)
-        run = json.loads((out / "run.json").read_text())
+
+
+def prepare_out(out: Path, args, identity: dict) -> bool:
+    """Rank 0 makes the run's folder, or checks that it holds this very run. True if that is already complete."""
+    checkpoint, removed = out / "checkpoint", out / "checkpoint.removed"
+    shutil.rmtree(removed, ignore_errors=True)
+    if args.restart and checkpoint.exists():
+        os.replace(checkpoint, removed)                     # in one go: half of a checkpoint must not be taken for a whole one
+        shutil.rmtree(removed)
+    if (out / "run.json").exists() and not args.restart:
+        with reading(out / "run.json"):
+            run = json.loads((out / "run.json").read_text())
+            before, finished = run["identity"], run["finished"]
         short = lambda v: v[:12] if isinstance(v, str) and len(v) == 64 else v                       # of a hash
-        changed = [f"{k}: {short(run['identity'].get(k))!r} then, {short(v)!r} now" for k, v in identity.items() if run["identity"].get(k) != v]
+        changed = [f"{k}: {short(before.get(k))!r} then, {short(v)!r} now" for k, v in identity.items() if before.get(k) != v]
         if changed:
             raise DataError(f"{out}: holds a run that was started differently ({'; '.join(changed)}); choose another --out, or begin anew with --restart")
-        return run["finished"]
-    out.mkdir(parents=True, exist_ok=True)
+        if finished:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        return finished
     settings = {k: v for k, v in vars(args).items() if not callable(v)}
     write_json(out / "run.json", {"finished": False, "settings": settings, "identity": identity, "versions":
                                   {"python": platform.python_version(), "torch": torch.__version__}, "command": [Path(sys.argv[0]).name, *sys.argv[1:]]})
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        (out / name).unlink(missing_ok=True)
     return False
 
 
@@ -430,7 +481,9 @@ def train(args, objective) -> int:
     say = print if rank == 0 else (lambda *_, **__: None)
     keep_freed_memory()
     torch.manual_seed(args.seed)          # nothing here draws from it; a variant may
-    out, folder = Path(args.out), resolve(args.model)
+    out = Path(args.out)
+    check_out(out, args)
+    folder = resolve(args.model)
     tokenizer = data.Tokenizer.from_pretrained(folder)
     max_length = min(args.max_length, Config.from_dict(read_json(folder / "config.json"), str(folder / "config.json")).max_position_embeddings)
     if max_length < args.max_length:
@@ -448,18 +501,20 @@ def train(args, objective) -> int:
     if args.reference and Llama.skeleton(args.reference).config.vocab_size < model.config.vocab_size:       # checked before OUT is made
         raise CheckpointError(f"--reference {args.reference}: its vocabulary is smaller than the model's ({model.config.vocab_size})")
     identity = identity_of(args, objective, folder, examples, held_out)
-    same_everywhere(hashlib.sha256(json.dumps(identity).encode()).hexdigest(), device)
+    same_everywhere("model, data and settings", identity, device)
     finished = torch.tensor(int(rank == 0 and prepare_out(out, args, identity)), device=device)
     if all_sum(finished):
         say(f"{out}: this run is complete; --restart would begin it anew")
         return 0
+    same_everywhere(f"{out}/checkpoint", sorted(p.name for p in (out / "checkpoint").glob("*")), device)
 
     # The reference is the model before the first update, unless --reference names another. Its log-probs are kept beside the checkpoints.
     ref_logps = ref_held_out = None
     if args.method != "sft":
         cached = out / "checkpoint" / "reference.safetensors"
         if cached.exists():
-            table = load_file(cached, device=str(device))
+            with reading(cached):
+                table = load_file(cached, device=str(device))
         else:
             reference = policy
             if args.reference:
@@ -468,9 +523,8 @@ def train(args, objective) -> int:
                      "held_out": score(reference, held_out, args, rank, world, device, "reference") if held_out else torch.zeros(0, 2)}
             del reference
             if rank == 0:
-                cached.parent.mkdir(exist_ok=True)
-                save_file({k: v.cpu() for k, v in table.items()}, cached.with_suffix(".tmp"))
-                os.replace(cached.with_suffix(".tmp"), cached)
+                with written(cached) as aside:
+                    save_file({k: v.cpu() for k, v in table.items()}, aside)
         ref_logps, ref_held_out = table["train"], table["held_out"]
 
     model.gradient_checkpointing = args.gradient_checkpointing
@@ -547,8 +601,7 @@ def train(args, objective) -> int:
             seconds = time.perf_counter() - clock
             record = {"step": step, **mean, "grad_norm": float(grad_norm), "lr": lr, "tokens_per_second": round(tokens / seconds, 1), "seconds": round(seconds, 4)}
             if rank == 0:
-                with open(out / "metrics.jsonl", "a") as f:
-                    f.write(json.dumps(record) + "\n")
+                append(out / "metrics.jsonl", record)
             if total <= 30 or step in (done, total - 1) or time.perf_counter() - spoke > 5:
                 spoke = time.perf_counter()
                 left = timedelta(seconds=round((spoke - begun) / (step + 1 - done) * (total - step - 1)))
@@ -565,10 +618,10 @@ def train(args, objective) -> int:
     if held_out:
         evaluate(policy, held_out, ref_held_out, objective, args, rank, world, device, total, out)
     if rank == 0 or not replicated:
-        model.save_pretrained(out, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[args.save_dtype])
+        with writing(out / "model.safetensors"):
+            model.save_pretrained(out, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[args.save_dtype])
     if rank == 0:
-        run = json.loads((out / "run.json").read_text())
-        write_json(out / "run.json", {**run, "finished": True})
+        write_json(out / "run.json", {**read_json(out / "run.json"), "finished": True})
         shutil.rmtree(out / "checkpoint", ignore_errors=True)
         say(f"saved {out}")
     barrier()
@@ -588,8 +641,7 @@ def evaluate(policy: Policy, examples: list, ref_logps, objective, args, rank, w
     means = (all_sum(torch.stack(list(sums.values()))) / len(examples)).tolist()
     record = {"step": step, **dict(zip(sums, means))}
     if rank == 0:
-        with open(out / "eval.jsonl", "a") as f:
-            f.write(json.dumps(record) + "\n")
+        append(out / "eval.jsonl", record)
         print(f"held out, after {step} updates: " + ", ".join(f"{k} {record[k]:.4f}" for k in ("loss", "accuracy", "margin") if k in record), flush=True)
 
 
@@ -607,9 +659,8 @@ def keep_lines(path: Path, below: int):
                 kept += [line] if json.loads(line)["step"] < below else []
             except ValueError:
                 pass
-        aside = path.with_suffix(".tmp")
-        aside.write_text("".join(line + "\n" for line in kept))
-        os.replace(aside, path)
+        with written(path) as aside:
+            aside.write_text("".join(line + "\n" for line in kept))
 
 
 def check_vocabulary(examples: list, model: Llama, folder: Path):
@@ -666,6 +717,8 @@ def parser() -> argparse.ArgumentParser:
         g.add_argument("--micro_batch_tokens", type=int, default=8192, help="most tokens in one forward pass of a process, a longer row apart (default 8192)")
         g.add_argument("--precision", choices=("fp32", "bf16"), help="of the arithmetic; weights are fp32 either way (default bf16 on CUDA, fp32 on CPU)")
         g.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations in the backward pass: a third more time, far less memory")
+        g.add_argument("--compile", action="store_true", help="torch.compile the blocks' norms and MLPs: some percent faster after a minute of compiling; needs a C++ "
+                       "compiler on a CPU")
         g.add_argument("--shard", action="store_true", help="spread weights, gradients and AdamW's moments over all processes (FSDP): for models beyond one GPU's "
                        "memory, 16 bytes a parameter; on one process it changes nothing")
         g.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
@@ -711,13 +764,19 @@ def main(argv: list[str] | None = None, objective=None) -> int:
         message = str(e)
         if isinstance(e, torch.cuda.OutOfMemoryError):
             message = f"out of GPU memory ({message.splitlines()[0]}); lower --micro_batch_tokens or --max_length, or add --gradient_checkpointing"
-        if os.environ.get("LOCAL_RANK", "0") == "0":            # once a machine, not once a process
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(e, OSError):      # once a machine, not once a process; but a disk may be full for one only
             sys.stderr.write(f"error: {message}\n")
+        return 2
+    except RuntimeError as e:
+        if args.debug or not dist.is_initialized() or "onnection" not in str(e):
+            raise
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            sys.stderr.write("error: another process of this run has ended; if it failed, it says why. The same command continues\n")
         return 2
 
 
 if __name__ == "__main__":
     status = main()
-    if dist.is_initialized():
+    if dist.is_initialized() and status != 2:      # after an error the others may not be there to say goodbye to
         dist.destroy_process_group()
     sys.exit(status)

@@ -1,6 +1,12 @@
 """What the tests share: the folder of real checkpoints and data (not part of the project; tests that need it skip where it is absent) and tiny models."""
 import json
+import os
+import select
+import signal
+import socket
+import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -78,3 +84,114 @@ def pair_rows(n: int, seed: int = 0) -> list[dict]:
 def write_rows(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# processes
+
+SERVER = """
+import json, os, runpy, signal, sys
+sys.path[:0] = sys.argv[1:]
+import data, eval, stepdpo
+
+def watch(out, kill, log):
+    count = 0
+    def hook(event, args):
+        nonlocal count
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+            if str(args[0]).startswith(out) or event in ("os.remove", "os.rmdir") and args[-1] != -1:
+                count += 1
+                if kill is None:
+                    os.write(log, b".")
+                elif count == kill["before"]:
+                    (os.killpg if kill["all"] else os.kill)(0 if kill["all"] else os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+
+def child(job, rank):
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0), os.dup2(log, 1), os.dup2(log, 2)
+    if job["world"] > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["world"]), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job["port"]))
+    if job["count"]:
+        watch(job["out"], None, os.open(f"{job['count']}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC))
+    if job["kill"] and job["kill"]["rank"] == rank:
+        watch(job["out"], job["kill"], None)
+    sys.argv = job["argv"]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        return end.code or 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        return 1
+    return 0
+
+for line in sys.stdin:
+    job, pids = json.loads(line), []
+    for rank in range(job["world"]):
+        pid = os.fork()
+        if pid == 0:
+            status = child(job, rank)
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(status)
+        pids.append(pid)
+        os.setpgid(pid, pids[0])
+    print(json.dumps(pids), flush=True)
+    for _ in pids:
+        pid, status = os.wait()
+        print(json.dumps([pids.index(pid), os.waitstatus_to_exitcode(status)]), flush=True)
+"""
+
+
+class Processes:
+    """Runs programs of the project in real processes, several as torchrun would, forked from one that has imported torch and done nothing else: that saves
+    the seconds that the import takes. A file operation is what an audit hook sees: open, mkdir, rename, remove."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.server = subprocess.Popen([sys.executable, "-c", SERVER, str(ROOT), str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+                                       env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"})
+
+    def start(self, argv: list[str], world: int, watched=None, kill=None, count=None):
+        """kill: {"before": n, "rank": r, "all": bool}: SIGKILL before process r's n-th file operation in the folder `watched`. count: a file, into which
+        (with -0 for process 0, and so on) a byte is written for each."""
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        self.log = self.folder / "log"
+        self.log.write_text("")
+        job = dict(argv=argv, out=str(watched), world=world, kill=kill, count=count and str(count), log=str(self.log), port=port)
+        self.server.stdin.write(json.dumps(job).encode() + b"\n")
+        self.pids = json.loads(self.server.stdout.readline())
+
+    def wait(self) -> list[int]:
+        """The exit status of each process. When one has died, the others get the SIGTERM that torchrun would send, and must then end by
+        themselves within two minutes."""
+        status, hangs = {}, False
+        while len(status) < len(self.pids):
+            if not select.select([self.server.stdout], [], [], 120)[0]:
+                hangs = True
+                os.killpg(self.pids[0], signal.SIGKILL)
+            rank, code = json.loads(self.server.stdout.readline())
+            status[rank] = code
+            for other in set(range(len(self.pids))) - set(status) if code else ():
+                with suppress(ProcessLookupError):
+                    os.kill(self.pids[other], signal.SIGTERM)
+        assert not hangs, f"a process did not end; all said:\n{self.log.read_text()}"
+        return [status[rank] for rank in sorted(status)]
+
+    def run(self, *argv, world: int = 1) -> str:
+        """Run it to its end, which must be a good one; what all processes said."""
+        self.start([str(a) for a in argv], world)
+        assert self.wait() == [0] * world, self.log.read_text()
+        return self.log.read_text()
+
+
+@pytest.fixture(scope="session")
+def processes(tmp_path_factory):
+    if not hasattr(os, "fork"):
+        pytest.skip("this system cannot fork")
+    processes = Processes(tmp_path_factory.mktemp("processes"))
+    yield processes
+    processes.server.stdin.close()
+    processes.server.wait(30)

@@ -107,25 +107,6 @@ def test_a_file_that_cannot_be_read(tmp_path, name, content, found):
         list(read_rows(tmp_path / name))
 
 
-@given(st.binary(max_size=60) | st.lists(st.sampled_from([b'{"a": ', b'"x"', b"}", b"\n", b"[", b"]", b"\xff", b"1e999",
-                                                          b"\\ud800", b"\xef\xbb\xbf", b","])).map(b"".join))
-@settings(max_examples=300)
-def test_any_bytes_give_rows_or_a_data_error(tmp_path_factory, content):
-    """Whatever a file holds: rows that are objects, or DataError; never another exception."""
-    for name in ("a.jsonl", "a.json"):
-        file = tmp_path_factory.getbasetemp() / name
-        file.write_bytes(content)
-        try:
-            assert all(isinstance(row, dict) for _, row in read_rows(file))
-        except DataError as error:
-            assert "\n" not in str(error)
-        bad = []
-        try:
-            list(read_rows(file, bad))
-        except DataError as error:
-            assert "no rows" in str(error) or "UTF-16" in str(error)
-
-
 def test_missing_file_and_missing_pyarrow(tmp_path, monkeypatch):
     """A typing error in a path is not taken for a hub id; parquet without pyarrow says what to install."""
     with pytest.raises(DataError, match="no such file"):
@@ -302,20 +283,6 @@ def test_template_helpers_of_transformers(tmp_path):
                 "{{ strftime_now('%Y')|length }}{{ bos_token }}{{ eos_token }}")
     tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path / "t", template=template))
     assert render_prompt("chat", "é<", tokenizer) == '{"role": "user", "content": "é<"}[é<]4<s></s>'
-
-
-@pytest.mark.parametrize("template", [
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ cycler.__init__.__globals__.os.system('true') }}",
-    "{{ messages.append(1) }}", "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
-    "{{ 'a' * 10**9 }}", "{{ 9**9**9 }}",
-    "{% for i in range(90000) %}{{ messages[0].content ~ 'aaaaaaaaaaaaaaaaaaaaaaaa' }}{% endfor %}",
-    "{{ raise_exception('no') }}", "{% if %}", "{{ 1/0 }}", "{{ messages[9].content.x.y }}",
-    "{% include '/etc/passwd' %}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"
-])
-def test_a_hostile_or_broken_template_is_an_error(tmp_path, template):
-    tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path / "t", template=template))
-    with pytest.raises(DataError, match="the chat template fails .*choose --prompt alpaca or raw"):
-        render_prompt("chat", "2 + 3", tokenizer)
 
 
 def test_no_template_says_what_to_do(tmp_path):

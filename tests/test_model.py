@@ -144,6 +144,51 @@ def test_a_tree_equals_its_branches_as_separate_rows():
             torch.testing.assert_close(grads[k], p.grad, atol=1e-5, rtol=1e-4)
 
 
+LENGTHS, PARENTS = [5, 3, 4, 2, 6, 1], [-1, 0, 0, 2, -1, 4]
+
+
+def qkv(device="cpu", dtype=torch.float32) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(1, heads, sum(LENGTHS), 16, generator=g).to(device, dtype).requires_grad_() for heads in (4, 2, 2)]
+
+
+def test_a_tree_in_one_call_asks_the_kernel_for_the_same(monkeypatch):
+    """What GPUs run. The kernel itself has no CPU form, so its documented meaning stands in for it: text i's queries see text i's keys up to the lower
+    right diagonal. Output and gradients are then those of the loop over segments."""
+    def stand_in(q, k, v, queries_end, keys_end, longest_query, longest_key, window_size, **gqa):
+        assert window_size == (-1, 0) and queries_end.dtype == keys_end.dtype == torch.int32
+        lengths, counts = queries_end.diff().tolist(), keys_end.diff().tolist()
+        assert (longest_query, longest_key) == (max(lengths), max(counts)) and len(q) == queries_end[-1] and len(k) == len(v) == keys_end[-1]
+        out = []
+        for a, b, c in zip(q.split(lengths), k.split(counts), v.split(counts)):
+            seen = torch.ones(len(a), len(b), dtype=torch.bool).tril(len(b) - len(a))
+            out.append(torch.nn.functional.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (a, b, c)), attn_mask=seen, enable_gqa=True))
+        return torch.cat(out, dim=2)[0].transpose(0, 1)
+
+    monkeypatch.setattr("model.varlen_attn", stand_in)
+    tree, results = Tree(LENGTHS, PARENTS), []
+    for attend in (tree.__call__, lambda layer, q, k, v: tree.in_one_call(q, k, v)):
+        inputs = qkv()
+        y = attend(0, *inputs)
+        (y * torch.arange(y.numel()).view(y.shape).cos()).sum().backward()
+        results.append([y.detach(), *(x.grad for x in inputs)])
+    for one, loop in zip(*results):
+        torch.testing.assert_close(one, loop, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_tree_on_a_gpu():
+    """The real kernel in bf16 against the loop over segments in fp32: outputs and gradients to bf16's precision."""
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = qkv("cuda", dtype)
+        y = Tree(LENGTHS, PARENTS)(0, *inputs)
+        (y.float() * torch.arange(y.numel(), device="cuda").view(y.shape).cos()).sum().backward()
+        results.append([y.float().detach(), *(x.grad.float() for x in inputs)])
+    for half, exact in zip(*results):
+        assert (half - exact).norm() < 0.02 * exact.norm()
+
+
 def test_gradient_checkpointing_changes_nothing():
     """Recomputing a block in the backward pass gives bit-identical gradients."""
     grads = []

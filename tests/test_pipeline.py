@@ -273,10 +273,10 @@ def test_a_journal_of_another_command_is_not_continued(tmp_path, capsys):
     journal = data.Verdicts(tmp_path / "j", {"a": 1})
     journal.add(("p", 0), 3)
     journal.file.write('[["p", 1], ')
-    journal.close(finished=False)
+    journal.file.close()
     again = data.Verdicts(tmp_path / "j", {"a": 1})
     assert again.done == {("p", 0): 3}
-    again.close(finished=True)
+    again.file.close()
 
 
 # -------------------------------------------------------------------------------------------------- a server of judges
@@ -487,18 +487,18 @@ def test_whole_pairs_are_independent_answers(tmp_path, capsys):
     assert run("pairs", file, "--whole", "--out", tmp_path / "p.jsonl") == 0
     assert [(row["full_chosen"], row["full_rejected"], row["initial_reason_steps"])
             for row in read(tmp_path / "p.jsonl")] == [(GOOD, BAD, ""), (other, LATE, "")]
-    assert run("pairs", file, "--whole", "--per_error", "1", "--out", tmp_path / "p.jsonl") == 0
-    assert len(read(tmp_path / "p.jsonl")) == 1
+    assert run("pairs", file, "--whole", "--per_error", "1", "--out", tmp_path / "q.jsonl") == 0
+    assert len(read(tmp_path / "q.jsonl")) == 1
     assert "1  problems with right and wrong answers" in capsys.readouterr().out
 
 
 def test_pairs_from_the_wrong_file(tmp_path, capsys):
     """Plain attempts given where rectified ones belong, and a step that is not the beginning of what follows it: named,
     nothing written."""
-    file = write(tmp_path / "r.jsonl", attempt(), rectified(" 7.", 1, rejected=" something else"))
+    file = write(tmp_path / "r.jsonl", rectified(" 7.", 1, rejected=" something else"), attempt())
     assert run("pairs", file, "--out", tmp_path / "p.jsonl") == 2
     error = capsys.readouterr().err
-    for found in ("r.jsonl:1: field 'rejected': not there", "r.jsonl:2: field 'rejected': is not the beginning",
+    for found in ("r.jsonl:1: field 'rejected': is not the beginning", "r.jsonl:2: field 'rejected': not there",
                   "error: "):
         assert found in error
     assert not (tmp_path / "p.jsonl").exists()

@@ -128,7 +128,7 @@ def memory(field):
 rank, world, device = stepdpo.distributed('cpu')
 if sys.platform == 'linux':
     stepdpo.keep_freed_memory()
-    args = Namespace(shard=True, precision='bf16')
+    args = Namespace(shard=True, precision='bf16', compile=False)
     stepdpo.load_policy(work + '/model', args, world, device)         # a tiny one first, so that what the libraries take for themselves is not counted
     before = memory('VmRSS')
     policy = stepdpo.load_policy(work + '/large', args, world, device)
