@@ -516,10 +516,10 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         raise TemplateError(message)
 
 
-def _to_json(value, **options) -> str:
-    if (options.get("indent") or 0) > 16 or len(repr(options)) > 200:
+def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    if (indent or 0) > 16 or len(repr(separators)) > 20:
         raise SecurityError("tojson with such options is not allowed in a template")
-    return json.dumps(value, **{"ensure_ascii": False} | options)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 class _Namespace(Namespace):
@@ -1234,7 +1234,9 @@ def write_out(args: argparse.Namespace, rows: list[dict], bad: list[DataError]) 
     the command that had left it incomplete."""
     out, made = Path(args.out), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     if out.exists() and not args.restart and not args.completes and out.read_bytes() != made:
-        raise DataError(f"{out}: exists and holds other rows; choose another --out, or begin anew with --restart")
+        kept = Path(f"{out}.verdicts").exists()
+        raise DataError(f"{out}: exists and holds other rows; choose another --out, or " + (
+            "delete it, and the same command makes it again from the verdicts" if kept else "begin anew with --restart"))
     write_rows(out, rows)
     return 1 if bad else 0
 

@@ -195,7 +195,8 @@ class Tree:
         self.table: tuple | None = None                     # of `in_one_call`
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        if v.is_cuda and v.dtype in (torch.bfloat16, torch.float16):
+        if v.is_cuda and v.dtype in (torch.bfloat16, torch.float16) and v.shape[-1] % 8 == 0 and v.shape[-1] <= 256 \
+                and torch.cuda.get_device_capability(v.device) >= (8, 0):                    # what FlashAttention takes
             return self.in_one_call(q, k, v)
         q, k, v = (x.split(self.lengths, dim=2) for x in (q, k, v))
         out = []
@@ -287,6 +288,7 @@ class Rotate(torch.autograd.Function):
         return rotate(x, cos, sin)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
         return rotate(grad, cos, -sin), None, None
@@ -322,6 +324,7 @@ class SwiGLU(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
@@ -388,7 +391,7 @@ class Llama(nn.Module):
         x = self.model.embed_tokens(input_ids)
         for block in self.model.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, attend, use_reentrant=False)
+                x = checkpoint(block, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False)      # nothing here draws
             else:
                 x = block(x, cos, sin, attend)
         return self.model.norm(x)
@@ -582,7 +585,9 @@ def read_json(path: Path) -> dict:
         value = strict_json(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; a checkpoint folder holds config.json, *.safetensors and tokenizer.json") from None
-    except (ValueError, RecursionError, OSError) as e:
+    except OSError as e:
+        raise CheckpointError(f"{path}: cannot be read ({e.strerror})") from None
+    except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{path}: not valid JSON ({e}); fetch the file again") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}; fetch the file again")
@@ -740,7 +745,7 @@ def generate(model: Llama, prompts: list[list[int]], *, n: int = 1, max_new_toke
     matrix products of another shape."""
     if stop and decode is None:
         raise ValueError("stop strings need decode, a function from new token ids to text")
-    device, limit = model.lm_head.weight.device, model.config.max_position_embeddings
+    device, limit, eos_ids = model.lm_head.weight.device, model.config.max_position_embeddings, frozenset(eos_ids)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: expected 1 or more")
     for i, ids in enumerate(prompts):
@@ -815,10 +820,11 @@ def keep_freed_memory():
     """Tell glibc's malloc to reuse freed memory instead of returning it to the system, where it is glibc (elsewhere nothing happens).
 
     By default every tensor above 128 KB is mapped afresh and its pages are zeroed by the kernel on first touch, for every activation of every step; on a CPU
-    that costs more than the element-wise arithmetic itself. GPUs are not concerned: their allocator caches already."""
+    that costs more than the element-wise arithmetic itself. Tensors above 32 MB still go back: kept, they would leave holes that nothing else fits into.
+    GPUs are not concerned: their allocator caches already."""
     try:
         libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)              # M_MMAP_MAX: no allocation gets a mapping of its own
+        libc.mallopt(-3, 32 * 2**20)     # M_MMAP_THRESHOLD: smaller allocations get no mapping of their own (and this is the largest that glibc takes)
         libc.mallopt(-1, 2**31 - 1)      # M_TRIM_THRESHOLD: the heap's top is not given back
     except (OSError, AttributeError, TypeError):
         pass

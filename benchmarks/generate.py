@@ -3,11 +3,14 @@
     python benchmarks/generate.py                                                 under 5 minutes on 2 cores
     python benchmarks/generate.py --device cuda --shape 0.5B --precision bf16
 
-    rectification     8 prompts of 256 tokens, 4 samples each, 64 new tokens, temperature 0.8, top-p 0.95: a wrong step is drawn again
-    evaluation       64 prompts of 64 to 192 tokens, greedy, 64 new tokens
+    rectification    8 prompts of 256 tokens, 4 samples each, 64 new tokens, temperature 0.8, top-p 0.95: a wrong step is drawn again
+    evaluation      64 prompts of 64 to 192 tokens, greedy, 64 new tokens each
+    collection      the same prompts, temperature 1; one token of 96 ends an answer, or its 192nd does: answers as unequal as real ones are
 
-Weights are random, and no token ends a sample: every contestant makes exactly samples x 64 tokens, which is counted. transformers gets one
-batch, padded on the left as it wants it, a KV cache, and its own defaults otherwise; this project is `model.generate`, as eval.py calls it.
+Weights are random. In the first two cases no token ends a sample, so every contestant makes exactly samples x 64 tokens; in the third the
+tokens of the answers are counted, not what is computed for rows that have ended. transformers gets one batch, padded on the left as it wants it,
+a KV cache, and its own defaults otherwise; this project is `model.generate`, as eval.py calls it.
+
 In turn, each in a process of its own, round after round; a process makes its tokens once to warm up and is timed after that; the medians
 count. Under greedy both must find the same tokens (in bf16 rounding parts them, so there only the first difference is printed)."""
 import argparse
@@ -24,12 +27,18 @@ import torch
 from model import Llama, generate, keep_freed_memory
 
 CASES = {"rectification": dict(prompts=8, n=4, lengths=(256, 256), temperature=0.8, top_p=0.95),
-         "evaluation": dict(prompts=64, n=1, lengths=(64, 192), temperature=0.0, top_p=1.0)}
+         "evaluation": dict(prompts=64, n=1, lengths=(64, 192), temperature=0.0, top_p=1.0),
+         "collection": dict(prompts=64, n=1, lengths=(64, 192), temperature=1.0, top_p=1.0, ends=96, longer=3)}
 
 
 def prompts_of(case: dict, vocab: int) -> list[list[int]]:
     rng = random.Random(0)
     return [[rng.randrange(2, vocab) for _ in range(rng.randint(*case["lengths"]))] for _ in range(case["prompts"])]
+
+
+def ends_of(case: dict, vocab: int) -> list[int]:
+    """The tokens that end an answer: every `ends`-th of the vocabulary."""
+    return list(range(2, vocab, case["ends"])) if "ends" in case else []
 
 
 def timed(work, device: str, repeats: int, most: float) -> tuple:
@@ -47,7 +56,8 @@ def timed(work, device: str, repeats: int, most: float) -> tuple:
 def run_ours(folder: str, case: dict, prompts: list, new: int, device: str, bf16: bool, repeats: int) -> dict:
     keep_freed_memory()
     model = Llama.from_pretrained(folder, dtype=torch.bfloat16 if bf16 else torch.float32, device=device)
-    work = lambda: generate(model, prompts, n=case["n"], max_new_tokens=new, temperature=case["temperature"], top_p=case["top_p"], seed=0)
+    ends = tuple(ends_of(case, model.config.vocab_size))
+    work = lambda: generate(model, prompts, n=case["n"], max_new_tokens=new, temperature=case["temperature"], top_p=case["top_p"], eos_ids=ends, seed=0)
     samples, seconds = timed(work, device, repeats, 15)
     return {"tokens": [s.token_ids for row in samples for s in row], "seconds": seconds, "peak": peak_memory(device)}
 
@@ -59,8 +69,9 @@ def run_transformers(folder: str, case: dict, prompts: list, new: int, device: s
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     how = dict(do_sample=True, temperature=case["temperature"], top_p=case["top_p"], top_k=0) if case["temperature"] else dict(do_sample=False)
-    config = transformers.GenerationConfig(max_new_tokens=new, min_new_tokens=new, num_return_sequences=case["n"], eos_token_id=None, pad_token_id=0,
-                                           **how)
+    ends = ends_of(case, model.config.vocab_size)
+    config = transformers.GenerationConfig(max_new_tokens=new, min_new_tokens=None if ends else new, num_return_sequences=case["n"],
+                                           eos_token_id=ends or None, pad_token_id=0, **how)
 
     def work():
         torch.manual_seed(0)
@@ -68,7 +79,9 @@ def run_transformers(folder: str, case: dict, prompts: list, new: int, device: s
             return model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
 
     out, seconds = timed(work, device, repeats, 15)
-    return {"tokens": out[:, width:].tolist(), "seconds": seconds, "peak": peak_memory(device)}
+    stop = set(ends)                                                            # what was computed for a row after its end is no output
+    answers = [row[:next((i for i, token in enumerate(row) if token in stop), len(row))] for row in out[:, width:].tolist()]
+    return {"tokens": answers, "seconds": seconds, "peak": peak_memory(device)}
 
 
 def first_difference(a: list, b: list) -> str | None:
@@ -107,7 +120,7 @@ def main(argv=None) -> int:
             runs = {who: [] for who in contestants}
             for turn in range(rounds):
                 for who, work in contestants.items():
-                    run = in_child(work, folder, case, prompts, new, args.device, bf16, 1 if args.quick else 3)
+                    run = in_child(work, folder, case, prompts, new * case.get("longer", 1), args.device, bf16, 1 if args.quick else 3)
                     runs[who].append(run)
                     said = run.get("failed") or f"{median(run['seconds']):.2f} s"
                     print(f"  {name}, round {turn + 1}: {who}: {said}", file=sys.stderr, flush=True)
@@ -122,19 +135,18 @@ def main(argv=None) -> int:
                 times, made = [s for run in found for s in run["seconds"]], sum(map(len, found[0]["tokens"]))
                 ran[who] = {"seconds": median(times), "samples_per_second": samples / median(times), "tokens_per_second": made / median(times),
                             "tokens": made, "peak_bytes": max(run["peak"] for run in found), "runs": times}
-                report["checks"]["all_tokens"] = report["checks"].get("all_tokens", True) and made == samples * new
+                report["checks"]["all_tokens"] = report["checks"].get("all_tokens", True) and ("ends" in case or made == samples * new)
             report["cases"][name] |= ran
             for who, c in ran.items():
                 faster = c["tokens_per_second"] / ran["transformers"]["tokens_per_second"] if "transformers" in ran else None
                 rows.append([f"{name}: {who}", c["tokens"], c["samples_per_second"], c["tokens_per_second"], faster, c["peak_bytes"] / 1e9])
             if case["temperature"] == 0 and len(ran) == 2:
                 parted = first_difference(*(runs[who][0]["tokens"] for who in contestants))
-                report["greedy_first_difference"] = parted
                 if not bf16:
-                    report["checks"]["greedy_equal"] = parted is None
+                    report["checks"]["greedy_equal"] = report["checks"].get("greedy_equal", True) and parted is None
                 made = ran["this project"]["tokens"]
-                notes.append(f"Checked: under greedy both made the same {made:,} tokens: {yes(parted is None)}{', ' + parted if parted else ''}.")
-    title = f"Generation, {new} new tokens a sample, {args.precision}" + (": transformers is not installed, or left out" if len(contestants) == 1 else "")
+                notes.append(f"Checked, {name}: both made the same {made:,} tokens: {yes(parted is None)}{', ' + parted if parted else ''}.")
+    title = f"Generation, {args.precision}" + (": transformers is not installed, or left out" if len(contestants) == 1 else "")
     columns = {"": "", "tokens made": ",", "samples/s": ".2f", "tokens/s": ",.0f", "of transformers": ".2f", "peak GB": ".2f"}
     finish(report, machine_line(report["machine"]) + "\n\n" + table(title, columns, rows, notes), args.json)
     return 0 if report["checks"] and all(report["checks"].values()) else 1

@@ -8,14 +8,14 @@ over its step), every contestant makes the M log-probs and the gradients of hidd
 
     this project              stepdpo.FusedLogProbs
     plain                     log_softmax(hidden @ weight.T), then gather
-    F.linear_cross_entropy    torch's own, with reduction="none", in chunks of 128 tokens (left to choose, it takes 1 to 8 tokens at
+    F.linear_cross_entropy    torch's own (2.13), with reduction="none", in chunks of 128 tokens (left to choose, it takes 1 to 8 tokens at
                               these vocabularies, and several times as long)
     Liger                     liger_kernel's fused linear cross entropy, CUDA only: makes its gradients in the forward pass, so it cannot take one
                               for each token. It runs with a plain sum, an easier task: only its speed and memory are comparable
 
-Each case runs in a process of its own. Its first run gives the memory: `extra` is the peak above what was there before, less the two gradients,
-which must be returned. After another to warm up, one or two more give the time (the faster of two, where they are short); then freed memory stays
-with the process, as in training (model.keep_freed_memory), for all alike. Error: the largest difference from float64, over the largest value."""
+Each case runs in a process of its own, with malloc set as in training (model.keep_freed_memory). Its first run gives the memory: `extra` is the
+peak above what was there before, less the two gradients, which must be returned. After another to warm up, one or two more give the time (the
+faster of two, where they are short). Error: the largest difference from float64, over the largest value."""
 import argparse
 import sys
 import tempfile
@@ -80,6 +80,7 @@ def exact(folder: str, M: int, C: int, V: int, bf16: bool) -> dict:
 
 
 def measure(folder: str, way: str, M: int, C: int, V: int, device: str, bf16: bool) -> dict:
+    keep_freed_memory()
     small = inputs(8, C, 64, device, torch.bfloat16 if bf16 else torch.float32)
     torch.autograd.grad(WAYS[way](*small[:3]).sum(), small[:2])                # loads libraries, starts threads
     hidden, weight, targets, grad = inputs(M, C, V, device, torch.bfloat16 if bf16 else torch.float32)
@@ -106,7 +107,6 @@ def measure(folder: str, way: str, M: int, C: int, V: int, device: str, bf16: bo
             error[name] = float((wanted[name] - found).abs().max() / wanted[name].abs().max())
         del wanted
     del grads, logps
-    keep_freed_memory()                                                        # only now: memory freed before would hide what the first run takes
     once()
     seconds = []
     while len(seconds) < 2 and sum(seconds) < 3:
@@ -130,7 +130,8 @@ def main(argv=None) -> int:
     args = p.parse_args(argv)
     vocabularies, tokens = ((400, 1000), (32,)) if args.quick else (args.vocabulary or (32_000, 128_256, 151_936), (512, 4096))
     C = 16 if args.quick else args.width
-    ways = [way for way in WAYS if way != "Liger" or (args.device.startswith("cuda") and version("liger-kernel"))]
+    there = {"Liger": args.device.startswith("cuda") and version("liger-kernel"), "F.linear_cross_entropy": hasattr(F, "linear_cross_entropy")}
+    ways = [way for way in WAYS if there.get(way, True)]
     bf16, element = args.precision == "bf16", 2 if args.precision == "bf16" else 4
     cases, rows = [], []
     with tempfile.TemporaryDirectory() as folder:

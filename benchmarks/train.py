@@ -568,11 +568,11 @@ def main(argv=None) -> int:
                 title = kinds[part] if trl else f"{kinds[part]}: TRL is not installed, or left out"
                 text.append(peers_table(job, report[part], title, args.peak_tflops))
             elif part == "ideas":
-                report[part] = ideas(job, 1 if args.quick else 4)
+                report[part] = ideas(job, 1 if args.quick else 3)
                 text.append(ideas_table(report[part]))
             elif part == "prefix":
                 lengths = [(24, 8)] if args.quick else [(60, 60), (240, 60), (960, 60)]
-                report[part] = prefix(job, lengths, 1 if args.quick else 4)
+                report[part] = prefix(job, lengths, 1 if args.quick else 3)
                 text.append(prefix_table(report[part]))
             else:
                 report[part] = in_child(profile, job)

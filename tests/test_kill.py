@@ -40,7 +40,7 @@ def training(work: Path, method: str, out: Path) -> list[str]:
     """8 updates (in batches of 8, 8, 8, 3) with a checkpoint after each or every other one, and held-out pairs on the way."""
     held_out = ["--eval_data", str(work / "held.jsonl"), "--eval_every", "3"] if method != "sft" else []
     return [str(ROOT / "stepdpo.py"), method, "--model", str(work / "model"), "--data", str(work / "pairs.jsonl"), "--out", str(out), "--prompt", "alpaca",
-            "--batch_size", "8", "--micro_batch_size", "3", "--lr", "1e-3", "--epochs", "2", *held_out]
+            "--batch_size", "8", "--micro_batch_size", "3", "--lr", "1e-3", "--epochs", "2", "--device", "cpu", *held_out]
 
 
 def result(out: Path) -> dict:

@@ -35,7 +35,7 @@ def arguments(work, out, *more) -> list[str]:
     """30 updates. A row in a micro-batch more or less makes ranks differ in how many passes they need, in every step and in every pass over held-out pairs."""
     return ["stepdpo", "--model", str(work / "model"), "--data", str(work / "pairs.jsonl"), "--out", str(out), "--eval_data", str(work / "held.jsonl"),
             "--eval_every", "9", "--prompt", "alpaca", "--batch_size", "8", "--micro_batch_size", "3", "--lr", "1e-3", "--max_steps", "30",
-            "--checkpoint_every", "4", *more]
+            "--checkpoint_every", "4", "--device", "cpu", *more]
 
 
 def run(*command) -> str:

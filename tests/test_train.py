@@ -19,7 +19,7 @@ import data
 import stepdpo
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-COMMON = ["--prompt", "alpaca", "--batch_size", "8", "--lr", "1e-3"]
+COMMON = ["--prompt", "alpaca", "--batch_size", "8", "--lr", "1e-3", "--device", "cpu"]         # also where there is a GPU: bits are compared
 
 
 @pytest.fixture(scope="module")
@@ -455,7 +455,6 @@ def test_mistakes_of_a_newcomer_end_in_one_line(work, tmp_path, capsys):
     assert "longer than 30 tokens" in fails(capsys, [*argv, "--model", str(tmp_path / "short")])
     if not torch.cuda.is_available():
         assert "no CUDA device" in fails(capsys, [*argv, "--device", "cuda"])
-    write_json(work / "model" / "stray.json", {})
     assert not Path(out).exists(), "a command that could not start leaves nothing behind"
 
 
