@@ -305,14 +305,15 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x, cos, sin, attend: Attend):
+    def forward(self, x, cos, sin, attend: Attend, at=None):
         B, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)       # (B, H, T, D)
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)       # (B, G, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)                    # (B, G, T, D)
         cos, sin = cos.to(q.dtype), sin.to(q.dtype)
         y = attend(self.layer, Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin), v)     # (B, H, T, D)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        y = y.transpose(1, 2).reshape(B, T, -1)
+        return self.o_proj(y if at is None else y.index_select(1, at))
 
 
 class SwiGLU(torch.autograd.Function):
@@ -349,9 +350,16 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, attend: Attend):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x, cos, sin, attend: Attend, at=None):
+        """x (B, T, C) -> (B, T, C), or (B, M, C) for the positions `at` (M,) alone: all positions give keys and values, but only those the rest."""
+        y = self.self_attn(for_products(self.input_layernorm(x)), cos, sin, attend, at)
+        x = y + (x if at is None else x.index_select(1, at))
+        return x + self.mlp(for_products(self.post_attention_layernorm(x)))
+
+
+def for_products(x: torch.Tensor) -> torch.Tensor:
+    """Under autocast x in its dtype, once: otherwise every product that reads x makes a copy of its own, and keeps it for the gradient."""
+    return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
 
 
 class Decoder(nn.Module):
@@ -380,8 +388,12 @@ class Llama(nn.Module):
         if self.config.tie_word_embeddings:      # one parameter under two names: it is counted, trained and saved once
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def hidden_states(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, attend: Attend = causal) -> torch.Tensor:
-        """(B, T) token ids -> (B, T, C), what lm_head reads. position_ids: (T,) or (B, T), 0..T-1 by default; a `Tree` wants (1, N) ids and its own positions."""
+    def hidden_states(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, attend: Attend = causal,
+                      at: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, T) token ids -> (B, T, C), what lm_head reads. position_ids: (T,) or (B, T), 0..T-1 by default; a `Tree` wants (1, N) ids and its own positions.
+
+        at (M,): these positions alone are wanted, (B, M, C). Nobody looks at the others once the last block has their keys and values, so its output
+        projection and MLP, most of its work, leave them out; of a preference pair that is the whole prefix."""
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
         angles = position_ids[..., None].float() * rope_frequencies(self.config, input_ids.device)     # ((B,) T, D/2)
@@ -390,10 +402,11 @@ class Llama(nn.Module):
         cos, sin = angles.cos(), angles.sin()
         x = self.model.embed_tokens(input_ids)
         for block in self.model.layers:
+            wanted = at if block is self.model.layers[-1] else None
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False)      # nothing here draws
+                x = checkpoint(block, x, cos, sin, attend, wanted, use_reentrant=False, preserve_rng_state=False)      # nothing here draws
             else:
-                x = block(x, cos, sin, attend)
+                x = block(x, cos, sin, attend, wanted)
         return self.model.norm(x)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -766,10 +779,10 @@ def generate(model: Llama, prompts: list[list[int]], *, n: int = 1, max_new_toke
 
     cache = KVCache([len(p) for p in prompts], n)
     flat = torch.tensor([t for p in prompts for t in p], device=device)[None]
-    hidden = model.hidden_states(flat, torch.cat([torch.arange(len(p), device=device) for p in prompts]), cache.prefill)
-    cache.start(device)
     ends = torch.tensor([len(p) for p in prompts], device=device).cumsum(0) - 1
-    hidden = hidden[0, ends].repeat_interleave(n, dim=0)                 # (R, C): the last token of its prompt, for every sample
+    hidden = model.hidden_states(flat, torch.cat([torch.arange(len(p), device=device) for p in prompts]), cache.prefill, ends)
+    cache.start(device)
+    hidden = hidden[0].repeat_interleave(n, dim=0)                       # (R, C): the last token of its prompt, for every sample
 
     while True:
         live = rows.flatten().tolist()

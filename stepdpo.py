@@ -123,8 +123,8 @@ class Policy(nn.Module):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """-> (M,): log pi(targets[m] | all tokens before it). The hidden state at predict_at[m] scores the NEXT token, targets[m]."""
-        hidden = self.model.hidden_states(batch.input_ids[None], batch.position_ids, Tree(batch.lengths, batch.parents))[0]      # (N, C)
-        return FusedLogProbs.apply(hidden.index_select(0, batch.predict_at), self.model.lm_head.weight, batch.targets)
+        hidden = self.model.hidden_states(batch.input_ids[None], batch.position_ids, Tree(batch.lengths, batch.parents), batch.predict_at)[0]   # (M, C)
+        return FusedLogProbs.apply(hidden, self.model.lm_head.weight, batch.targets)
 
 
 def response_logps(token_logps: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -14,13 +14,14 @@ and the loss of every update.
 
 Model FLOPs of an update, forward and backward (the backward costs twice the forward, hence 3 x 2 = 6 a weight and token):
 
-    6 N body + 6 M C V + 12 layers heads head_size (pairs of tokens of which one attends to the other)
+    6 N body - 6 (N - A) last + 6 M C V + 12 layers heads head_size (pairs of tokens of which one attends to the other)
 
-with N = P + 2S tokens a pair (the prefix counted once), body = the weights of the blocks' linear layers, M response tokens, C hidden size,
-V vocabulary. Recomputation is not counted. These operations cannot be avoided, so they are the numerator for every contestant: the share of the
+with N = P + 2S tokens a pair (the prefix counted once), body = the weights of the blocks' linear layers, M response tokens, predicted at A positions,
+last = the weights of the last block that only these need (its output projection and MLP), C hidden size, V vocabulary. Recomputation is not counted. These operations cannot be avoided, so they are the numerator for every contestant: the share of the
 GEMM rate says how near a whole update, optimizer included, comes to the time that the machine's matrix product alone would need."""
 import argparse
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -75,9 +76,11 @@ def flops_of(example, config: Config) -> int:
     P, tails = example.shared, [len(side) - example.shared for side in example.sides]
     responses = sum(len(side) - example.start for side in example.sides)
     c, width = config, config.num_attention_heads * config.head_dim
-    body = c.num_hidden_layers * c.hidden_size * (2 * width + 2 * c.num_key_value_heads * c.head_dim + 3 * c.intermediate_size)
+    last = c.hidden_size * (width + 3 * c.intermediate_size)
+    body = c.num_hidden_layers * (last + c.hidden_size * (width + 2 * c.num_key_value_heads * c.head_dim))
+    asked = responses - (len(tails) - 1) * (P - example.start + 1)              # the last token of the prefix predicts for both sides
     seen = P * (P + 1) // 2 + sum(S * P + S * (S + 1) // 2 for S in tails)
-    return 6 * (P + sum(tails)) * body + 6 * responses * c.hidden_size * c.vocab_size + 12 * c.num_hidden_layers * width * seen
+    return 6 * (P + sum(tails)) * body - 6 * (P + sum(tails) - asked) * last + 6 * responses * c.hidden_size * c.vocab_size + 12 * c.num_hidden_layers * width * seen
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,6 +192,7 @@ IDEAS = {"reference": "reference scored once, not at every update",
          "padding": "no padding: texts end to end",
          "prefix": "the shared prefix runs once a pair",
          "vocabulary": "only response tokens meet the vocabulary",
+         "last": "nor do others meet the last block's MLP",
          "fused": "fused log-softmax and gather",
          "memory": "freed memory is reused (malloc)"}
 
@@ -238,7 +242,10 @@ def token_logps(model: Llama, batch: data.Batch, on: set) -> torch.Tensor:
     if len(batch.lengths) == 1:
         hidden = model.hidden_states(batch.input_ids.view(-1, batch.lengths[0])).flatten(0, 1)
     else:
-        hidden = model.hidden_states(batch.input_ids[None], batch.position_ids, Tree(batch.lengths, batch.parents))[0]
+        early = batch.predict_at if {"vocabulary", "last"} <= on else None
+        hidden = model.hidden_states(batch.input_ids[None], batch.position_ids, Tree(batch.lengths, batch.parents), early)[0]
+        if early is not None:
+            batch = dataclasses.replace(batch, predict_at=torch.arange(len(early)))
     at, targets = batch.predict_at, batch.targets
     if "vocabulary" not in on:                                                  # every position, and one that predicts for both branches twice
         others = torch.ones(len(hidden), dtype=torch.bool).index_fill(0, at.cpu(), False).nonzero()[:, 0].to(at.device)

@@ -144,6 +144,34 @@ def test_a_tree_equals_its_branches_as_separate_rows():
             torch.testing.assert_close(grads[k], p.grad, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("checkpointing", (False, True))
+def test_the_last_block_can_leave_out_whom_nobody_asks(checkpointing):
+    """`at`: the same hidden states at these positions (in any order, one of them twice) and the same gradients as all positions made and these picked;
+    the last block's MLP meets those rows alone, every other MLP all of them."""
+    ids, at, results, rows = torch.arange(40).view(2, 20), torch.tensor([11, 3, 3, 19]), [], []
+    for early in (False, True):
+        model = tiny_model().double()
+        model.gradient_checkpointing = checkpointing
+        for block in model.model.layers:
+            block.mlp.register_forward_hook(lambda module, args, out: rows.append(out.shape[1]))
+        hidden = model.hidden_states(ids, at=at) if early else model.hidden_states(ids)[:, at]
+        made = rows[-len(model.model.layers):]
+        (hidden * torch.arange(hidden.numel()).view(hidden.shape).cos()).sum().backward()
+        results.append([hidden, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert made == [20] * (len(made) - 1) + [4]
+    for early, late in zip(*results, strict=True):
+        torch.testing.assert_close(early, late, atol=1e-13, rtol=1e-12)
+
+
+def test_under_autocast_what_several_products_read_is_cast_once():
+    """q, k and v read one bf16 copy of the norm's output, gate and up another: it is these copies that the gradient keeps."""
+    model, kept = tiny_model(), {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.setdefault(x.data_ptr(), x), lambda x: x), torch.autocast("cpu", torch.bfloat16):
+        model.hidden_states(torch.arange(60)[None])
+    inputs = [x for x in kept.values() if x.dtype == torch.bfloat16 and x.shape[-2:] == (60, 32)]
+    assert len(inputs) == 2 * len(model.model.layers)                 # what o_proj reads is attention's own output, of another shape
+
+
 def test_gradient_checkpointing_keeps_the_input_of_a_block_and_nothing_else():
     """What the forward pass leaves allocated grows by 4 N C bytes a block; without it, by many times that."""
     ids, grown = torch.arange(90)[None], {}
