@@ -412,146 +412,6 @@ def _chat_template(folder: Path, own: dict) -> str | None:
     return template if isinstance(template, str) else None
 
 
-class _GenerationTag(Extension):
-    """{% generation %}...{% endgeneration %}: in some templates, around the assistant's words. Its body as it is."""
-    tags = {"generation"}
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-
-# What a template may call. Of these only replace, join and indent make more than they are given.
-_FILTERS = frozenset("abs capitalize count d default dictsort e escape first float indent int items join last length "
-                     "list lower map max min reject rejectattr replace reverse safe select selectattr sort string "
-                     "title tojson trim unique upper".split())
-_METHODS = frozenset("capitalize count endswith find get index isalnum isalpha isdecimal isdigit islower isnumeric "
-                     "isspace istitle isupper items join keys lower lstrip partition removeprefix removesuffix replace "
-                     "rfind rindex rpartition rsplit rstrip split splitlines startswith strip swapcase title upper "
-                     "values".split())
-_SIZED = (str, list, tuple, dict, range)
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Where chat templates run, with the settings and helpers of transformers: real templates need them.
-
-    A template is a stranger's program. jinja2's sandbox keeps it from Python's internals. That it ends, in little
-    memory, is seen to here: each turn of a loop, each call and each thing that is made is paid for by its size, `fuel`
-    is far more than prompts need, and what would be huge is refused beforehand. `deadline` is for what is slow
-    otherwise.
-    """
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
-
-    def __init__(self, source: str):
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag])
-        self.filters = {name: self._paid(name, (self.filters | {"tojson": _to_json})[name]) for name in _FILTERS} | {
-            "pay": pass_context(lambda _, value: self.pay(value)),
-            "turn": pass_context(lambda _, cost: self.pay(True, max(1, cost)))}
-        # a fixed day, the one that Llama 3's templates fall back to: a prompt must not change overnight
-        self.globals |= {"strftime_now": datetime(2024, 7, 26).strftime, "raise_exception": self._raise,
-                         "namespace": _Namespace, "lipsum": None}
-        self.fuel, self.deadline = 1_000_000, time.thread_time() + 5
-        self.pay(source, 4 * len(source))
-        self.template = self.from_string(source)
-
-    def render(self, messages: list[dict[str, str]], **names) -> str:
-        self.fuel = 1_000_000 + 100 * sum(len(message["content"]) for message in messages)
-        self.deadline = time.thread_time() + 5
-        return self.template.render(messages=messages, **names)
-
-    def pay(self, value, cost: int = 1):
-        """`value`, after its size is paid for: characters, items, and the items of items."""
-        todo = [value]
-        while todo:
-            item = todo.pop()
-            self.fuel -= cost + (len(item) if isinstance(item, _SIZED) else 0)
-            if self.fuel < 0 or time.thread_time() > self.deadline:
-                raise SecurityError("it takes too many turns, makes too much text, or needs more than 5 seconds")
-            if isinstance(item, (list, tuple, dict)):
-                todo += [*item, *item.values()] if isinstance(item, dict) else item
-        return value
-
-    def _refuse_growth(self, values) -> None:
-        """Before replace, join, indent or *: the two largest of the arguments tell how much is made at most."""
-        sizes = [len(x) if isinstance(x, _SIZED) else abs(x) if isinstance(x, (int, float)) else 1 for x in values]
-        if math.prod(sorted(sizes)[-2:]) > self.fuel:
-            raise SecurityError("it makes too much text")
-
-    def _paid(self, name: str, function: Callable) -> Callable:
-        @functools.wraps(function)
-        def paid(*args, **options):
-            self.pay((args, options))
-            if name in ("replace", "join", "indent"):
-                self._refuse_growth([*args, *options.values()])
-            made = function(*args, **options)
-            return self.pay(list(made) if isinstance(made, Iterator) else made)
-        return paid
-
-    def call(self, context, function, *args, **options):
-        name, of = getattr(function, "__name__", ""), getattr(function, "__self__", "")
-        if name in ("format", "format_map"):
-            raise SecurityError(f"{name} is not allowed in a template")
-        self.pay((of, args))
-        if name in ("replace", "join"):
-            self._refuse_growth((of, *args))
-        made = super().call(context, function, *args, **options)
-        return self.pay(list(made) if isinstance(made, MappingView) else made)
-
-    def call_binop(self, context, operator, left, right):
-        if operator == "**" or operator == "%" and isinstance(left, str):
-            raise SecurityError(f"{operator} on such values is not allowed in a template")
-        if operator == "*":
-            self._refuse_growth((left, right))
-        return self.pay(super().call_binop(context, operator, left, right))
-
-    def is_safe_attribute(self, value, name, attribute) -> bool:
-        known = name in _METHODS or not isinstance(value, (str, bytes, int, float, list, tuple, dict))
-        return known and super().is_safe_attribute(value, name, attribute)
-
-    def _parse(self, source, name, filename):
-        return _Meter().visit(super()._parse(source, name, filename)).set_environment(self)
-
-    @staticmethod
-    def _raise(message):
-        raise TemplateError(message)
-
-
-def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    if (indent or 0) > 16 or len(repr(separators)) > 20:
-        raise SecurityError("tojson with such options is not allowed in a template")
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-class _Namespace(Namespace):
-    __repr__ = lambda self: "<namespace>"               # not what is in it: that may be in it many times over
-
-
-class _Meter(NodeTransformer):
-    """Has a template pay for the turns of its loops, and for what it makes other than by calls, filters and sums."""
-
-    def paid(self, node, *_):
-        return nodes.Filter(self.generic_visit(node), "pay", [], [], None, None, lineno=node.lineno)
-
-    visit_Concat = visit_List = visit_Dict = visit_Compare = paid
-
-    def visit_Tuple(self, node):
-        return self.paid(node) if node.ctx == "load" else node
-
-    def visit_Getitem(self, node):
-        return self.paid(node) if isinstance(node.arg, nodes.Slice) else self.generic_visit(node)
-
-    def visit_Output(self, node):
-        node.nodes = [x if isinstance(x, nodes.TemplateData) else self.paid(x) for x in node.nodes]
-        return node
-
-    def visit_For(self, node):
-        text = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
-        turn = nodes.Filter(nodes.Const(1 + text), "turn", [], [], None, None, lineno=node.lineno)
-        self.generic_visit(node)
-        node.test = nodes.And(turn, node.test) if node.test else turn
-        return node
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Prompts
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1660,6 +1520,150 @@ def show(args: argparse.Namespace) -> int:
         print(_paint("dropped: " + next(reason for reason, rows in report.dropped.items() if where in rows), "title"))
     print("\n" + statistics(examples, report))
     return 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The sandbox of chat templates
+# ----------------------------------------------------------------------------------------------------------------------
+
+class _GenerationTag(Extension):
+    """{% generation %}...{% endgeneration %}: in some templates, around the assistant's words. Its body as it is."""
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+# What a template may call. Of these only replace, join and indent make more than they are given.
+_FILTERS = frozenset("abs capitalize count d default dictsort e escape first float indent int items join last length "
+                     "list lower map max min reject rejectattr replace reverse safe select selectattr sort string "
+                     "title tojson trim unique upper".split())
+_METHODS = frozenset("capitalize count endswith find get index isalnum isalpha isdecimal isdigit islower isnumeric "
+                     "isspace istitle isupper items join keys lower lstrip partition removeprefix removesuffix replace "
+                     "rfind rindex rpartition rsplit rstrip split splitlines startswith strip swapcase title upper "
+                     "values".split())
+_SIZED = (str, list, tuple, dict, range)
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Where chat templates run, with the settings and helpers of transformers: real templates need them.
+
+    A template is a stranger's program. jinja2's sandbox keeps it from Python's internals. That it ends, in little
+    memory, is seen to here: each turn of a loop, each call and each thing that is made is paid for by its size, `fuel`
+    is far more than prompts need, and what would be huge is refused beforehand. `deadline` is for what is slow
+    otherwise.
+    """
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def __init__(self, source: str):
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag])
+        self.filters = {name: self._paid(name, (self.filters | {"tojson": _to_json})[name]) for name in _FILTERS} | {
+            "pay": pass_context(lambda _, value: self.pay(value)),
+            "turn": pass_context(lambda _, cost: self.pay(True, max(1, cost)))}
+        # a fixed day, the one that Llama 3's templates fall back to: a prompt must not change overnight
+        self.globals |= {"strftime_now": datetime(2024, 7, 26).strftime, "raise_exception": self._raise,
+                         "namespace": _Namespace, "lipsum": None}
+        self.fuel, self.deadline = 1_000_000, time.thread_time() + 5
+        self.pay(source, 4 * len(source))
+        self.template = self.from_string(source)
+
+    def render(self, messages: list[dict[str, str]], **names) -> str:
+        self.fuel = 1_000_000 + 100 * sum(len(message["content"]) for message in messages)
+        self.deadline = time.thread_time() + 5
+        return self.template.render(messages=messages, **names)
+
+    def pay(self, value, cost: int = 1):
+        """`value`, after its size is paid for: characters, items, and the items of items."""
+        todo = [value]
+        while todo:
+            item = todo.pop()
+            self.fuel -= cost + (len(item) if isinstance(item, _SIZED) else 0)
+            if self.fuel < 0 or time.thread_time() > self.deadline:
+                raise SecurityError("it takes too many turns, makes too much text, or needs more than 5 seconds")
+            if isinstance(item, (list, tuple, dict)):
+                todo += [*item, *item.values()] if isinstance(item, dict) else item
+        return value
+
+    def _refuse_growth(self, values) -> None:
+        """Before replace, join, indent or *: the two largest of the arguments tell how much is made at most."""
+        sizes = [len(x) if isinstance(x, _SIZED) else abs(x) if isinstance(x, (int, float)) else 1 for x in values]
+        if math.prod(sorted(sizes)[-2:]) > self.fuel:
+            raise SecurityError("it makes too much text")
+
+    def _paid(self, name: str, function: Callable) -> Callable:
+        @functools.wraps(function)
+        def paid(*args, **options):
+            self.pay((args, options))
+            if name in ("replace", "join", "indent"):
+                self._refuse_growth([*args, *options.values()])
+            made = function(*args, **options)
+            return self.pay(list(made) if isinstance(made, Iterator) else made)
+        return paid
+
+    def call(self, context, function, *args, **options):
+        name, of = getattr(function, "__name__", ""), getattr(function, "__self__", "")
+        if name in ("format", "format_map"):
+            raise SecurityError(f"{name} is not allowed in a template")
+        self.pay((of, args))
+        if name in ("replace", "join"):
+            self._refuse_growth((of, *args))
+        made = super().call(context, function, *args, **options)
+        return self.pay(list(made) if isinstance(made, MappingView) else made)
+
+    def call_binop(self, context, operator, left, right):
+        if operator == "**" or operator == "%" and isinstance(left, str):
+            raise SecurityError(f"{operator} on such values is not allowed in a template")
+        if operator == "*":
+            self._refuse_growth((left, right))
+        return self.pay(super().call_binop(context, operator, left, right))
+
+    def is_safe_attribute(self, value, name, attribute) -> bool:
+        known = name in _METHODS or not isinstance(value, (str, bytes, int, float, list, tuple, dict))
+        return known and super().is_safe_attribute(value, name, attribute)
+
+    def _parse(self, source, name, filename):
+        return _Meter().visit(super()._parse(source, name, filename)).set_environment(self)
+
+    @staticmethod
+    def _raise(message):
+        raise TemplateError(message)
+
+
+def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    if (indent or 0) > 16 or len(repr(separators)) > 20:
+        raise SecurityError("tojson with such options is not allowed in a template")
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+class _Namespace(Namespace):
+    __repr__ = lambda self: "<namespace>"               # not what is in it: that may be in it many times over
+
+
+class _Meter(NodeTransformer):
+    """Has a template pay for the turns of its loops, and for what it makes other than by calls, filters and sums."""
+
+    def paid(self, node, *_):
+        return nodes.Filter(self.generic_visit(node), "pay", [], [], None, None, lineno=node.lineno)
+
+    visit_Concat = visit_List = visit_Dict = visit_Compare = paid
+
+    def visit_Tuple(self, node):
+        return self.paid(node) if node.ctx == "load" else node
+
+    def visit_Getitem(self, node):
+        return self.paid(node) if isinstance(node.arg, nodes.Slice) else self.generic_visit(node)
+
+    def visit_Output(self, node):
+        node.nodes = [x if isinstance(x, nodes.TemplateData) else self.paid(x) for x in node.nodes]
+        return node
+
+    def visit_For(self, node):
+        text = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
+        turn = nodes.Filter(nodes.Const(1 + text), "turn", [], [], None, None, lineno=node.lineno)
+        self.generic_visit(node)
+        node.test = nodes.And(turn, node.test) if node.test else turn
+        return node
 
 
 # ----------------------------------------------------------------------------------------------------------------------

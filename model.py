@@ -774,8 +774,8 @@ def generate(model: Llama, prompts: list[list[int]], *, n: int = 1, max_new_toke
     new = [[] for _ in range(len(prompts) * n)]
     room = [min(max_new_tokens, limit - len(p)) for p in prompts for _ in range(n)]
     noise = [np.random.Generator(np.random.Philox(key=stable_key(seed, p, j))).random((r, DRAWS)) if temperature else None
-             for p, i in zip(prompts, range(len(prompts))) for j, r in zip(range(n), room[i * n:(i + 1) * n])]
-    tail = 4 * max(map(len, stop), default=0) + 8                        # so many last tokens hold any stop string that has just been completed
+             for i, p in enumerate(prompts) for j, r in enumerate(room[i * n:(i + 1) * n])]
+    tail = 4 * max(map(len, stop), default=0) + 8                        # that many last tokens hold any stop string just completed: at most 4 a character (its bytes)
 
     cache = KVCache([len(p) for p in prompts], n)
     flat = torch.tensor([t for p in prompts for t in p], device=device)[None]

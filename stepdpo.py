@@ -199,8 +199,9 @@ def distributed(device: str | None) -> tuple[int, int, torch.device]:
         device = f"cuda:{local}" if device == "cuda" else device
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        # torchrun --max-restarts keeps one store for all starts, where new processes would find the addresses of dead ones. So each start gets a corner of
-        # its own. (Only on one machine: several do not count alike. There, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun gives each start a new store.)
+        # torchrun --max-restarts keeps one store for all starts, where new processes would find the addresses of dead ones. So each start puts a prefix of its
+        # own before its keys. (On one machine only: the agents of several may count starts differently. There, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each
+        # start a new store.)
         store, starts = None, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         if starts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("LOCAL_WORLD_SIZE") == str(world):
             store = dist.PrefixStore(f"start {starts}", dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
@@ -222,8 +223,8 @@ def load_policy(source, args, world: int, device: torch.device) -> Policy:
     outside the blocks (embedding, last norm, lm_head) is the root's, so `Policy.forward` finds lm_head.weight whole."""
     policy = Policy(Llama.skeleton(source))
     if args.shard and world > 1:
-        # In bf16 the weights travel as bf16: for matrices what autocast makes of them anyway, while embedding and norms are rounded here only. As in an
-        # unsharded run, the residual stream stays fp32 (inputs are not cast, and what the embedding gives is cast back), and so do sums of gradients.
+        # With --precision bf16 the weights are gathered in bf16: matrices would be cast by autocast anyway, embedding and norms are rounded in sharded runs only.
+        # As in an unsharded run, the residual stream stays fp32 (inputs are not cast, and what the embedding gives is cast back), and so do sums of gradients.
         bf16 = args.precision == "bf16"
         how = dict(mesh=init_device_mesh(device.type, (world,)), reshard_after_forward=True,
                    mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False))
@@ -321,7 +322,7 @@ def autocast(args, device):
 
 @contextmanager
 def written(path: Path):
-    """Yields where to write what shall be `path`: there it is whole or not at all, and on the disk before anything is done on the strength of it."""
+    """Yields a file to write to; it then goes to the disk (fsync) and is renamed to `path`, which is therefore whole or not there."""
     aside = path.with_name(path.name + ".tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -598,7 +599,8 @@ def train(args, objective) -> int:
             if not (math.isfinite(mean["loss"]) and math.isfinite(grad_norm)):
                 raise FloatingPointError(f"step {step}: loss {mean['loss']}, gradient norm {float(grad_norm)}; the weights were not touched. Rows of the batch: "
                                          + ", ".join(examples[row].where for row in sorted(rows)))
-            if step == 0 and not args.reference and abs(mean.get("margin", 0.0)) > max(1.0, args.beta or 0.0) * (2e-3 if args.precision == "fp32" else 6e-2):
+            rounding = max(1.0, args.beta or 0.0) * (2e-3 if args.precision == "fp32" else 0.25)             # of sums over tokens that were batched otherwise
+            if step == 0 and not args.reference and abs(mean.get("margin", 0.0)) > rounding:
                 raise FloatingPointError(f"step 0: margin {mean['margin']:.4f} instead of 0, loss {mean['loss']:.4f} (in DPO and Step-DPO log 2 = 0.6931 is expected): "
                                          "the reference's log-probs are not this model's")
             optimizer.step()
@@ -614,7 +616,7 @@ def train(args, objective) -> int:
                 left = timedelta(seconds=round((spoke - begun) / (step + 1 - done) * (total - step - 1)))
                 cells = [f"{step:>8}" if c == "step" else f"{record.get(c, math.nan):>{max(8, len(c))}{'.3g' if c == 'lr' else '.4f'}}" for c in columns]
                 say("  ".join(cells) + f"  {record['tokens_per_second']:>8,.0f}  {left}", flush=True)
-            if (step + 1 < total and args.checkpoint_every and (step + 1) % args.checkpoint_every == 0) or (signalled and step + 1 < total):
+            if step + 1 < total and (signalled or args.checkpoint_every and (step + 1) % args.checkpoint_every == 0):
                 save_checkpoint(out / "checkpoint", step + 1, model, optimizer, rank)
                 if signalled:
                     number = stop.number or signal.SIGTERM
@@ -679,7 +681,7 @@ def check_vocabulary(examples: list, model: Llama, folder: Path):
 # ---------------------------------------------------------------------------------------------------------------------
 # command line
 
-DEFAULTS = {   # the paper's settings for 7B models (appendix); (value, where it is from)
+DEFAULTS = {   # the paper's settings for 7B models (appendix)
     "sft": dict(lr=5e-6, epochs=3, batch_size=256, warmup=0.03, schedule="linear"),
     "dpo": dict(lr=5e-7, epochs=8, batch_size=128, warmup=0.10, schedule="cosine"),
     "stepdpo": dict(lr=5e-7, epochs=8, batch_size=128, warmup=0.10, schedule="cosine"),
@@ -745,13 +747,9 @@ def main(argv: list[str] | None = None, objective=None) -> int:
     """The command line; returns the exit status. A variant passes its own `objective` (see `preference_objective`) and keeps everything else."""
     args = parser().parse_args(argv)
     try:
-        for name in ("epochs", "batch_size", "lr", "micro_batch_size", "micro_batch_tokens", "max_length", "clip"):
-            if not getattr(args, name) > 0:
-                raise DataError(f"--{name} is {getattr(args, name)}: expected a number above 0")
-        if args.beta is not None and not args.beta > 0:
-            raise DataError(f"--beta is {args.beta}: expected a number above 0")
-        if args.max_steps is not None and args.max_steps < 1:
-            raise DataError(f"--max_steps is {args.max_steps}: expected a number above 0")
+        for name in ("epochs", "batch_size", "lr", "beta", "micro_batch_size", "micro_batch_tokens", "max_length", "max_steps", "clip"):
+            if (value := getattr(args, name)) is not None and not value > 0:
+                raise DataError(f"--{name} is {value}: expected a number above 0")
         for name in ("eval_every", "checkpoint_every"):
             if getattr(args, name) < 0:
                 raise DataError(f"--{name} is {getattr(args, name)}: expected 0 or more")
