@@ -42,6 +42,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from datetime import datetime
+from fractions import Fraction
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, MappingView, NamedTuple, Sequence
 
@@ -179,7 +180,7 @@ def text_field(row: dict, name: str, where: str) -> str:
     if name not in row:
         raise DataError(f"{where}: field {name!r}: not there (found: {', '.join(row) or 'nothing'}); expected text")
     if not isinstance(value, str):
-        raise DataError(f"{where}: field {name!r}: found {_kind(value)} {_quote(json.dumps(value))}; expected text")
+        raise DataError(f"{where}: field {name!r}: found {_kind(value)} {_shown(value)}; expected text")
     if "\0" in value:
         raise DataError(f"{where}: field {name!r}: a NUL character at position {value.index(chr(0))}; remove it")
     if lone := re.search("[\ud800-\udfff]", value):
@@ -205,12 +206,20 @@ def expect(row: dict, where: str, *wanted: str) -> None:
                         f"{_STAGES[found][1]}")
 
 
-def check_writable(row: dict, where: str) -> None:
-    """DataError where a row, whatever its fields, could not be written to a file of the next stage."""
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except (UnicodeEncodeError, RecursionError):
-        raise DataError(f"{where}: half a surrogate pair in it, or too deep an object; make the row again") from None
+def writable(row: dict, where: str) -> dict:
+    """The fields of a row that the next stage's file can hold: not the dates, bytes, decimals and NaNs of parquet files.
+    DataError where text is broken, whatever the field."""
+    kept = {}
+    for name, value in row.items():
+        try:
+            json.dumps({name: value}, ensure_ascii=False, allow_nan=False).encode()
+        except (UnicodeEncodeError, RecursionError):
+            raise DataError(f"{where}: half a surrogate pair in it, or too deep an object (field {name!r}); make the row "
+                            "again") from None
+        except (TypeError, ValueError):
+            continue
+        kept[name] = value
+    return kept
 
 
 def _kind(value) -> str:
@@ -221,6 +230,10 @@ def _kind(value) -> str:
 
 def _quote(text: str, width: int = 60) -> str:
     return repr(text if len(text) <= width else text[:width] + "...")
+
+
+def _shown(value) -> str:
+    return _quote(json.dumps(value, default=str))       # of a parquet, values that are not JSON's
 
 
 def _one_line(error) -> str:
@@ -759,12 +772,42 @@ def split_steps(text: str, style: str = "auto") -> list[str]:
     return [text[a:b] for a, b in zip(begins, begins[1:])]
 
 
+# A value: a number, fraction, root or power, or several of them without a gap, as "1:2", "2\sqrt{3}", "3x^2".
+_NUMBER, _BRACES = r"\d+(?:[.,]\d+)*", r"\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}"
+_ATOM = rf"(?:{_NUMBER}|\\[dt]?frac\s*{_BRACES}\s*{_BRACES}|\\sqrt\s*{_BRACES}|[A-Za-z]?\^(?:{_BRACES}|{_NUMBER}))"
+_VALUE = re.compile(rf"([-−–](\s*)\\?\$?)?({_ATOM}(?:(?:\s*/\s*|:)?{_ATOM})*)")
+
+
+def last_value(text: str) -> Fraction | str | None:
+    """The last value in a text with its sign: "so x = -\\frac{1}{2}." -> Fraction(-1, 2). Text where it is no plain
+    number; None where there is none."""
+    text = re.sub(r"\{,\}|,?\\[!,]", ",", text)        # LaTeX's ways to write 10,000
+    found = [match for match in _VALUE.finditer(text) if re.search(r"\d", match[3])]
+    if not found:
+        return None
+    minus, gap, value = found[-1].groups()
+    value = re.sub(r"\s|,(?=\d{3}(?!\d))", "", value)
+    value = re.sub(r"^\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}$", r"\1/\2", value)
+    if minus:                                           # "= - 5" and "is -5" have a sign, "10 - 5" and "x-5" have none
+        before = text[:found[-1].start()]
+        if before.rstrip()[-1:] in tuple("=<>≤≥≈([{:") or not gap and not re.match(r"[\w)\]}%]", before[-1:]):
+            value = "-" + value
+    try:
+        return Fraction(value)
+    except (ValueError, ZeroDivisionError):             # "2^{10}", "1.2.3", "1/0", or thousands of digits
+        return value
+
+
 def same_step(a: str, b: str, style: str = "auto") -> bool:
-    """Whether two steps, labels aside, come to the same: their last numbers, or, without numbers, their words."""
+    """Whether two steps, labels aside, come to the same: to the same last value, or, without values, in the same words."""
     def result(step):
-        own = step[step_starts(step, style)[0][1]:]
-        numbers = re.findall(r"\d+(?:[.,]\d+)*", own)
-        return numbers[-1] if numbers else " ".join(own.lower().split())
+        begin = step_starts(step, style)[0][1]
+        if style in ("auto", "number") and not begin:   # one numbered step alone is no sequence, and may begin at 2
+            label = re.match(_LABELS["number"], step)
+            begin = label.end() if label else step_starts(step, "number")[0][1]
+        own = step[begin:]
+        value = last_value(own)
+        return " ".join(own.lower().split()) if value is None else value
     return result(a) == result(b)
 
 
@@ -941,7 +984,7 @@ def rollout_counts(row: dict, name: str, width: int) -> list[list[int] | None]:
     for entry in counts:
         if entry is not None and not (isinstance(entry, list) and len(entry) == width
                                       and all(type(n) is int for n in entry) and [0, *entry] == sorted([0, *entry])):
-            raise DataError(f"field {name!r}: found {_quote(json.dumps(entry))}; expected null or {width} counts, as "
+            raise DataError(f"field {name!r}: found {_shown(entry)}; expected null or {width} counts, as "
                             "eval.py --rollouts writes them")
     return counts
 
@@ -1193,10 +1236,10 @@ def read_attempts(file: str, bad: list[DataError], *stages: str) -> Iterator[tup
         if number == 0:
             expect(row, where, *stages)
         try:
-            check_writable(row, where)
+            kept = writable(row, where)
             id, sample = row.get("id"), row.get("sample", 0)
             if not isinstance(id, (str, int)) or type(sample) is not int:
-                raise DataError(f"{where}: fields 'id', 'sample': found {_quote(json.dumps([id, sample]))}; expected a "
+                raise DataError(f"{where}: fields 'id', 'sample': found {_shown([id, sample])}; expected a "
                                 "name and a number, as eval.py writes them")
             key = str(id), sample
             _, answer, completion = (text_field(row, name, where) for name in ("question", "answer", "completion"))
@@ -1209,7 +1252,7 @@ def read_attempts(file: str, bad: list[DataError], *stages: str) -> Iterator[tup
             if key in seen:
                 raise DataError(f"{where}: id {key[0]!r}, sample {sample} stands in {seen[key]} already; remove one")
             seen[key] = where
-            yield key, row | {"where": where, "text": prefix + completion}
+            yield key, kept | {"where": where, "text": prefix + completion}
         except DataError as error:
             bad.append(error)
 

@@ -38,8 +38,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import (BOXED, LONGEST_TOKEN, PROMPT_STYLES, STEP_STYLES, DataError, Endpoint, RequestRefused, Tokenizer,
-                  check_writable, complain, expect, first_error_from_values, next_prefix, read_rows, render_prompt,
-                  same_step, split_steps, text_field, write_rows)
+                  complain, expect, first_error_from_values, next_prefix, read_rows, render_prompt, same_step, split_steps,
+                  text_field, writable, write_rows)
 from model import (CheckpointError, Llama, fingerprint, generate, keep_freed_memory, read_json, resolve, stable_key,
                    writing)
 
@@ -60,20 +60,22 @@ END_TOKENS = re.compile(
     r"|<end_of_turn>|<｜[^｜<>\n]{1,30}｜>|\[/?INST\]|\n#{2,3} Instruction|\n\n(?:Question|Q|Human|User):")
 BOX = re.compile(r"(?:\\f?box(?:ed)?|\\framebox|\x08oxed|(?<![A-Za-z\\])boxed(?=\{))(?![A-Za-z])\s*")
 STATEMENT = re.compile(
-    r"(?:\bans(?:wers?)?\b|\b(?:final|correct) (?:result|solution)\b)[^.\n:=]{0,60}?(?:\b(?:is|are|be|was)\b|[:=])"
+    r"(?:(?<!/)\bans(?:wers?)?\b(?! (?:(?:an?|the|all|more|\d+) ){0,2}questions?\b| (?:wrong|right|to part|to step)\b)"
+    r"|\b(?:final|correct) (?:result|solution)\b)[^.\n:=]{0,60}?(?:\b(?:is|are|be|was)\b(?! worth)|[:=])"
     r"|\bfinal answer\b(?![^\n]{0,60}(?:\bis\b|:))|答案\s*[是为：:]+"
     r"|\b(?:option|choice|choose)\b(?: is\b|:)?[ *]*\(?(?-i:([A-J])\b)", re.I)
-DENIED = re.compile(r"\b(?:no|any|without|that|this|an|your)\s+(?:(?:final|correct|definite|clear)\s+)?$", re.I)
+DENIED = re.compile(r"\b(?:no|any|without|that|this|an|your|each|every|to|(?:express|multiply) the) +"
+                    r"(?:(?:final|correct|right|wrong|definite|clear) +)?$", re.I)
 HASHES = re.compile(r"####[ \t]*([^\n]*)")
 SENTENCE_END = re.compile(r"\n|(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?:[.!?;](?=\s|$|\*|[\"'])|。)"
-                          r"|,?\s(?:because|since|which|as)\s")
-NUMBER = re.compile(r"(?<![\w.)])-?(?:\\?[$€£]-?)?(?:(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?|\.\d+)"
-                    r"(?:e[+-]?\d+)?(?:/\d+(?![\w.]))?")
+                          r"|,?\s\(?(?:because|since|which|as)\s")
+NUMBER = re.compile(r"(?<![\w.)])-?(?:\\?[$€£]-?)?(?:(?:\d{1,3}(?:,\d{3}){1,9}(?!,?\d)|\d+)(?:\.\d+)?|\.\d+)"
+                    r"(?:e[+-]?\d+)?(?:(?: \d+)?/\d+(?!\w|\.\d))?")
 MATHS = re.compile(r"\$\$([^$]+)\$\$|\$((?![ \d][^$]* \$)(?:\\\$|[^$\n])+)\$(?!\d)"
                    r"|\\\(((?:[^\\]|\\[^)(])+)\\\)|\\\[((?:[^\\]|\\[^\][])+)\\\]")
 CHOICE = re.compile(r"(?:\(([A-J])\)|([A-J])(?=[).:,]|\s*$|\s(?:because|since|which|is)\b))")
 NO_ANSWER = set("given not unknown unclear undetermined determined possible found provided correct wrong incorrect "
-                "right no none as in a based obtained therefore required".split())
+                "right none as in a based obtained therefore required".split())
 
 
 def extract_answer(completion: str) -> str | None:
@@ -100,7 +102,7 @@ def extract_answer(completion: str) -> str | None:
     for match in sorted(_last(STATEMENT, text) + _last(HASHES, text), key=lambda m: -m.end()):
         answer = None
         if match.re is HASHES:  # but not "#### 2. Counting", a heading
-            line = match[1].strip()
+            line = match[1][:LONGEST_BOX].strip()
             if re.match(r"[\d(\[\\$.+{-](?!.{0,3}[.)]\s+\w)", line) or not text[match.end():].strip():
                 answer = _stated(line)
         elif not DENIED.search(text, max(0, match.start() - 20), match.start()):  # "no answer is given"
@@ -135,7 +137,7 @@ def _box_content(text: str, start: int) -> str:
 
 
 def _plain_number(text: str) -> str:
-    return re.sub(r"[\\$€£,\s]", "", text)
+    return re.sub(r"[\\$€£,]", "", text)
 
 
 def _formula(match: re.Match) -> str:
@@ -146,21 +148,26 @@ def _formula(match: re.Match) -> str:
 def _stated(tail: str) -> str | None:
     """The answer at the beginning of what follows "the answer is"."""
     bullet = "-" if re.match(r"[\s*:]*[-*]\s", tail) else ""
-    tail = re.sub(r"^(?:is|be|are)\b", "", tail.lstrip(" \t\r\n*:_=`>" + bullet)).lstrip(" \t\r\n*:_=`")
-    if maths := MATHS.match(tail):
-        answer, rest = _formula(maths), tail[maths.end():]
-        link = re.match(r",?\s*(?:and|or|,)\s*", rest)  # "$3$ and $4$"
-        if link and (second := MATHS.match(rest, link.end())):
-            answer += ", " + _formula(second)
-        return answer.rstrip(". ") or None
+    tail = re.sub(r"^(?:is|be|are|of)\b", "", tail.lstrip(" \t\r\n*:_=`>" + bullet)).lstrip(" \t\r\n*:_=`")
+    formulas = []
+    while maths := MATHS.match(tail):  # "$1$, $2$ and $3$"
+        formulas.append(_formula(maths).rstrip(" .,"))
+        tail = re.sub(r"^,?\s*(?:and|or|,)\s*", "", tail[maths.end():])
+    if formulas:
+        return ", ".join(formulas) or None
     sentence = SENTENCE_END.split(tail, maxsplit=1)[0].strip(" *`\"'_,")
     if letter := CHOICE.match(sentence):
         return letter[1] or letter[2]
     if number := NUMBER.match(sentence):
-        rest = sentence[number.end():].strip()
+        rest = sentence[number.end():].strip(" ,")
+        word = re.match(r"[A-Za-z]*", rest)[0]
         if rest in ("%", "\\%"):
             return _plain_number(number[0]) + "%"
-        if not rest or re.match(r"[A-Za-z]{2}", rest) and not re.search(r"\d|[=+^\\]", rest):
+        if word in SCALES:
+            return f"{_plain_number(number[0])} {word}"
+        counted = len(word) > 1 and (word in UNITS or word not in WORDS_OF_MATHS)  # 12 apples for 3 people; 30 min
+        joined = re.search(r"^(?:\w+ )?(?:and|or|to|than|plus|minus|times) \S?\d|[=+^\\]", rest)  # to something else
+        if not rest or counted and not joined:
             return _plain_number(number[0])
     plain = re.sub(r"\\[a-z]*(?:text|rm|box|begin|end)[a-z]*\s*\{[^{}]*\}", "", sentence)
     words = {word.lower() for word in re.findall(r"(?<![A-Za-z\\])[A-Za-z]{3,}", plain)}
@@ -229,7 +236,8 @@ UNICODE = _translations()
 SAME = dict(pair.split("→") for pair in (
     r"\dfrac→\frac \tfrac→\frac \cfrac→\frac \dbinom→\binom \tbinom→\binom \$→ $→ \leqslant→<= \geqslant→>= \leq→<= "
     r"\geq→>= \neq→!= \lvert→| \rvert→| \mid→| \vert→| \%→% \lbrace→\{ \rbrace→\} \(→ \)→ \[→ \]→ **→^ p.m.→pm a.m.→am "
-    r"P.M.→pm A.M.→am \&→& \_→_ \degree→\circ \langle→( \rangle→) \lor→or \vee→or \land→, \wedge→, \colon→:"
+    r"P.M.→pm A.M.→am p.m→pm a.m→am P.M→pm A.M→am \&→& \_→_ \degree→\circ \langle→( \rangle→) \lor→or \vee→or \land→, "
+    r"\wedge→, \colon→:"
 ).split(" "))
 SAME |= {old: f" {new} " for old, new in SAME.items() if new in ("pm", "am", "or") or old[1:] in ("(", ")", "[", "]")}
 STYLE = re.compile(r"\\(text|textbf|textrm|textit|textsf|texttt|textnormal|mbox|hbox|mathrm|mathbf|mathsf|mathit|"
@@ -1327,7 +1335,8 @@ def read_problem(where: str, row: dict) -> Problem:
     question = text_field(row, name, where)
     if not question.strip():
         raise DataError(f"{where}: field {name!r} is empty; expected the text of a problem")
-    carried = {key: row[key] for key in CARRIED if row.get(key) is not None}
+    kept = writable(row, where)
+    carried = {key: kept[key] for key in CARRIED if kept.get(key) is not None}
     for own, public in (("subject", ("type", "label")), ("solution", ("rationale", "reasoning", "output"))):
         found = next((row[key] for key in public if isinstance(row.get(key), str)), None)
         if own not in carried and found is not None:
@@ -1369,9 +1378,29 @@ def read_attempt(where: str, row: dict) -> tuple[Problem, str]:
     """A graded sample: its problem, with all of the row carried along, and its whole reasoning, prefix included."""
     problem = read_problem(where, row)
     text = problem.prefix + text_field(row, "completion", where)
-    if type(row.get("correct")) is not bool:
-        row = row | {"correct": grade(text, problem.answer)[1]}
-    return replace(problem, carried=row), text
+    if type(row.get("sample", 0)) is not int:
+        raise DataError(f"{where}: field 'sample': found {row['sample']!r:.60}; expected a number, as eval.py writes it")
+    correct = row["correct"] if type(row.get("correct")) is bool else grade(text, problem.answer)[1]
+    return replace(problem, carried=writable(row, where) | {"id": problem.id, "correct": correct}), text
+
+
+def make_distinct(problems: list[Problem]) -> list[str]:
+    """Rename ids that stand in an earlier row: 0, 0 -> 0, "0~2". Returns a line on each.
+
+    The next stages know a sample by (id, sample) and would throw the second problem's away, after they were paid for.
+    It happens where sets are merged, and in the shards of a hub set. (Attempts at one problem share an id, not a sample.)"""
+    place, times, lines = {}, Counter(), []
+    for problem in problems:
+        old, sample = problem.id, problem.carried.get("sample", 0)
+        while (str(problem.id), sample) in place:
+            times[str(old), sample] += 1
+            problem.id = f"{old}~{times[str(old), sample] + 1}"
+        place[str(problem.id), sample] = problem.where
+        if problem.id != old:
+            lines.append(f"{problem.where}: id {old!r} stands in {place[str(old), sample]} already; here it becomes {problem.id!r}")
+        if "id" in problem.carried:
+            problem.carried["id"] = problem.id
+    return lines
 
 
 def read_file(args: argparse.Namespace, bad: list[DataError]) -> list:
@@ -1382,12 +1411,19 @@ def read_file(args: argparse.Namespace, bad: list[DataError]) -> list:
         if not items and not bad:
             expect(row, where, *stages)
         try:
-            check_writable(row, where)
             items.append(read(where, row))
         except DataError as error:
             bad.append(error)
+    notes = []
     if args.rollouts:
-        items = [item for item in items if not item[0].carried["correct"]]
+        wrong = [item for item in items if not item[0].carried["correct"]]
+        items = [item for item in wrong if item[0].carried.get("stop_reason") != "length"]     # localize judges no others
+        if cut := len(wrong) - len(items):
+            notes.append(f"{args.problems}: {cut} of {len(wrong)} wrong attempts were cut off by the length limit and are left out")
+    renamed = make_distinct([item[0] for item in items] if args.rollouts else items)
+    notes += renamed[:1] + ([f"{args.problems}: {len(renamed) - 1} more rows likewise"] if renamed[1:] else [])
+    if notes and os.environ.get("RANK", "0") == "0":
+        print(*notes, sep="\n", file=sys.stderr)
     if not items:
         raise DataError(f"{args.problems}: holds no {'wrong attempt' if args.rollouts else 'problem'} that can be used"
                         + (f" ({len(bad)} bad rows; the first: {bad[0]})" if bad else ""))
@@ -1415,11 +1451,14 @@ class Local:
         self.model = Llama.from_pretrained(folder, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], device)
         self.settings = {"model": f"{folder.resolve().name} {fingerprint(folder)[:12]}", "dtype": dtype, "device": kind}
 
-    def prepare(self, problem: Problem, text: str, cut: int | None = None) -> tuple[list[int], str]:
-        """What `run` wants of a prompt, and the reasoning that is in it: `text`, or its steps before character `cut`.
+    def prepare(self, problem: Problem, text: str, cut: int | None = None) -> tuple[list[int], str, bool]:
+        """What `run` wants of a prompt, the reasoning that is in it, `text` or its steps before character `cut`, and
+        whether spaces at the prompt's end were left to the model.
 
-        With a cut, the prompt ends at a token of the whole text, so that the model reads on from the very tokens that
-        it would have written; line ends after the step belong to it where they are one token with its full stop."""
+        Words bring their space along: "Assistant: " and "Let" are trained as ":" and " Let", so a space of its own is a
+        token that the model never saw there. With a cut, the prompt ends at a token of the whole text, so that the
+        model reads on from the very tokens that it would have written; line ends after the step belong to it where
+        they are one token with its full stop."""
         found = self.tokenizer.control_token_in(text if self.args.prompt == "raw" else problem.question) or self.tokenizer.control_token_in(text)
         if found:
             raise DataError(f"{problem.where}: it contains the control token {found}, which is no text; remove it")
@@ -1428,7 +1467,9 @@ class Local:
         if len(rendered + text) > LONGEST_TOKEN * most:
             raise DataError(f"{problem.where}: prompt and prefix have {len(rendered + text)} characters; the model takes "
                             f"1 to {most} tokens")
-        ids, offsets = self.tokenizer.encode(rendered + text)
+        whole = rendered + text
+        spaces = cut is None and whole.strip(" ") != "" and whole.endswith(" ")
+        ids, offsets = self.tokenizer.encode(whole.rstrip(" ") if spaces else whole)
         if cut is not None:
             cut = len(rendered) + len(text) - len(text[cut:].lstrip())
             kept = sum(1 for _, end in offsets if end <= cut)
@@ -1438,7 +1479,7 @@ class Local:
         if max(ids) >= self.model.config.vocab_size:
             raise CheckpointError(f"{self.tokenizer.source}: tokenizer.json gives token {max(ids)}, config.json says "
                                   f"vocab_size {self.model.config.vocab_size}: they do not belong together")
-        return ids, text
+        return ids, text, spaces
 
     def batches(self, prompts: list[list[int]], n: int) -> list[list[int]]:
         """Indices of the prompts that are computed together: alike in length, about `batch_size` samples. It looks at
@@ -1470,7 +1511,7 @@ class Remote:
         self.tokenizer = Tokenizer.from_pretrained(resolve(args.model)) if args.model else None
         self.settings = {"endpoint": args.endpoint, "api_model": args.api_model}
 
-    def prepare(self, problem: Problem, text: str, cut: int | None = None) -> tuple[tuple, str]:
+    def prepare(self, problem: Problem, text: str, cut: int | None = None) -> tuple[tuple, str, bool]:
         where, question, style = problem.where, problem.question, self.args.prompt
         text = text if cut is None else text[:cut].rstrip()
         if found := re.search(r"<\|[\w-]{1,40}\|>", question + text):
@@ -1480,10 +1521,11 @@ class Remote:
             if style == "qwen2-boxed":
                 messages = [{"role": "system", "content": "You are a helpful assistant."},
                             {"role": "user", "content": question + BOXED}]
-            return (where, "chat/completions", {"messages": messages}), text
+            return (where, "chat/completions", {"messages": messages}), text, False
         if style == "chat" and self.tokenizer is None:
             raise DataError(f"{where}: --prompt chat needs the checkpoint's template for a prefix: give --model")
-        return (where, "completions", {"prompt": render_prompt(style, question, self.tokenizer) + text}), text
+        whole = render_prompt(style, question, self.tokenizer) + text
+        return (where, "completions", {"prompt": whole.rstrip(" ") or whole}), text, whole.endswith(" ")
 
     def batches(self, prompts: list, n: int) -> list[list[int]]:
         return [list(range(len(prompts)))]       # the server makes its own batches: keep it busy to the end
@@ -1653,6 +1695,8 @@ def sample_problems(problems: list[Problem], work: Work) -> None:
                 if (batch[b], j) in done:
                     return
                 problem = problems[batch[b]]
+                if prompts[batch[b]][2]:
+                    completion = completion.lstrip(" ")
                 extracted, correct = grade(problem.prefix + completion, problem.answer)
                 work.journal.add((batch[b], j), {
                     "id": problem.id, "question": problem.question, "answer": problem.answer, "sample": j,
@@ -1690,7 +1734,7 @@ def value_steps(attempts: list[tuple[Problem, str]], work: Work) -> None:
             if not jobs:
                 break
             prompts = [work.sampler.prepare(*before(a, k)) for a, k, _ in jobs]
-            for batch in work.sampler.batches([prompt for prompt, _ in prompts], n):
+            for batch in work.sampler.batches([prompt[0] for prompt in prompts], n):
                 def finish(b, j, completion, tokens, reason):
                     (a, k, _), text = jobs[batch[b]], prompts[batch[b]][1] + completion
                     right = grade(text, attempts[a][0].answer)[1]

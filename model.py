@@ -470,10 +470,11 @@ class Llama(nn.Module):
         self.tie_weights()
         return self
 
-    def save_pretrained(self, folder: str | os.PathLike, dtype: torch.dtype | None = None, shard_bytes: int = 5 * 10**9):
+    def save_pretrained(self, folder: str | os.PathLike, dtype: torch.dtype | None = None, shard_bytes: int = 5 * 10**9, eos_ids: tuple[int, ...] = ()):
         """Write config.json, model.safetensors (an index and shards above 5 GB) and the tokenizer files of the folder this model came from.
 
-        config.json keeps every key it had. All files are first written aside (`.saving/`), then renamed into place, config.json last.
+        config.json keeps every key it had; `eos_ids`, with which the model learned to end, join its eos_token_id, so that others stop there too.
+        All files are first written aside (`.saving/`), then renamed into place, config.json last.
         A model that FSDP has spread over processes is saved by all of them together: rank 0 writes, and holds one of the files at a time."""
         folder = Path(folder)
         aside = folder / ".saving"
@@ -514,7 +515,15 @@ class Llama(nn.Module):
                     shutil.copyfile(self.source / filename, aside / filename)
         raw = dict(self.config.raw or {})
         raw["dtype" if "dtype" in raw else "torch_dtype"] = str(dtype).removeprefix("torch.")
-        (aside / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+        for filename, values in (("config.json", raw), ("generation_config.json", None)):
+            if values is None and (aside / filename).is_file():
+                values = read_json(aside / filename)
+            if values is not None:
+                known = values.get("eos_token_id")
+                known = known if isinstance(known, list) else [] if known is None else [known]
+                if not set(eos_ids) <= set(known):
+                    values["eos_token_id"] = [*dict.fromkeys((*known, *eos_ids))]
+                (aside / filename).write_text(json.dumps(values, indent=2) + "\n")
 
         written = sorted(aside.iterdir(), key=lambda p: p.name == "config.json")
         for stale in [*folder.glob("model*.safetensors"), *folder.glob("model.safetensors.index.json")]:

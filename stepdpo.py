@@ -506,8 +506,13 @@ def train(args, objective) -> int:
     policy = load_policy(folder, args, world, device)
     model = policy.model
     check_vocabulary(examples + held_out, model, folder)
-    if args.reference and Llama.skeleton(args.reference).config.vocab_size < model.config.vocab_size:       # checked before OUT is made
-        raise CheckpointError(f"--reference {args.reference}: its vocabulary is smaller than the model's ({model.config.vocab_size})")
+    if args.reference:                                                                                      # checked before OUT is made
+        if Llama.skeleton(args.reference).config.vocab_size < model.config.vocab_size:
+            raise CheckpointError(f"--reference {args.reference}: its vocabulary is smaller than the model's ({model.config.vocab_size})")
+        if (resolve(args.reference) / "tokenizer.json").is_file():
+            theirs, ours = (t.backend.get_vocab() for t in (data.Tokenizer.from_pretrained(resolve(args.reference)), tokenizer))
+            if odd := next((token for token, id in sorted(ours.items()) if theirs.get(token, id) != id), None):
+                raise CheckpointError(f"--reference {args.reference}: its tokenizer.json numbers tokens otherwise: {odd!r} is {theirs[odd]}, the model's {ours[odd]}")
     identity = identity_of(args, objective, folder, examples, held_out)
     same_everywhere("model, data and settings", identity, device)
     finished = torch.tensor(int(rank == 0 and prepare_out(out, args, identity)), device=device)
@@ -600,7 +605,7 @@ def train(args, objective) -> int:
                 raise FloatingPointError(f"step {step}: loss {mean['loss']}, gradient norm {float(grad_norm)}; the weights were not touched. Rows of the batch: "
                                          + ", ".join(examples[row].where for row in sorted(rows)))
             rounding = max(1.0, args.beta or 0.0) * (2e-3 if args.precision == "fp32" else 0.25)             # of sums over tokens that were batched otherwise
-            if step == 0 and not args.reference and abs(mean.get("margin", 0.0)) > rounding:
+            if step == 0 and objective is preference_objective and not args.reference and abs(mean["margin"]) > rounding:
                 raise FloatingPointError(f"step 0: margin {mean['margin']:.4f} instead of 0, loss {mean['loss']:.4f} (in DPO and Step-DPO log 2 = 0.6931 is expected): "
                                          "the reference's log-probs are not this model's")
             optimizer.step()
@@ -628,9 +633,10 @@ def train(args, objective) -> int:
         evaluate(policy, held_out, ref_held_out, objective, args, rank, world, device, total, out)
     if rank == 0 or not replicated:
         with writing(out / "model.safetensors"):
-            model.save_pretrained(out, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[args.save_dtype])
+            model.save_pretrained(out, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[args.save_dtype],
+                                  eos_ids=() if args.method == "stepdpo" else tokenizer.stop_ids(args.prompt))     # a step teaches no end
     if rank == 0:
-        write_json(out / "run.json", {**read_json(out / "run.json"), "finished": True})
+        write_json(out / "run.json", {**json.loads((out / "run.json").read_text()), "finished": True})
         shutil.rmtree(out / "checkpoint", ignore_errors=True)
         say(f"saved {out}")
     barrier()
@@ -750,7 +756,7 @@ def main(argv: list[str] | None = None, objective=None) -> int:
         for name in ("epochs", "batch_size", "lr", "beta", "micro_batch_size", "micro_batch_tokens", "max_length", "max_steps", "clip"):
             if (value := getattr(args, name)) is not None and not value > 0:
                 raise DataError(f"--{name} is {value}: expected a number above 0")
-        for name in ("eval_every", "checkpoint_every"):
+        for name in ("eval_every", "checkpoint_every", "seed"):
             if getattr(args, name) < 0:
                 raise DataError(f"--{name} is {getattr(args, name)}: expected 0 or more")
         if not 0 <= args.warmup <= 1:

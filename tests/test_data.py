@@ -4,6 +4,8 @@ import json
 import re
 import sys
 import unicodedata
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -142,10 +144,24 @@ def test_a_hub_dataset(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("value, found", [(5, "a number 5|a number '5'"), (None, "null"), (["a"], "a list"),
-                                          ("a\0b", "NUL character at position 1"), ("ab\ud83d", r"ud83d.* position 2")])
+                                          ("a\0b", "NUL character at position 1"), ("ab\ud83d", r"ud83d.* position 2"),
+                                          (b"\x89PNG", "bytes .*PNG"), (datetime(2024, 5, 1), "datetime .*2024-05-01"),
+                                          (Decimal("1.5"), "Decimal .*1.5"), ([b"a"], "a list")])
 def test_a_field_that_is_no_text(tiny, value, found):
     with pytest.raises(DataError, match=rf"f.jsonl:1: field 'chosen': .*({found})"):
         encode(tiny, PAIR | {"chosen": value})
+
+
+def test_what_the_next_file_can_hold():
+    """Values that JSON has no form for are left out, at whatever depth; broken text is named with its field."""
+    row = PAIR | {"level": 3, "tags": ["a", None], "more": {"x": 1.5}}
+    odd = {"at": datetime(2024, 5, 1), "image": b"\x89", "price": Decimal(1), "score": float("nan"), "deep": [{"at": datetime(2024, 5, 1)}]}
+    assert data.writable(row | odd, "f:1") == row
+    for broken in ({"x": "\ud83d"}, {"x": ["a\ud83d"]}):
+        with pytest.raises(DataError, match="f:1: half a surrogate pair in it.*field 'x'"):
+            data.writable(odd | broken, "f:1")
+    with pytest.raises(DataError, match=r"f:1: half a surrogate pair in it.*field '\\ud83d'"):
+        data.writable({"\ud83d": 1}, "f:1")
 
 
 @pytest.mark.parametrize("method, missing", [("stepdpo", "initial_reason_steps, chosen, rejected"),

@@ -340,9 +340,22 @@ def test_a_prefix_ends_at_a_token_of_the_attempt(checkpoint):
     args = ev.arguments().parse_args(command(checkpoint, "p", "o"))
     sampler = ev.Local(args)
     problem, text = ev.Problem("f:1", 1, "1 + 1\n", "2", "", {}), "Step 1: a .\n\nStep 2: b"
-    whole, _ = sampler.prepare(problem, text)
-    ids, reasoning = sampler.prepare(problem, text, len("Step 1: a ."))
+    whole = sampler.prepare(problem, text)[0]
+    ids, reasoning, _ = sampler.prepare(problem, text, len("Step 1: a ."))
     assert ids == whole[:len(ids)] and text.startswith(reasoning) and reasoning.strip() == "Step 1: a ."
+
+
+@pytest.mark.parametrize("name", ("qwen2.5", "tinyllama"))
+def test_a_prompt_is_sampled_from_as_it_was_trained(checkpoint, assets, name):
+    """A prompt that ends in a space ("Assistant: "): what is sampled from is the beginning of the trained tokens, and the space is not in the answer twice."""
+    sampler = ev.Local(ev.arguments().parse_args(command(checkpoint, "p", "o") + ["--prompt", "deepseek-math"]))
+    sampler.tokenizer = data.Tokenizer.from_pretrained(assets / "tokenizers" / name)
+    sampler.model.config.vocab_size = 2**20
+    sampler.model.config.max_position_embeddings = 2**10
+    ids, _, spaces = sampler.prepare(ev.Problem("f:1", 1, "1 + 1", "2", "", {}), "")
+    (example,), _ = data.encode_dataset([("f:1", {"prompt": "1 + 1", "response": "Let us add."})], sampler.tokenizer, "sft", "deepseek-math")
+    assert spaces and example.chosen[:len(ids)].tolist() == ids
+    assert sampler.tokenizer.continuation(ids, example.chosen[len(ids):-1].tolist()) == " Let us add."
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -35,7 +35,8 @@ y=2x+1 <=> 2x+1 ;; f(x) = x^2 <=> x^2 ;; f^{-1}(x) = x-1 <=> x-1 ;; (x+1)^2 <=> 
 \frac{\sqrt{2}}{2} <=> \frac{1}{\sqrt2} ;; (\text{B}) <=> B ;; \textbf{(B)}\ 12 <=> B ;; \textbf{(B) } 12 <=> 12
 B. 12 <=> B ;; (B) <=> B ;; B <=> (B) ;; Option B <=> B ;; \text{B} <=> B ;; \mathbf{B} <=> B ;; Yes <=> yes.
 No. <=> no ;; \text{Even} <=> even ;; an ellipse <=> ellipse ;; \text{June 20} <=> June 20
-4:30 p.m. <=> \text{4:30 p.m.} ;; 4:30 PM <=> 4:30 pm ;; 1:2 <=> \frac{1}{2} ;; 2:4 <=> 1:2 ;; 2516_8 <=> 2516_{8}
+4:30 p.m. <=> \text{4:30 p.m.} ;; 10:30 a.m <=> 10:30 \text{ a.m.}
+4:30 PM <=> 4:30 pm ;; 1:2 <=> \frac{1}{2} ;; 2:4 <=> 1:2 ;; 2516_8 <=> 2516_{8}
 i\sqrt{3} <=> \sqrt{3}i ;; 2\text{i} <=> 2i ;; 3+4i <=> 4i+3 ;; ½ <=> 0.5 ;; 3½ <=> 3.5 ;; x² <=> x^2
 √3 <=> \sqrt{3} ;; 2√3/3 <=> \frac{2\sqrt3}{3} ;; −5 <=> -5 ;; 5×10³ <=> 5000 ;; 5\text{ apples} <=> 5
 15 apples <=> 15 ;; \emptyset <=> \varnothing ;; \{\} <=> \emptyset ;; {1,2,3} <=> \{3,2,1\} ;; 1,2,3 <=> 3, 2, 1
@@ -273,6 +274,42 @@ COMPLETIONS = [
     ('\\boxed{x = 5 \\text{ and } y = 2}', 'x = 5 \\text{ and } y = 2'),
     ('\\[\\boxed{\\begin{matrix}1&2\\end{matrix}}\\]', '\\begin{matrix}1&2\\end{matrix}'),
     ('\\boxed{\\frac{1}{2}\\text{ of } \\{1\\}}', '\\frac{1}{2}\\text{ of } \\{1\\}'),
+    # "answer" in the course of a solution states nothing
+    ('To answer the question, we need how many are left: 16 - 3 = 13.\nShe makes 9*2=18 dollars.', '18'),
+    ('Each correct answer is worth 2 points. He has 15 correct answers, so 30 points.', '30'),
+    ('The correct answers are worth 2 points each. So he has 30 points.', '30'),
+    ('Tom got 5 answers wrong: 20 - 5 = 15.\nEach is worth 2 points, so he has 30 points.', '30'),
+    ('She takes .75 minutes to answer a question: 12/16 = .75.\nShe has 0 minutes left.', '0'),
+    ('He spent this on the short answer questions: 120 - 75 = 45 minutes\nThere are 45/3 = 15 questions', '15'),
+    ('He earned 24 points/answer = 48 points.\nWith the bonus, 48 + 16 = 64 points.', '64'),
+    ('The answer to part one is 5.\nAdding 4 gives 9.', '9'),
+    ('Express the answer as a percentage: 20 / 240 = 8.333...%, which rounds down to 8%', '8'),
+    ('Multiply the answer by 100 for a percentage: 3/4 * 100 = 75.\nSo 25 are left.', '25'),
+    ('b = 144\nAnswer: B', 'B'),
+    ('The final answer of $22$.', '22'),
+    # numbers at the end of a clause
+    ('So the total cost is $12,000, which he pays.', '12000'),
+    ('The answer is $12,000, and he keeps it.', '12000'),
+    ('Therefore the probability is 1/4.', '1/4'),
+    ('He ran 2 1/2 miles.', '2 1/2'),
+    ('The sides are 1,234,567 and 12,34', '34'),
+    # all of a stated answer, and nothing but it
+    ('The answer is 3 1/2 hours.', '3 1/2'),
+    ('The answer is 3 million dollars.', '3 million'),
+    ('#### 3 million', '3 million'),
+    ('The cost is $3 million', '3'),                    # not stated: where millions are asked for, 3 is right
+    ('The answer is $1$, $2$, and $3$.', '1, 2, 3'),
+    ('The answer is 12 apples for 3 people.', '12'),
+    ('The answer is $12 for 3 tickets.', '12'),
+    ('The answer is 21 years in 3 years.', '21'),
+    ('The answer is 12 (which is 3*4).', '12'),
+    ('The answer is 5, not 6.', '5'),
+    ('The answer is 5 more than 3, so 8.', '8'),
+    ('The answer is 25pi.', '25pi'),
+    ('The answer is 2 sqrt(x).', '2 sqrt(x)'),
+    ('The answer is 30 min.', '30'),
+    ('The answer is No.', 'No'),
+    ('The answer is no real solutions.', 'no real solutions'),
 ]
 
 
@@ -317,7 +354,7 @@ REPEATED = ["(", "\"cm\"y", "y \\text{cm}", "-5 cm y", "{", "[", "\\{", "\\frac"
             "\\(", "\\[1", "\\boxed{", "\\boxed{}",
             "\\boxed{\n", "the answer is ", "answer:", "answer ", "####", "#### 1\n", "<think>", "</think>",
             "<|im_end|>", "\\approx 1", "1\\approx ", "0.\\overline{3}", "option A ",
-            "\\binom{9}{", "f(", "-\\$", "\\setminus\\{1\\}", "Mr.", "ab "]
+            "\\binom{9}{", "f(", "-\\$", "\\setminus\\{1\\}", "Mr.", "ab ", "$1$, ", "1 1/"]
 SINGLE = ["9**9**9**9", "9^{9^{9^{9}}}", "10^{10^{10}}", "2^{2^{2^{2^{2^2}}}}", "(10^{9})!", "100000!!",
           "((99999)!)!", "e^{e^{e^{e^{e^e}}}}", "\\sin(10^{10^{5}})", "x^{99999}", "x^{10^{20}}",
           "\\binom{99999}{50000}", "\\binom{10^{9}}{5}", "\\sqrt[10^9]{2}", "\\tan(\\pi/2)", "1/0", "0/0", "0^0",
@@ -331,7 +368,7 @@ SINGLE = ["9**9**9**9", "9^{9^{9^{9}}}", "10^{10^{10}}", "2^{2^{2^{2^{2^2}}}}", 
           "+".join("9^{9999}" for _ in range(150)), "+".join(f"1/{10**12 + i}" for i in range(110)),
           "*".join(f"(x+{i})^{{99}}" for i in range(100)), "{" + ",".join(f"\\sin {i}" for i in range(150)) + "}",
           "{" + ",".join(f"(x+{i})!" for i in range(150)) + "}",
-          ",".join(f"\\sqrt{{{i}+x}}" for i in range(2, 99)), "10^{\\pi\\cdot 9999}+" * 70 + "1"]
+          ",".join(f"\\sqrt{{{i}+x}}" for i in range(2, 99)), "10^{\\pi\\cdot 9999}+" * 70 + "1", ",111" * 50_000 + "1"]
 
 
 @pytest.mark.parametrize("piece", SINGLE + REPEATED)

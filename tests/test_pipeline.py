@@ -3,12 +3,16 @@ machine, no model."""
 import json
 import random
 import threading
+import time
+from datetime import datetime
+from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from hypothesis import given, strategies as st
 
 import data
+import eval as ev
 from data import (DataError, Endpoint, EndpointError, RequestRefused, error_posterior, first_error_from_values,
                   split_steps, step_starts)
 
@@ -115,6 +119,45 @@ def test_steps_that_come_to_the_same(a, b, same):
     assert data.same_step(a, b) == same
 
 
+@pytest.mark.parametrize("a, b, same", [
+    (r"\frac{1}{2}", r"\frac{3}{2}", False), (r"\frac{1}{2}", r"-\dfrac{1}{2}", False), ("1/2", "3/2", False),
+    (r"\frac{3\pi}{2}", r"\frac{\pi}{2}", False), (r"\frac{1}{2}", "1 / 2", True), (r"\dfrac{-1}{2}", "-0.5", True),
+    ("-5", "5", False), ("−5", "- 5", True), (r"\boxed{-5}", "$-5$", True), (r"-\$5", "$5", False),
+    ("10 - 5", "5", True), ("y-5", "10 - 5", True), ("it is:\nThus\n- 5 apples", "5", True), ("3-5", "5", True),
+    ("1,000", "1000.0", True), (r"10,\!000", "10{,}000", True), ("2{,}000", "1{,}000", False), ("(1,2)", "(3,2)", False),
+    (r"2\sqrt{3}", r"\sqrt{3}", False), ("2^3", "4^3", False), ("3:2", "1:2", False), ("1/0", "2/0", False),
+    ("9" * 5000, "8" * 5000, False), (r"5 \sqrt{a}", r"5 \sqrt{b}", True)])
+def test_a_value_is_compared_whole(a, b, same):
+    """With numerator, sign, thousands and root; a minus between two values is no sign."""
+    for style in data.STEP_STYLES:
+        assert data.same_step(f"\nStep 2: So x = {a}.", f"\nStep 2: So x = {b}.", style) == same
+
+
+@pytest.mark.parametrize("label", ["\n2. ", "\n**12.** ", "\n> 3) ", "1. ", "We argue.\n1. "])
+@pytest.mark.parametrize("style", ["number", "auto"])
+def test_the_number_of_a_step_is_not_its_value(style, label):
+    assert not data.same_step(f"{label}So it is even.", f"{label}So it is odd.", style)
+    assert data.same_step(f"{label}So it  is even.", "\n7. So it is even.", style)
+    assert data.same_step(f"{label}So it is 5.", f"\n7. It is 5.", style)
+
+
+def test_a_wrong_numerator_is_the_first_error():
+    """Six of eight continuations from before the third step reach the answer, all with another fraction: that step is
+    convicted, not the next one."""
+    wrong, right = "\nStep 3: The ratio is \\frac{3}{2}.", "\nStep 3: The ratio is \\frac{1}{2}."
+    same = 6 * data.same_step(right, wrong)
+    agreement = [[6, 6, 8], [6, 6, 8], [same, 6, 8], None, None]
+    assert first_error_from_values([[6, 8], [6, 8], [2, 8], [0, 8], [0, 8]], agreement) == 2
+
+
+@pytest.mark.parametrize("unit", ["1/", "1 /", "- ", "1,", " ", "\\frac{", "\\frac{1}{", "\\sqrt{{}", "^{", "1{", "{,}", "9"])
+def test_values_of_hostile_text_take_linear_time(unit):
+    text, start = unit * (100_000 // len(unit)), time.process_time()
+    for whole in (text, "\\frac{" + text, "\\sqrt{ " + text):
+        data.last_value(whole)
+    assert time.process_time() - start < 5
+
+
 def simulated_rollouts(rng):
     """A solver that takes each step right with its own probability (on average 0.65 to 0.97, by problem), and an
     attempt of its that went wrong at `error`: rollouts(k, n) samples n continuations from before step k -> [same,
@@ -214,6 +257,108 @@ def test_bad_rows_are_named_and_the_rest_goes_on(tmp_path, capsys):
                         (7, "'id'"), (8, "'correct'"), (9, "'prefix'")):
         assert any(f"a.jsonl:{line}: " in text and found in text for text in errors.split("\n")), (line, found)
     assert len(read(tmp_path / "e.jsonl")) == 1
+
+
+class Dice:
+    """In place of a checkpoint: a model of which every second sample is right."""
+    settings: dict = {}
+
+    def __init__(self, args):
+        pass
+
+    def prepare(self, problem, text, cut=None):
+        return problem.question, text, False
+
+    def batches(self, prompts, n):
+        return [list(range(len(prompts)))]
+
+    def run(self, prompts, n, seed, done, on_finish):
+        for i in range(len(prompts)):
+            for j in range(n):
+                on_finish(i, j, BAD if j % 2 else GOOD, 3, "eos")
+
+
+def sample(file, out, *more):
+    return ev.main(["--model", "dice", "--problems", str(file), "--out", str(out), "--temperature", "1", *more])
+
+
+@pytest.mark.parametrize("name, ids, made", [
+    ("idx", [0, 1, 0, 1, 0], ["0", "1", "0~2", "1~2", "0~3"]), ("id", ["a", "a~2", "a"], ["a", "a~2", "a~3"]),
+    ("id", ["a", "a", "a~2"], ["a", "a~2", "a~2~2"]), ("id", ["2", None, "1"], ["2", "2~2", "1"])])
+def test_ids_that_repeat_are_told_before_anything_is_sampled(tmp_path, monkeypatch, capsys, name, ids, made):
+    """Two sets in one file, both numbered from 0: every sample of both can be used; and the same command continues."""
+    monkeypatch.setattr(ev, "Local", Dice)
+    rows = [{name: id, "question": f"Twice 3 + 4? {i}", "answer": "14"} for i, id in enumerate(ids)]
+    file = write(tmp_path / "q.jsonl", *rows)
+    assert sample(file, tmp_path / "a.jsonl", "--samples", "4") == 0
+    told = capsys.readouterr().err
+    place = next(i for i, (id, new) in enumerate(zip(ids, made), 1) if new != str(id))
+    assert f"q.jsonl:{place}: id " in told and "stands in " in told and f"here it becomes {made[place - 1]!r}" in told
+    assert [str(row["id"]) for row in read(tmp_path / "a.jsonl")[::4]] == made
+    assert run("localize", tmp_path / "a.jsonl", "--judge", JUDGE, "--out", tmp_path / "e.jsonl") == 0
+    assert f"{len(ids)}  problems" in (out := capsys.readouterr().out) and f"{4 * len(ids)}  attempts" in out
+    assert [row["id"] for row in read(tmp_path / "e.jsonl")] == [f"{id}#1" for id in made]
+    assert sample(file, tmp_path / "a.jsonl", "--samples", "4") == 0 and "already complete" in capsys.readouterr().out
+
+
+def test_shards_of_a_hub_set_do_not_share_ids():
+    shards = [ev.read_problem(f"s-0000{i}.parquet:row 1", {"question": "?", "answer": "1"}) for i in range(3)]
+    assert len(ev.make_distinct(shards)) == 2 and [shard.id for shard in shards] == [1, "1~2", "1~3"]
+
+
+def rollout_attempts(file):
+    items = ev.read_file(ev.arguments().parse_args(["--problems", file, "--out", "o", "--rollouts", "8"]), bad := [])
+    return [problem for problem, _ in items], bad
+
+
+def test_attempts_at_a_problem_share_its_id(tmp_path, capsys):
+    """Samples of one id are left as they are; attempts of two merged runs, which share the samples as well, and attempts
+    with an id that localize does not read, get ids of their own, which are written."""
+    file = write(tmp_path / "a.jsonl", *(attempt(BAD, sample=i) for i in range(3)))
+    assert [problem.id for problem in rollout_attempts(file)[0]] == ["p1"] * 3 and not capsys.readouterr().err
+    file = write(tmp_path / "b.jsonl", *2 * [attempt(BAD), attempt(LATE, sample=1)], attempt(BAD, id=None), attempt(BAD, sample="x"))
+    problems, bad = rollout_attempts(file)
+    told = capsys.readouterr().err.splitlines()
+    assert [problem.carried["id"] for problem in problems] == [problem.id for problem in problems] == ["p1", "p1", "p1~2", "p1~2", 5]
+    assert f"{file}:3: id 'p1' stands in {file}:1 already" in told[0] and "1 more rows likewise" in told[1] and len(told) == 2
+    assert [f"{file}:6: field 'sample': found 'x'" in str(error) for error in bad] == [True]
+
+
+def test_attempts_without_an_end_cost_no_rollouts(tmp_path, capsys):
+    """What localize does not judge is not sampled from; how many, is said."""
+    rows = [attempt(BAD), attempt(BAD, sample=1, stop_reason="length"), attempt(GOOD, sample=2, stop_reason="length")]
+    file = write(tmp_path / "a.jsonl", *rows)
+    assert [problem.carried["sample"] for problem in rollout_attempts(file)[0]] == [0]
+    assert f"{file}: 1 of 2 wrong attempts were cut off by the length limit" in capsys.readouterr().err
+    with pytest.raises(DataError, match="holds no wrong attempt that can be used"):
+        rollout_attempts(write(tmp_path / "b.jsonl", rows[1]))
+    assert "1 of 1 wrong attempts were cut off" in capsys.readouterr().err
+
+
+# what a parquet file can hold and JSON cannot
+ODD = {"created": datetime(2024, 1, 1), "image": b"\x89PNG", "price": Decimal("1.5"), "level": float("nan"), "all": [{"day": datetime(2024, 1, 1)}]}
+
+
+def test_columns_of_a_parquet_that_nobody_uses(tmp_path, monkeypatch, capsys):
+    """Dates, bytes, decimals and NaNs beside the used columns stop neither sampling nor localizing; in a used column each
+    is a named error."""
+    rows = [attempt(BAD) | ODD, attempt(BAD, sample=1) | {"question": b"?"}, attempt(BAD, id=datetime(2024, 1, 1))]
+    monkeypatch.setitem(data._READERS, ".parquet", lambda path: ((f"{path}:row {i}", row) for i, row in enumerate(rows, 1)))
+    monkeypatch.setattr(ev, "Local", Dice)
+    (file := tmp_path / "a.parquet").write_bytes(b"")
+    assert run("localize", file, "--judge", JUDGE, "--out", tmp_path / "e.jsonl") == 1
+    assert not ODD.keys() & read(tmp_path / "e.jsonl")[0].keys()
+    told = capsys.readouterr().err
+    assert "row 2: field 'question': found bytes " in told and "row 3: fields 'id', 'sample': found " in told
+    assert sample(file, tmp_path / "v.jsonl", "--rollouts", "2", "--every_step") == 1
+    valued = read(tmp_path / "v.jsonl")
+    assert not ODD.keys() & valued[0].keys() and [row["id"] for row in valued] == ["p1", 3]
+    rows[:] = [{"question": "?", "answer": "14"} | ODD, {"question": "?", "answer": Decimal(14)}, {"question": datetime(2024, 1, 1), "answer": "1"}]
+    capsys.readouterr()
+    assert sample(file, tmp_path / "s.jsonl") == 1
+    told = capsys.readouterr().err
+    assert "row 2: field 'answer': found Decimal " in told and "row 3: field 'question': found datetime " in told
+    assert not ODD.keys() & read(tmp_path / "s.jsonl")[0].keys()
 
 
 @pytest.mark.parametrize("arguments, found",

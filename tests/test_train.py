@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -432,10 +433,36 @@ def test_a_loss_that_is_not_a_number_stops_the_run_before_the_weights_are_touche
 
 
 def test_a_wrong_reference_is_noticed(work, tmp_path, monkeypatch, capsys):
-    """If the first loss is not log 2, the reference is not the policy at step 0, and training would optimise something else."""
+    """If the first loss is not log 2, the reference is not the policy at step 0, and training would optimise something else. (A variant's margin may
+    begin where it likes.)"""
     right = stepdpo.score
     monkeypatch.setattr(stepdpo, "score", lambda *a: right(*a) + torch.tensor([1.0, 0.0]))
     assert "instead of 0" in fails(capsys, arguments(work, "stepdpo", tmp_path / "out"))
+    variant = lambda *args: stepdpo.preference_objective(*args)
+    assert stepdpo.main(arguments(work, "stepdpo", tmp_path / "variant", "--max_steps", "1"), objective=variant) == 0
+
+
+def test_a_run_without_clipping_ends(work, tmp_path):
+    """--clip inf is how one says it, and no JSON number: the run ends, and the same command finds it complete."""
+    argv = arguments(work, "stepdpo", tmp_path / "out", "--max_steps", "1", "--clip", "inf")
+    assert stepdpo.main(argv) == 0
+    before = (tmp_path / "out" / "run.json").stat().st_mtime_ns
+    assert stepdpo.main(argv) == 0 and (tmp_path / "out" / "run.json").stat().st_mtime_ns == before
+
+
+def test_others_stop_where_the_model_learned_to(work, tmp_path):
+    """A base checkpoint whose EOS is not what ends a turn of the chat: after SFT on the chat, config.json and generation_config.json name both (so
+    transformers and servers stop there), after Step-DPO, which teaches no end, what they named before."""
+    model = tiny_checkpoint(tmp_path / "base")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{{ bos_token }}{% for m in messages %}{{ m.content }}<pad>{% endfor %}"
+    write_json(model / "tokenizer_config.json", settings)
+    write_json(model / "generation_config.json", {"eos_token_id": 2, "top_k": 7})
+    for method, ends in (("sft", [2, 0]), ("stepdpo", 2)):
+        out = tmp_path / method
+        assert stepdpo.main(arguments(work, method, out, "--model", str(model), "--prompt", "chat", "--max_steps", "1")) == 0
+        assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": ends, "top_k": 7}
+        assert json.loads((out / "config.json").read_text())["eos_token_id"] == ends
 
 
 def test_mistakes_of_a_newcomer_end_in_one_line(work, tmp_path, capsys):
@@ -450,6 +477,11 @@ def test_mistakes_of_a_newcomer_end_in_one_line(work, tmp_path, capsys):
     assert "initial_reason_steps" in fails(capsys, [*argv, "--data", str(tmp_path / "columns.jsonl")])
     assert "--batch_size is 0" in fails(capsys, [*argv, "--batch_size", "0"])
     assert "--max_steps is 0" in fails(capsys, [*argv, "--max_steps", "0"])
+    assert "--seed is -1" in fails(capsys, [*argv, "--seed", "-1"])
+    tiny_checkpoint(tmp_path / "renumbered")
+    tokenizer = tmp_path / "renumbered" / "tokenizer.json"
+    tokenizer.write_text(re.sub(r'"A":\s*(\d+)(.*?)"B":\s*(\d+)', r'"A": \3\2"B": \1', tokenizer.read_text(), flags=re.S))
+    assert "numbers tokens otherwise: 'A' is" in fails(capsys, [*argv, "--reference", str(tmp_path / "renumbered")])
     assert "no row is left" in fails(capsys, [*argv, "--max_length", "20"])
     tiny_checkpoint(tmp_path / "short", max_position_embeddings=30)
     assert "longer than 30 tokens" in fails(capsys, [*argv, "--model", str(tmp_path / "short")])
