@@ -126,7 +126,7 @@ def wrapped(folder: Path, code: str) -> str:
 IN_FP64 = """
 read, save = Llama.read_weights, Llama.save_pretrained
 Llama.read_weights = lambda self, dtype=None, device="cpu": read(self, torch.float64, device)
-Llama.save_pretrained = lambda self, folder, dtype=None: save(self, folder, torch.float64)
+Llama.save_pretrained = lambda self, folder, dtype=None, **more: save(self, folder, torch.float64, **more)
 """
 
 
