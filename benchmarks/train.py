@@ -119,7 +119,6 @@ TRL_SETTINGS = {
     "TRL, its defaults": dict(),
     "TRL, reference precomputed, no checkpointing": PRECOMPUTED,
     "TRL, the same, one pair at a time": dict(PRECOMPUTED, micro_batch_size=1),
-    "TRL, the same, malloc set as this project does": dict(PRECOMPUTED, micro_batch_size=1, malloc=True),
 }
 
 
@@ -131,8 +130,6 @@ def train_trl(job: dict, precision: str, settings: dict) -> dict:
     datasets.disable_progress_bars()
     settings = dict(settings)
     micro = settings.pop("micro_batch_size", job["micro_batch_size"])
-    if settings.pop("malloc", False):
-        keep_freed_memory()
     if job["gradient_checkpointing"]:
         settings.pop("gradient_checkpointing", None)                           # TRL's default is on
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(Path(job["model"]) / "tokenizer.json"), pad_token=job["pad_token"],
@@ -360,7 +357,7 @@ def peers(job: dict, rounds: int, trl: bool) -> dict:
     precision, checkpointing = job["precision"], job["gradient_checkpointing"]
     contestants = {}
     for name, settings in TRL_SETTINGS.items() if trl else ():
-        if (job["micro_batch_size"] > 1 or "micro_batch_size" not in settings) and (job["device"] == "cpu" or "malloc" not in settings):
+        if job["micro_batch_size"] > 1 or "micro_batch_size" not in settings:
             contestants[name] = (train_trl, precision, settings)
     contestants["this project"] = (train_ours, precision, checkpointing)
     if job["micro_batch_size"] > 1:
@@ -575,11 +572,11 @@ def main(argv=None) -> int:
                 title = kinds[part] if trl else f"{kinds[part]}: TRL is not installed, or left out"
                 text.append(peers_table(job, report[part], title, args.peak_tflops))
             elif part == "ideas":
-                report[part] = ideas(job, 1 if args.quick else 3)
+                report[part] = ideas(job, 1 if args.quick else 2)
                 text.append(ideas_table(report[part]))
             elif part == "prefix":
                 lengths = [(24, 8)] if args.quick else [(60, 60), (240, 60), (960, 60)]
-                report[part] = prefix(job, lengths, 1 if args.quick else 3)
+                report[part] = prefix(job, lengths, 1 if args.quick else 2)
                 text.append(prefix_table(report[part]))
             else:
                 report[part] = in_child(profile, job)
