@@ -17,7 +17,8 @@ Model FLOPs of an update, forward and backward (the backward costs twice the for
     6 N body - 6 (N - A) last + 6 M C V + 12 layers heads head_size (pairs of tokens of which one attends to the other)
 
 with N = P + 2S tokens a pair (the prefix counted once), body = the weights of the blocks' linear layers, M response tokens, predicted at A positions,
-last = the weights of the last block that only these need (its output projection and MLP), C hidden size, V vocabulary. Recomputation is not counted. These operations cannot be avoided, so they are the numerator for every contestant: the share of the
+last = the weights of the last block that only these need (its output projection and MLP), C hidden size, V vocabulary.
+Recomputation is not counted. These operations cannot be avoided, so they are the numerator for every contestant: the share of the
 GEMM rate says how near a whole update, optimizer included, comes to the time that the machine's matrix product alone would need."""
 import argparse
 import copy
@@ -80,7 +81,8 @@ def flops_of(example, config: Config) -> int:
     body = c.num_hidden_layers * (last + c.hidden_size * (width + 2 * c.num_key_value_heads * c.head_dim))
     asked = responses - (len(tails) - 1) * (P - example.start + 1)              # the last token of the prefix predicts for both sides
     seen = P * (P + 1) // 2 + sum(S * P + S * (S + 1) // 2 for S in tails)
-    return 6 * (P + sum(tails)) * body - 6 * (P + sum(tails) - asked) * last + 6 * responses * c.hidden_size * c.vocab_size + 12 * c.num_hidden_layers * width * seen
+    tokens = P + sum(tails)
+    return 6 * tokens * body - 6 * (tokens - asked) * last + 6 * responses * c.hidden_size * c.vocab_size + 12 * c.num_hidden_layers * width * seen
 
 
 # ---------------------------------------------------------------------------------------------------------------------
