@@ -40,8 +40,8 @@ from tqdm import tqdm
 from data import (BOXED, LONGEST_TOKEN, PROMPT_STYLES, STEP_STYLES, DataError, Endpoint, RequestRefused, Tokenizer,
                   complain, expect, first_error_from_values, next_prefix, read_rows, render_prompt, same_step, split_steps,
                   text_field, writable, write_rows)
-from model import (CheckpointError, Llama, fingerprint, generate, keep_freed_memory, read_json, resolve, stable_key,
-                   writing)
+from model import (CheckpointError, Llama, choose_device, fingerprint, generate, keep_freed_memory, read_json, resolve,
+                   stable_key, writing)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1439,17 +1439,12 @@ class Local:
 
     def __init__(self, args: argparse.Namespace):
         folder = resolve(args.model)
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise DataError(f"--device {device}: PyTorch finds no GPU here; use --device cpu")
-        if device == "cuda":
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        kind = device.partition(":")[0]
-        dtype = args.dtype or ("fp32" if kind == "cpu" else "bf16")
+        device = choose_device(args.device)
+        dtype = args.dtype or ("fp32" if device.type == "cpu" else "bf16")
         self.args, self.tokenizer = args, Tokenizer.from_pretrained(folder)
         self.stop_ids = self.tokenizer.stop_ids(args.prompt)
         self.model = Llama.from_pretrained(folder, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], device)
-        self.settings = {"model": f"{folder.resolve().name} {fingerprint(folder)[:12]}", "dtype": dtype, "device": kind}
+        self.settings = {"model": f"{folder.resolve().name} {fingerprint(folder)[:12]}", "dtype": dtype, "device": device.type}
 
     def prepare(self, problem: Problem, text: str, cut: int | None = None) -> tuple[list[int], str, bool]:
         """What `run` wants of a prompt, the reasoning that is in it, `text` or its steps before character `cut`, and

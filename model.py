@@ -515,15 +515,15 @@ class Llama(nn.Module):
                     shutil.copyfile(self.source / filename, aside / filename)
         raw = dict(self.config.raw or {})
         raw["dtype" if "dtype" in raw else "torch_dtype"] = str(dtype).removeprefix("torch.")
-        for filename, values in (("config.json", raw), ("generation_config.json", None)):
-            if values is None and (aside / filename).is_file():
-                values = read_json(aside / filename)
-            if values is not None:
-                known = values.get("eos_token_id")
-                known = known if isinstance(known, list) else [] if known is None else [known]
-                if not set(eos_ids) <= set(known):
-                    values["eos_token_id"] = [*dict.fromkeys((*known, *eos_ids))]
-                (aside / filename).write_text(json.dumps(values, indent=2) + "\n")
+        settings = {"config.json": raw}
+        if (aside / "generation_config.json").is_file():
+            settings["generation_config.json"] = read_json(aside / "generation_config.json")
+        for filename, values in settings.items():
+            known = values.get("eos_token_id")
+            known = known if isinstance(known, list) else [] if known is None else [known]
+            if new := [id for id in eos_ids if id not in known]:
+                values["eos_token_id"] = known + new
+            (aside / filename).write_text(json.dumps(values, indent=2) + "\n")
 
         written = sorted(aside.iterdir(), key=lambda p: p.name == "config.json")
         for stale in [*folder.glob("model*.safetensors"), *folder.glob("model.safetensors.index.json")]:
@@ -836,6 +836,22 @@ def generate(model: Llama, prompts: list[list[int]], *, n: int = 1, max_new_toke
 def stable_key(seed: int, prompt: list[int], sample: int) -> int:
     """128 bits from (seed, prompt, sample), the same on every machine: Python's own hash() is neither stable nor wide."""
     return int.from_bytes(hashlib.blake2b(json.dumps([seed, sample, prompt]).encode(), digest_size=16).digest(), "little")
+
+
+def choose_device(wanted: str | None) -> torch.device:
+    """--device, or where nothing is wanted a GPU if there is one; of several, each of torchrun's processes takes its own."""
+    local, device = int(os.environ.get("LOCAL_RANK", 0)), wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise CheckpointError(f"--device {device}: expected cpu, cuda or cuda:N")
+    if device == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise CheckpointError(f"--device {device}: no CUDA device is visible to torch; use --device cpu, or install a CUDA build of torch")
+    chosen = torch.device(f"cuda:{local}" if device == "cuda" else device)
+    if chosen.index >= torch.cuda.device_count():
+        raise CheckpointError(f"--device {device}: process {local} of this machine wants {chosen}, and {torch.cuda.device_count()} GPUs are visible: lower "
+                              "--nproc_per_node, or name another")
+    return chosen
 
 
 def keep_freed_memory():

@@ -25,7 +25,6 @@ import json
 import math
 import os
 import platform
-import re
 import shutil
 import signal
 import sys
@@ -47,7 +46,7 @@ from tqdm import tqdm
 
 import data
 from data import Batch, DataError
-from model import CheckpointError, Config, Llama, Tree, fingerprint, keep_freed_memory, own_rows, read_json, resolve, whole, writing
+from model import CheckpointError, Config, Llama, Tree, choose_device, fingerprint, keep_freed_memory, own_rows, read_json, resolve, whole, writing
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,16 +186,9 @@ def learning_rate(step: int, total: int, peak: float, warmup: float, schedule: s
 
 def distributed(device: str | None) -> tuple[int, int, torch.device]:
     """(rank, world size, device), joining the process group that torchrun announces. nccl on CUDA, gloo on CPU."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise DataError(f"--device {device}: expected cpu, cuda or cuda:N")
-    if device.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise DataError("--device cuda: no CUDA device is visible to torch; use --device cpu, or install a CUDA build of torch")
-        if local >= torch.cuda.device_count():
-            raise DataError(f"process {local} of this machine has no GPU ({torch.cuda.device_count()} visible): lower --nproc_per_node")
-        device = f"cuda:{local}" if device == "cuda" else device
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = choose_device(device)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         # torchrun --max-restarts keeps one store for all starts, where new processes would find the addresses of dead ones. So each start puts a prefix of its
@@ -205,8 +197,8 @@ def distributed(device: str | None) -> tuple[int, int, torch.device]:
         store, starts = None, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         if starts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("LOCAL_WORLD_SIZE") == str(world):
             store = dist.PrefixStore(f"start {starts}", dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(hours=2))
-    return rank, world, torch.device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(hours=2))
+    return rank, world, device
 
 
 def all_sum(x: torch.Tensor) -> torch.Tensor:
@@ -754,7 +746,7 @@ def main(argv: list[str] | None = None, objective=None) -> int:
     args = parser().parse_args(argv)
     try:
         for name in ("epochs", "batch_size", "lr", "beta", "micro_batch_size", "micro_batch_tokens", "max_length", "max_steps", "clip"):
-            if (value := getattr(args, name)) is not None and not value > 0:
+            if (value := getattr(args, name)) is not None and not (value > 0 and (name == "clip" or math.isfinite(value))):      # --clip inf: no clipping
                 raise DataError(f"--{name} is {value}: expected a number above 0")
         for name in ("eval_every", "checkpoint_every", "seed"):
             if getattr(args, name) < 0:

@@ -86,6 +86,16 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with a tiny checkpoint `model`, 27 training pairs (so the last batch of 8 is short by 5) and 10 held-out ones."""
+    folder = tmp_path_factory.mktemp("work")
+    tiny_checkpoint(folder / "model")
+    write_rows(folder / "pairs.jsonl", pair_rows(27))
+    write_rows(folder / "held.jsonl", pair_rows(10, seed=1))
+    return folder
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # processes
 

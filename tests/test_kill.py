@@ -18,22 +18,13 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, pair_rows, tiny_checkpoint, write_rows
+from conftest import ROOT, write_rows
 from test_train import no_room
 
 import data
 import eval as ev
 
 KILLS, SEED = int(os.environ.get("KILLS", 1)), int(os.environ.get("SEED", 0))
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("work")
-    tiny_checkpoint(folder / "model")
-    write_rows(folder / "pairs.jsonl", pair_rows(27))
-    write_rows(folder / "held.jsonl", pair_rows(6, seed=1))
-    return folder
 
 
 def training(work: Path, method: str, out: Path) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, tiny_config, tiny_model, write_json
 from safetensors.torch import load_file, save_file
 
-from model import CheckpointError, Config, Llama, Tree, generate, pick_tokens
+from model import CheckpointError, Config, Llama, Tree, choose_device, generate, pick_tokens
 
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 VARIETIES = {   # name -> config.json of one tiny model; between them every family and every optional piece
@@ -218,6 +218,22 @@ def test_a_tree_in_one_call_asks_the_kernel_for_the_same(monkeypatch):
         results.append([y.detach(), *(x.grad for x in inputs)])
     for one, loop in zip(*results):
         torch.testing.assert_close(one, loop, atol=1e-6, rtol=1e-6)
+
+
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
+    """--device, or the GPU of torchrun's number; what is not there is refused by name."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert [str(choose_device(wanted)) for wanted in (None, "cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:1", "cuda:0", "cpu"]
+    for wanted, local, named in (("cuda:5", "0", "cuda:5"), ("cuda", "2", "process 2"), ("gpu", "0", "--device gpu")):
+        monkeypatch.setenv("LOCAL_RANK", local)
+        with pytest.raises(CheckpointError, match=named):
+            choose_device(wanted)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device(None).type == "cpu"
+    with pytest.raises(CheckpointError, match="no CUDA device"):
+        choose_device("cuda")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")

@@ -23,16 +23,6 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 COMMON = ["--prompt", "alpaca", "--batch_size", "8", "--lr", "1e-3", "--device", "cpu"]         # also where there is a GPU: bits are compared
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    """A folder with a tiny checkpoint `model`, 27 training pairs (so the last batch of 8 is short by 5) and 10 held-out ones."""
-    folder = tmp_path_factory.mktemp("work")
-    tiny_checkpoint(folder / "model")
-    write_rows(folder / "pairs.jsonl", pair_rows(27))
-    write_rows(folder / "held.jsonl", pair_rows(10, seed=1))
-    return folder
-
-
 def arguments(work, method, out, *more):
     return [method, "--model", str(work / "model"), "--data", str(work / "pairs.jsonl"), "--out", str(out), *COMMON, *more]
 
@@ -478,6 +468,8 @@ def test_mistakes_of_a_newcomer_end_in_one_line(work, tmp_path, capsys):
     assert "--batch_size is 0" in fails(capsys, [*argv, "--batch_size", "0"])
     assert "--max_steps is 0" in fails(capsys, [*argv, "--max_steps", "0"])
     assert "--seed is -1" in fails(capsys, [*argv, "--seed", "-1"])
+    assert "--lr is inf" in fails(capsys, [*argv, "--lr", "inf"])
+    assert "--device gpu: expected cpu" in fails(capsys, [*argv, "--device", "gpu"])
     tiny_checkpoint(tmp_path / "renumbered")
     tokenizer = tmp_path / "renumbered" / "tokenizer.json"
     tokenizer.write_text(re.sub(r'"A":\s*(\d+)(.*?)"B":\s*(\d+)', r'"A": \3\2"B": \1', tokenizer.read_text(), flags=re.S))
