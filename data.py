@@ -22,6 +22,8 @@ wrong step located (`localize`) and pairs it with the steps that led to the righ
 
 Legend: B rows of a micro-batch, N tokens laid end to end in it, M predicted (response) tokens among them.
 """
+from __future__ import annotations      # the method stands first, what it is made of behind it
+
 import argparse
 import functools
 import hashlib
@@ -57,402 +59,16 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 from tqdm import tqdm
 
-from model import CheckpointError, read_json, resolve, strict_json, writing
+from model import CheckpointError, locked, read_json, resolve, strict_json, writing, written
 
 
 class DataError(ValueError):
     """The user's data cannot be used. One line: file and line, field, what was found, what to do."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Rows: files of strangers, read strictly
-# ----------------------------------------------------------------------------------------------------------------------
-
-def read_rows(source: str | Path, bad: list[DataError] | None = None) -> Iterator[tuple[str, dict]]:
-    """Yield (where, row) for every object of a .jsonl, .json (an array, or one object a line) or .parquet file, or of a
-    hub dataset.
-
-    `where` ("file:line") goes in front of every later complaint about the row. UTF-8, with or without BOM; LF or CRLF;
-    blank lines are skipped. A row that cannot be read raises DataError, or, where a list `bad` is given, is appended to
-    it and the rest goes on.
-    """
-    path = Path(source)
-    if path.is_file():
-        files = [path]
-    elif path.exists():
-        raise DataError(f"{path}: is a folder or device; give a .jsonl, .json or .parquet file")
-    elif path.suffix in _READERS or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        raise DataError(f"{path}: no such file; give a .jsonl, .json or .parquet file, or a hub dataset (owner/name)")
-    else:
-        files = _hub_files(str(source))
-    count = 0
-    for file in files:
-        if file.suffix not in _READERS:
-            found = file.suffix or "a file without suffix"
-            raise DataError(f"{file}: cannot read {found}; expected .jsonl, .json or .parquet")
-        for where, row in _READERS[file.suffix](file):
-            count += 1
-            if isinstance(row, dict):
-                yield where, row
-                continue
-            error = row if isinstance(row, DataError) else DataError(
-                f"{where}: found {_kind(row)} where an object (a row with named fields) belongs; one {{...}} a line, "
-                "or an array of them in a file that is called .json")
-            if bad is None:
-                raise error
-            bad.append(error)
-    if not count:
-        raise DataError(f"{source}: holds no rows; expected one JSON object a line")
-
-
-def _read_lines(path: Path) -> Iterator[tuple[str, object]]:
-    with path.open("rb") as lines:                      # bytes: only \n ends a line, no other separator of Unicode
-        for number, line in enumerate(lines, 1):
-            where = f"{path}:{number}"
-            if number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                raise DataError(f"{where}: is UTF-16; save the file as UTF-8")
-            if number == 1 and line[:2] == b"\x1f\x8b":
-                raise DataError(f"{where}: is compressed by gzip; unpack it")
-            if line.removeprefix(b"\xef\xbb\xbf").strip():
-                yield where, _parse(line, where)
-
-
-def _read_json(path: Path) -> Iterator[tuple[str, object]]:
-    with path.open("rb") as file:
-        head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not head.startswith(b"["):
-        yield from _read_lines(path)
-        return
-    rows = _parse(path.read_bytes(), str(path))
-    for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
-        yield f"{path}:item {number}", row
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise DataError(f"{path}: parquet files need pyarrow: pip install pyarrow") from None
-    try:
-        rows = (row for batch in pyarrow.parquet.ParquetFile(path).iter_batches() for row in batch.to_pylist())
-        for number, row in enumerate(rows, 1):
-            yield f"{path}:row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable parquet file ({_one_line(error)})") from None
-
-
-_READERS = {".jsonl": _read_lines, ".json": _read_json, ".parquet": _read_parquet}
-
-
-def _hub_files(dataset: str) -> list[Path]:
-    """The training files of a hub dataset, downloaded: those of one format, "train" in the name where any has it."""
-    from huggingface_hub import HfApi, hf_hub_download
-    try:
-        names = sorted(HfApi().list_repo_files(dataset, repo_type="dataset"))
-        for suffix in (".parquet", ".jsonl", ".json"):
-            files = [name for name in names if name.endswith(suffix)]
-            files = [name for name in files if "train" in name] or files
-            if files:
-                return [Path(hf_hub_download(dataset, name, repo_type="dataset")) for name in files]
-    except Exception as error:                          # offline, no such dataset, no permission: the hub raises many
-        raise DataError(f"{dataset}: neither a file here nor a dataset of the hub ({_one_line(error)})") from None
-    raise DataError(f"{dataset}: no .parquet, .jsonl or .json file in it (found: {', '.join(names[:8]) or 'nothing'})")
-
-
-def _parse(raw: bytes, where: str) -> object:
-    """One JSON value, or the DataError that says why not."""
-    try:
-        return strict_json(raw)
-    except UnicodeDecodeError as error:
-        found = f"found 0x{raw[error.start]:02x}"
-        return DataError(f"{where}: byte {error.start} is not UTF-8 ({found}); save the file as UTF-8")
-    except RecursionError:
-        return DataError(f"{where}: JSON nested too deeply; a row is a flat object of text fields")
-    except ValueError as error:
-        begins = _quote(raw[:60].decode("utf-8", "replace"))
-        return DataError(f"{where}: malformed JSON ({_one_line(error)}; begins {begins}); correct or remove it")
-
-
-def text_field(row: dict, name: str, where: str) -> str:
-    """row[name], if it is text that a tokenizer and a file can carry; DataError otherwise."""
-    value = row.get(name)
-    if name not in row:
-        raise DataError(f"{where}: field {name!r}: not there (found: {', '.join(row) or 'nothing'}); expected text")
-    if not isinstance(value, str):
-        raise DataError(f"{where}: field {name!r}: found {_kind(value)} {_shown(value)}; expected text")
-    if "\0" in value:
-        raise DataError(f"{where}: field {name!r}: a NUL character at position {value.index(chr(0))}; remove it")
-    if lone := re.search("[\ud800-\udfff]", value):
-        raise DataError(f"{where}: field {name!r}: half a surrogate pair (\\u{ord(lone[0]):x}) at position "
-                        f"{lone.start()}, which is no character: the text was cut or decoded wrongly; remove the row")
-    return value
-
-
-# The files of the pipeline, by the columns that tell them, and what is done with them.
-_STAGES = {"pairs": ({"prompt", "chosen", "rejected"}, "stepdpo.py --data F"),
-           "rectified attempts": ({"completion", "full_rejected"}, "data.py pairs F"),
-           "valued attempts": ({"completion", "values"}, "data.py localize F --judge values"),
-           "attempts": ({"completion", "correct"}, "eval.py --problems F --rollouts 8, or data.py localize F"),
-           "errors": ({"prefix", "full_rejected"}, "eval.py --problems F --samples 20"),
-           "problems": ({"question", "answer"}, "eval.py --problems F")}
-
-
-def expect(row: dict, where: str, *wanted: str) -> None:
-    """DataError where a row is known to be of another stage of the pipeline than the `wanted` ones."""
-    found = next((name for name, (columns, _) in _STAGES.items() if columns <= row.keys()), None)
-    if found and found not in wanted:
-        raise DataError(f"{where}: the file holds {found}, and {wanted[0]} belong here; what goes on with {found} is "
-                        f"{_STAGES[found][1]}")
-
-
-def writable(row: dict, where: str) -> dict:
-    """The fields of a row that the next stage's file can hold: not the dates, bytes, decimals and NaNs of parquet files.
-    DataError where text is broken, whatever the field."""
-    kept = {}
-    for name, value in row.items():
-        try:
-            json.dumps({name: value}, ensure_ascii=False, allow_nan=False).encode()
-        except (UnicodeEncodeError, RecursionError):
-            raise DataError(f"{where}: half a surrogate pair in it, or too deep an object (field {name!r}); make the row "
-                            "again") from None
-        except (TypeError, ValueError):
-            continue
-        kept[name] = value
-    return kept
-
-
-def _kind(value) -> str:
-    kinds = {dict: "an object", list: "a list", str: "text", bool: "true/false", int: "a number", float: "a number",
-             type(None): "null"}
-    return kinds.get(type(value), type(value).__name__)
-
-
-def _quote(text: str, width: int = 60) -> str:
-    return repr(text if len(text) <= width else text[:width] + "...")
-
-
-def _shown(value) -> str:
-    return _quote(json.dumps(value, default=str))       # of a parquet, values that are not JSON's
-
-
-def _one_line(error) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The tokenizer and the chat template
-# ----------------------------------------------------------------------------------------------------------------------
-
-class Encoded(NamedTuple):
-    ids: list[int]
-    offsets: list[tuple[int, int]]                      # (begin, end) of each token, in characters of the text
-
-
-class Tokenizer:
-    """A checkpoint's tokenizer: tokenizer.json run by `tokenizers`, and the conventions that stand in the files around.
-
-    bos_id           in front of every text, once; None where the checkpoint wants none (Qwen2)
-    eos_id, eos_ids  the tokenizer's own end token (or None); every id that ends a generation, by the folder's files
-    control_tokens   the strings of the special tokens: recognised anywhere in a text, so a row must not contain them
-    chat_template    Jinja source, or None
-    """
-
-    def __init__(self, backend: tokenizers.Tokenizer, *, bos_id: int | None = None, eos_ids: tuple[int, ...] = (),
-                 chat_template: str | None = None, names: dict[str, str] | None = None, source: str = "tokenizer"):
-        backend.no_truncation()                         # a tokenizer.json may ask for both, and would cut in silence
-        backend.no_padding()
-        backend.post_processor = None                   # `encode` adds BOS; and no offsets trimmed of white space
-        self.backend, self.source, self.chat_template, self._template = backend, source, chat_template, None
-        self.names = names or {}                        # {"eos_token": "</s>", ...}, for the template
-        self.bos_id, self.eos_ids = bos_id, eos_ids
-        self.eos_id = backend.token_to_id(self.names["eos_token"]) if "eos_token" in self.names else (*eos_ids, None)[0]
-        added = backend.get_added_tokens_decoder()
-        self.control_ids = {token.content: id for id, token in added.items() if token.special}
-        self.control_ids |= {backend.id_to_token(id): id for id in (bos_id, *eos_ids) if id is not None}
-        self.control_tokens = {token for token in self.control_ids if token}
-        longest_first = sorted(self.control_tokens, key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
-        """Read tokenizer.json and, where they are, tokenizer_config.json, special_tokens_map.json, chat_template.jinja,
-        config.json and generation_config.json. DataError or CheckpointError where a file is damaged, or disagrees
-        with another. The file is obeyed by Rust code that executes nothing of it, but may be made to take its time."""
-        folder = Path(folder)
-        path, settings_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
-        if not path.is_file():
-            if (folder / "tokenizer.model").is_file():
-                raise DataError(f"{path}: not there; a checkpoint that has only tokenizer.model is converted by "
-                                "transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)")
-            holds = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) if folder.is_dir() else ""
-            raise DataError(f"{folder}: is no checkpoint folder: tokenizer.json is not there, only {holds or 'nothing'}")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-            opening = backend.encode("").ids            # what the post-processor puts around a text
-            largest = max(backend.get_vocab().values(), default=-1)
-        except BaseException as error:
-            raise _of_rust(error, str(path)) from None
-        if not 0 <= largest < 2**24:
-            raise DataError(f"{path}: the largest token id is {largest}; expected one from 0 to {2**24 - 1}: fetch the "
-                            "file again")
-        config, generation = _settings(folder / "config.json"), _settings(folder / "generation_config.json")
-        own = _settings(folder / "special_tokens_map.json") | _settings(settings_path)
-        tokens = {key: value.get("content") if isinstance(value, dict) else value for key, value in own.items()}
-        names = {key: token for key, token in tokens.items() if key.endswith("_token") and isinstance(token, str)}
-        declared = own.get("added_tokens_decoder")
-        for id, added in (declared if isinstance(declared, dict) else {}).items():
-            token = added.get("content") if isinstance(added, dict) else None
-            if isinstance(token, str) and str(backend.token_to_id(token)) != id:
-                raise DataError(f"{settings_path}: added token {token!r} has id {id}, but tokenizer.json gives it "
-                                f"{backend.token_to_id(token)}; they are not of one checkpoint: fetch both again")
-
-        bos_id = backend.token_to_id(names["bos_token"]) if "bos_token" in names else config.get("bos_token_id")
-        wants_bos = own.get("add_bos_token")
-        if not isinstance(wants_bos, bool):
-            wants_bos = bos_id is not None and opening[:1] == [bos_id]
-        if wants_bos and bos_id is None:
-            raise DataError(f"{settings_path}: add_bos_token is true, but bos_token {names.get('bos_token')!r} is not "
-                            "in tokenizer.json; set one that is, or add_bos_token to false")
-        eos_ids = [backend.token_to_id(names["eos_token"])] if "eos_token" in names else []
-        for value in (generation.get("eos_token_id"), config.get("eos_token_id")):
-            eos_ids += value if isinstance(value, list) else [value]
-        for id in (bos_id, *eos_ids):
-            if id is not None and (type(id) is not int or not 0 <= id <= largest):
-                raise DataError(f"{folder}: bos_token_id or eos_token_id is {id!r:.60}; expected an id of "
-                                f"tokenizer.json, 0 to {largest}: config.json or generation_config.json is another's")
-        eos_ids = tuple(dict.fromkeys(id for id in eos_ids if id is not None))
-        return cls(backend, bos_id=bos_id if wants_bos else None, eos_ids=eos_ids,
-                   chat_template=_chat_template(folder, own), names=names, source=str(folder))
-
-    def __len__(self) -> int:
-        return self.backend.get_vocab_size(with_added_tokens=True)
-
-    def encode(self, text: str) -> Encoded:
-        """Ids and character offsets of a whole text; special tokens in it are recognised, BOS is there once."""
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
-        try:
-            encoded = [Encoded(e.ids, e.offsets) for e in self.backend.encode_batch(texts, add_special_tokens=False)]
-        except BaseException as error:
-            raise _of_rust(error, self.source) from None
-        bos = [] if self.bos_id is None else [self.bos_id]
-        return [e if e.ids[:1] == bos else Encoded(bos + e.ids, [(0, 0)] * len(bos) + e.offsets) for e in encoded]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of the tokens, special ones included."""
-        try:
-            return self.backend.decode(list(ids), skip_special_tokens=False)
-        except BaseException as error:
-            raise _of_rust(error, self.source) from None
-
-    def continuation(self, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> str:
-        """Exactly the text that `new_ids` add after `prompt_ids`.
-
-        Not decode(new_ids): a SentencePiece tokenizer drops the space before a text's first word, and one character may
-        be spread over several tokens. So both are decoded after the prompt's last tokens, whose part is taken off.
-        """
-        context = list(prompt_ids[-16:])
-        before = self.decode(context).rstrip("\ufffd")  # a character that new_ids complete
-        return self.decode(context + list(new_ids))[len(before):]
-
-    def control_token_in(self, text: str) -> str | None:
-        """The first control token's string in `text`, if any."""
-        found = self._control.search(text)
-        return found and found[0]
-
-    def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The checkpoint's chat template, run on messages [{"role": ..., "content": ...}] as transformers runs it."""
-        if self.chat_template is None:
-            raise DataError(f"{self.source}: the checkpoint has no chat template; choose --prompt alpaca or raw")
-        try:
-            if self._template is None:
-                self._template = _Sandbox(self.chat_template)
-            return self._template.render(messages, add_generation_prompt=add_generation_prompt, tools=None,
-                                         documents=None, **self.names)
-        except Exception as error:                      # a stranger's program: it may fail in any way
-            file = Path(self.source) / "chat_template.jinja"
-            file = file if file.is_file() else file.with_name("tokenizer_config.json")
-            raise DataError(f"{file}: the chat template fails ({type(error).__name__}: {_one_line(error)}); choose "
-                            "--prompt alpaca or raw") from None
-
-    def end_of_turn_id(self, style: str) -> int:
-        """What ends a whole answer: <|im_end|> in ChatML, for `chat` what its template puts there, else EOS."""
-        token = None
-        if style == "qwen2-boxed":
-            token = "<|im_end|>"
-        elif style == "chat":
-            marker = "The answer is 42."
-            text = self.render_chat([{"role": "user", "content": "?"}, {"role": "assistant", "content": marker}],
-                                    add_generation_prompt=False)
-            after = self._control.match(text.rpartition(marker)[2].lstrip())
-            token = after and after[0]
-        id = self.control_ids.get(token, self.eos_id)
-        if id is None:
-            raise DataError(f"{self.source}: no end-of-text token in tokenizer_config.json or config.json; whole "
-                            "answers need one: set eos_token there")
-        return id
-
-    def stop_ids(self, style: str) -> tuple[int, ...]:
-        """Every id that ends a generated answer."""
-        return tuple(dict.fromkeys((self.end_of_turn_id(style),) + self.eos_ids))
-
-
-def _of_rust(error: BaseException, source: str) -> BaseException:
-    """What to raise for an error of `tokenizers`. It may panic (a pattern that runs away), which is no Exception."""
-    if isinstance(error, (KeyboardInterrupt, SystemExit)):
-        return error
-    return DataError(f"{source}: damaged or not a tokenizer ({_one_line(error)}); fetch the file again")
-
-
-def _settings(path: Path) -> dict:
-    """A small JSON file beside the tokenizer; {} where there is none."""
-    return read_json(path) if path.exists() else {}
-
-
-def _chat_template(folder: Path, own: dict) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{file}: is not UTF-8 ({_one_line(error)}); fetch the file again") from None
-    template = own.get("chat_template")
-    if isinstance(template, list):                      # several named ones
-        template = next((entry.get("template") for entry in template
-                         if isinstance(entry, dict) and entry.get("name") == "default"), None)
-    return template if isinstance(template, str) else None
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Prompts
-# ----------------------------------------------------------------------------------------------------------------------
-
-BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
-PROMPT_STYLES = ("qwen2-boxed", "alpaca", "deepseek-math", "chat", "raw")
-
-
-def render_prompt(style: str, question: str, tokenizer: Tokenizer) -> str:
-    """The text up to the first character of the reasoning. The first three are the paper's, for models it trained."""
-    if style == "qwen2-boxed":
-        if tokenizer is not None and "<|im_start|>" not in tokenizer.control_tokens:
-            raise DataError(f"{tokenizer.source}: --prompt qwen2-boxed is written with <|im_start|>, which is no control token "
-                            "of this checkpoint; choose --prompt chat, alpaca or raw")
-        return ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-                f"<|im_start|>user\n{question}{BOXED}<|im_end|>\n<|im_start|>assistant\n")
-    if style == "alpaca":
-        return ("Below is an instruction that describes a task. "
-                "Write a response that appropriately completes the request.\n\n"
-                f"### Instruction:\n{question}\n\n### Response:\n")
-    if style == "deepseek-math":
-        return f"User: {question}{BOXED}\n\nAssistant: "
-    if style == "chat":
-        return tokenizer.render_chat([{"role": "user", "content": question}])
-    if style == "raw":
-        return question
-    raise DataError(f"prompt style {style!r} is not known; choose one of {', '.join(PROMPT_STYLES)}")
-
+# ======================================================================================================================
+# PART 1. Rows -> tokens -> batches: the method.
+# ======================================================================================================================
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Rows to tokens
@@ -728,6 +344,400 @@ def _pack(rows: list[int], lengths: Sequence[int], max_rows: int | None, max_tok
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Prompts
+# ----------------------------------------------------------------------------------------------------------------------
+
+BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+PROMPT_STYLES = ("qwen2-boxed", "alpaca", "deepseek-math", "chat", "raw")
+
+
+def render_prompt(style: str, question: str, tokenizer: Tokenizer) -> str:
+    """The text up to the first character of the reasoning. The first three are the paper's, for models it trained."""
+    if style == "qwen2-boxed":
+        if tokenizer is not None and "<|im_start|>" not in tokenizer.control_tokens:
+            raise DataError(f"{tokenizer.source}: --prompt qwen2-boxed is written with <|im_start|>, which is no control token "
+                            "of this checkpoint; choose --prompt chat, alpaca or raw")
+        return ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+                f"<|im_start|>user\n{question}{BOXED}<|im_end|>\n<|im_start|>assistant\n")
+    if style == "alpaca":
+        return ("Below is an instruction that describes a task. "
+                "Write a response that appropriately completes the request.\n\n"
+                f"### Instruction:\n{question}\n\n### Response:\n")
+    if style == "deepseek-math":
+        return f"User: {question}{BOXED}\n\nAssistant: "
+    if style == "chat":
+        return tokenizer.render_chat([{"role": "user", "content": question}])
+    if style == "raw":
+        return question
+    raise DataError(f"prompt style {style!r} is not known; choose one of {', '.join(PROMPT_STYLES)}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tokenizer and the chat template
+# ----------------------------------------------------------------------------------------------------------------------
+
+class Encoded(NamedTuple):
+    ids: list[int]
+    offsets: list[tuple[int, int]]                      # (begin, end) of each token, in characters of the text
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer: tokenizer.json run by `tokenizers`, and the conventions that stand in the files around.
+
+    bos_id           in front of every text, once; None where the checkpoint wants none (Qwen2)
+    eos_id, eos_ids  the tokenizer's own end token (or None); every id that ends a generation, by the folder's files
+    control_tokens   the strings of the special tokens: recognised anywhere in a text, so a row must not contain them
+    chat_template    Jinja source, or None
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, *, bos_id: int | None = None, eos_ids: tuple[int, ...] = (),
+                 chat_template: str | None = None, names: dict[str, str] | None = None, source: str = "tokenizer"):
+        backend.no_truncation()                         # a tokenizer.json may ask for both, and would cut in silence
+        backend.no_padding()
+        backend.post_processor = None                   # `encode` adds BOS; and no offsets trimmed of white space
+        self.backend, self.source, self.chat_template, self._template = backend, source, chat_template, None
+        self.names = names or {}                        # {"eos_token": "</s>", ...}, for the template
+        self.bos_id, self.eos_ids = bos_id, eos_ids
+        self.eos_id = backend.token_to_id(self.names["eos_token"]) if "eos_token" in self.names else (*eos_ids, None)[0]
+        added = backend.get_added_tokens_decoder()
+        self.control_ids = {token.content: id for id, token in added.items() if token.special}
+        self.control_ids |= {backend.id_to_token(id): id for id in (bos_id, *eos_ids) if id is not None}
+        self.control_tokens = {token for token in self.control_ids if token}
+        longest_first = sorted(self.control_tokens, key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
+        """Read tokenizer.json and, where they are, tokenizer_config.json, special_tokens_map.json, chat_template.jinja,
+        config.json and generation_config.json. DataError or CheckpointError where a file is damaged, or disagrees
+        with another. The file is obeyed by Rust code that executes nothing of it, but may be made to take its time."""
+        folder = Path(folder)
+        path, settings_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
+        if not path.is_file():
+            if (folder / "tokenizer.model").is_file():
+                raise DataError(f"{path}: not there; a checkpoint that has only tokenizer.model is converted by "
+                                "transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)")
+            holds = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) if folder.is_dir() else ""
+            raise DataError(f"{folder}: is no checkpoint folder: tokenizer.json is not there, only {holds or 'nothing'}")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+            opening = backend.encode("").ids            # what the post-processor puts around a text
+            largest = max(backend.get_vocab().values(), default=-1)
+        except BaseException as error:
+            raise _of_rust(error, str(path)) from None
+        if not 0 <= largest < 2**24:
+            raise DataError(f"{path}: the largest token id is {largest}; expected one from 0 to {2**24 - 1}: fetch the "
+                            "file again")
+        config, generation = _settings(folder / "config.json"), _settings(folder / "generation_config.json")
+        own = _settings(folder / "special_tokens_map.json") | _settings(settings_path)
+        tokens = {key: value.get("content") if isinstance(value, dict) else value for key, value in own.items()}
+        names = {key: token for key, token in tokens.items() if key.endswith("_token") and isinstance(token, str)}
+        declared = own.get("added_tokens_decoder")
+        for id, added in (declared if isinstance(declared, dict) else {}).items():
+            token = added.get("content") if isinstance(added, dict) else None
+            if isinstance(token, str) and str(backend.token_to_id(token)) != id:
+                raise DataError(f"{settings_path}: added token {token!r} has id {id}, but tokenizer.json gives it "
+                                f"{backend.token_to_id(token)}; they are not of one checkpoint: fetch both again")
+
+        bos_id = backend.token_to_id(names["bos_token"]) if "bos_token" in names else config.get("bos_token_id")
+        wants_bos = own.get("add_bos_token")
+        if not isinstance(wants_bos, bool):
+            wants_bos = bos_id is not None and opening[:1] == [bos_id]
+        if wants_bos and bos_id is None:
+            raise DataError(f"{settings_path}: add_bos_token is true, but bos_token {names.get('bos_token')!r} is not "
+                            "in tokenizer.json; set one that is, or add_bos_token to false")
+        eos_ids = [backend.token_to_id(names["eos_token"])] if "eos_token" in names else []
+        for value in (generation.get("eos_token_id"), config.get("eos_token_id")):
+            eos_ids += value if isinstance(value, list) else [value]
+        for id in (bos_id, *eos_ids):
+            if id is not None and (type(id) is not int or not 0 <= id <= largest):
+                raise DataError(f"{folder}: bos_token_id or eos_token_id is {id!r:.60}; expected an id of "
+                                f"tokenizer.json, 0 to {largest}: config.json or generation_config.json is another's")
+        eos_ids = tuple(dict.fromkeys(id for id in eos_ids if id is not None))
+        return cls(backend, bos_id=bos_id if wants_bos else None, eos_ids=eos_ids,
+                   chat_template=_chat_template(folder, own), names=names, source=str(folder))
+
+    def __len__(self) -> int:
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> Encoded:
+        """Ids and character offsets of a whole text; special tokens in it are recognised, BOS is there once."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
+        try:
+            encoded = [Encoded(e.ids, e.offsets) for e in self.backend.encode_batch(texts, add_special_tokens=False)]
+        except BaseException as error:
+            raise _of_rust(error, self.source) from None
+        bos = [] if self.bos_id is None else [self.bos_id]
+        return [e if e.ids[:1] == bos else Encoded(bos + e.ids, [(0, 0)] * len(bos) + e.offsets) for e in encoded]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the tokens, special ones included."""
+        try:
+            return self.backend.decode(list(ids), skip_special_tokens=False)
+        except BaseException as error:
+            raise _of_rust(error, self.source) from None
+
+    def continuation(self, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> str:
+        """Exactly the text that `new_ids` add after `prompt_ids`.
+
+        Not decode(new_ids): a SentencePiece tokenizer drops the space before a text's first word, and one character may
+        be spread over several tokens. So both are decoded after the prompt's last tokens, whose part is taken off.
+        """
+        context = list(prompt_ids[-16:])
+        before = self.decode(context).rstrip("\ufffd")  # a character that new_ids complete
+        return self.decode(context + list(new_ids))[len(before):]
+
+    def control_token_in(self, text: str) -> str | None:
+        """The first control token's string in `text`, if any."""
+        found = self._control.search(text)
+        return found and found[0]
+
+    def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The checkpoint's chat template, run on messages [{"role": ..., "content": ...}] as transformers runs it."""
+        if self.chat_template is None:
+            raise DataError(f"{self.source}: the checkpoint has no chat template; choose --prompt alpaca or raw")
+        try:
+            if self._template is None:
+                self._template = _Sandbox(self.chat_template)
+            return self._template.render(messages, add_generation_prompt=add_generation_prompt, tools=None,
+                                         documents=None, **self.names)
+        except Exception as error:                      # a stranger's program: it may fail in any way
+            file = Path(self.source) / "chat_template.jinja"
+            file = file if file.is_file() else file.with_name("tokenizer_config.json")
+            raise DataError(f"{file}: the chat template fails ({type(error).__name__}: {_one_line(error)}); choose "
+                            "--prompt alpaca or raw") from None
+
+    def end_of_turn_id(self, style: str) -> int:
+        """What ends a whole answer: <|im_end|> in ChatML, for `chat` what its template puts there, else EOS."""
+        token = None
+        if style == "qwen2-boxed":
+            token = "<|im_end|>"
+        elif style == "chat":
+            marker = "The answer is 42."
+            text = self.render_chat([{"role": "user", "content": "?"}, {"role": "assistant", "content": marker}],
+                                    add_generation_prompt=False)
+            after = self._control.match(text.rpartition(marker)[2].lstrip())
+            token = after and after[0]
+        id = self.control_ids.get(token, self.eos_id)
+        if id is None:
+            raise DataError(f"{self.source}: no end-of-text token in tokenizer_config.json or config.json; whole "
+                            "answers need one: set eos_token there")
+        return id
+
+    def stop_ids(self, style: str) -> tuple[int, ...]:
+        """Every id that ends a generated answer."""
+        return tuple(dict.fromkeys((self.end_of_turn_id(style),) + self.eos_ids))
+
+
+def _of_rust(error: BaseException, source: str) -> BaseException:
+    """What to raise for an error of `tokenizers`. It may panic (a pattern that runs away), which is no Exception."""
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        return error
+    return DataError(f"{source}: damaged or not a tokenizer ({_one_line(error)}); fetch the file again")
+
+
+def _settings(path: Path) -> dict:
+    """A small JSON file beside the tokenizer; {} where there is none."""
+    return read_json(path) if path.exists() else {}
+
+
+def _chat_template(folder: Path, own: dict) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file}: is not UTF-8 ({_one_line(error)}); fetch the file again") from None
+    template = own.get("chat_template")
+    if isinstance(template, list):                      # several named ones
+        template = next((entry.get("template") for entry in template
+                         if isinstance(entry, dict) and entry.get("name") == "default"), None)
+    return template if isinstance(template, str) else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows: files of strangers, read strictly
+# ----------------------------------------------------------------------------------------------------------------------
+
+def read_rows(source: str | Path, bad: list[DataError] | None = None) -> Iterator[tuple[str, dict]]:
+    """Yield (where, row) for every object of a .jsonl, .json (an array, or one object a line) or .parquet file, or of a
+    hub dataset.
+
+    `where` ("file:line") goes in front of every later complaint about the row. UTF-8, with or without BOM; LF or CRLF;
+    blank lines are skipped. A row that cannot be read raises DataError, or, where a list `bad` is given, is appended to
+    it and the rest goes on.
+    """
+    path = Path(source)
+    if path.is_file():
+        files = [path]
+    elif path.exists():
+        raise DataError(f"{path}: is a folder or device; give a .jsonl, .json or .parquet file")
+    elif path.suffix in _READERS or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise DataError(f"{path}: no such file; give a .jsonl, .json or .parquet file, or a hub dataset (owner/name)")
+    else:
+        files = _hub_files(str(source))
+    count = 0
+    for file in files:
+        if file.suffix not in _READERS:
+            found = file.suffix or "a file without suffix"
+            raise DataError(f"{file}: cannot read {found}; expected .jsonl, .json or .parquet")
+        for where, row in _READERS[file.suffix](file):
+            count += 1
+            if isinstance(row, dict):
+                yield where, row
+                continue
+            error = row if isinstance(row, DataError) else DataError(
+                f"{where}: found {_kind(row)} where an object (a row with named fields) belongs; one {{...}} a line, "
+                "or an array of them in a file that is called .json")
+            if bad is None:
+                raise error
+            bad.append(error)
+    if not count:
+        raise DataError(f"{source}: holds no rows; expected one JSON object a line")
+
+
+def _read_lines(path: Path) -> Iterator[tuple[str, object]]:
+    with path.open("rb") as lines:                      # bytes: only \n ends a line, no other separator of Unicode
+        for number, line in enumerate(lines, 1):
+            where = f"{path}:{number}"
+            if number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                raise DataError(f"{where}: is UTF-16; save the file as UTF-8")
+            if number == 1 and line[:2] == b"\x1f\x8b":
+                raise DataError(f"{where}: is compressed by gzip; unpack it")
+            if line.removeprefix(b"\xef\xbb\xbf").strip():
+                yield where, _parse(line, where)
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, object]]:
+    with path.open("rb") as file:
+        head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not head.startswith(b"["):
+        yield from _read_lines(path)
+        return
+    rows = _parse(path.read_bytes(), str(path))
+    for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
+        yield f"{path}:item {number}", row
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(f"{path}: parquet files need pyarrow: pip install pyarrow") from None
+    try:
+        rows = (row for batch in pyarrow.parquet.ParquetFile(path).iter_batches() for row in batch.to_pylist())
+        for number, row in enumerate(rows, 1):
+            yield f"{path}:row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable parquet file ({_one_line(error)})") from None
+
+
+_READERS = {".jsonl": _read_lines, ".json": _read_json, ".parquet": _read_parquet}
+
+
+def _hub_files(dataset: str) -> list[Path]:
+    """The training files of a hub dataset, downloaded: those of one format, "train" in the name where any has it."""
+    from huggingface_hub import HfApi, hf_hub_download
+    try:
+        names = sorted(HfApi().list_repo_files(dataset, repo_type="dataset"))
+        for suffix in (".parquet", ".jsonl", ".json"):
+            files = [name for name in names if name.endswith(suffix)]
+            files = [name for name in files if "train" in name] or files
+            if files:
+                return [Path(hf_hub_download(dataset, name, repo_type="dataset")) for name in files]
+    except Exception as error:                          # offline, no such dataset, no permission: the hub raises many
+        raise DataError(f"{dataset}: neither a file here nor a dataset of the hub ({_one_line(error)})") from None
+    raise DataError(f"{dataset}: no .parquet, .jsonl or .json file in it (found: {', '.join(names[:8]) or 'nothing'})")
+
+
+def _parse(raw: bytes, where: str) -> object:
+    """One JSON value, or the DataError that says why not."""
+    try:
+        return strict_json(raw)
+    except UnicodeDecodeError as error:
+        found = f"found 0x{raw[error.start]:02x}"
+        return DataError(f"{where}: byte {error.start} is not UTF-8 ({found}); save the file as UTF-8")
+    except RecursionError:
+        return DataError(f"{where}: JSON nested too deeply; a row is a flat object of text fields")
+    except ValueError as error:
+        begins = _quote(raw[:60].decode("utf-8", "replace"))
+        return DataError(f"{where}: malformed JSON ({_one_line(error)}; begins {begins}); correct or remove it")
+
+
+def text_field(row: dict, name: str, where: str) -> str:
+    """row[name], if it is text that a tokenizer and a file can carry; DataError otherwise."""
+    value = row.get(name)
+    if name not in row:
+        raise DataError(f"{where}: field {name!r}: not there (found: {', '.join(row) or 'nothing'}); expected text")
+    if not isinstance(value, str):
+        raise DataError(f"{where}: field {name!r}: found {_kind(value)} {_shown(value)}; expected text")
+    if "\0" in value:
+        raise DataError(f"{where}: field {name!r}: a NUL character at position {value.index(chr(0))}; remove it")
+    if lone := re.search("[\ud800-\udfff]", value):
+        raise DataError(f"{where}: field {name!r}: half a surrogate pair (\\u{ord(lone[0]):x}) at position "
+                        f"{lone.start()}, which is no character: the text was cut or decoded wrongly; remove the row")
+    return value
+
+
+# The files of the pipeline, by the columns that tell them, and what is done with them.
+_STAGES = {"pairs": ({"prompt", "chosen", "rejected"}, "stepdpo.py --data F"),
+           "rectified attempts": ({"completion", "full_rejected"}, "data.py pairs F"),
+           "valued attempts": ({"completion", "values"}, "data.py localize F --judge values"),
+           "attempts": ({"completion", "correct"}, "eval.py --problems F --rollouts 8, or data.py localize F"),
+           "errors": ({"prefix", "full_rejected"}, "eval.py --problems F --samples 20"),
+           "problems": ({"question", "answer"}, "eval.py --problems F")}
+
+
+def expect(row: dict, where: str, *wanted: str) -> None:
+    """DataError where a row is known to be of another stage of the pipeline than the `wanted` ones."""
+    found = next((name for name, (columns, _) in _STAGES.items() if columns <= row.keys()), None)
+    if found and found not in wanted:
+        raise DataError(f"{where}: the file holds {found}, and {wanted[0]} belong here; what goes on with {found} is "
+                        f"{_STAGES[found][1]}")
+
+
+def writable(row: dict, where: str) -> dict:
+    """The fields of a row that the next stage's file can hold: not the dates, bytes, decimals and NaNs of parquet files.
+    DataError where text is broken, whatever the field."""
+    kept = {}
+    for name, value in row.items():
+        try:
+            json.dumps({name: value}, ensure_ascii=False, allow_nan=False).encode()
+        except (UnicodeEncodeError, RecursionError):
+            raise DataError(f"{where}: half a surrogate pair in it, or too deep an object (field {name!r}); make the row "
+                            "again") from None
+        except (TypeError, ValueError):
+            continue
+        kept[name] = value
+    return kept
+
+
+def _kind(value) -> str:
+    kinds = {dict: "an object", list: "a list", str: "text", bool: "true/false", int: "a number", float: "a number",
+             type(None): "null"}
+    return kinds.get(type(value), type(value).__name__)
+
+
+def _quote(text: str, width: int = 60) -> str:
+    return repr(text if len(text) <= width else text[:width] + "...")
+
+
+def _shown(value) -> str:
+    return _quote(json.dumps(value, default=str))       # of a parquet, values that are not JSON's
+
+
+def _one_line(error) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+# ======================================================================================================================
+# PART 2. Making pairs (section 3.2 of the paper): solutions -> steps -> first wrong step -> pairs.
+# ======================================================================================================================
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Steps of a solution
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -866,99 +876,6 @@ def next_prefix(values: Counts, agreement: Counts, most: int) -> int | None:
         return None
     open_ones = [k for k in range(len(posterior)) if not agreement[k] or agreement[k][2] < most]
     return max(open_ones, key=posterior.__getitem__, default=None)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# An OpenAI-compatible server
-# ----------------------------------------------------------------------------------------------------------------------
-
-class EndpointError(DataError):
-    """The server cannot be used: it is not there, or refuses every request. What is finished is kept."""
-
-
-class RequestRefused(DataError):
-    """The server refuses this one request (too long, say); others may go through."""
-
-
-class Reply(NamedTuple):
-    text: str
-    finish_reason: str                                  # "stop", "length", ...
-
-
-class Endpoint:
-    """A server that speaks OpenAI's protocol (vLLM, llama.cpp, transformers serve, ...). Safe to use from many threads.
-
-    url: "http://host:8000" or ".../v1"; model: the name that the server knows it by; key: by default OPENAI_API_KEY of
-    the environment.
-    """
-    BUSY = (408, 409, 425, 429)                         # and every 5xx: the same request may succeed a little later
-
-    def __init__(self, url: str, model: str, key: str | None = None, timeout: float = 600, attempts: int = 8,
-                 pause: float = 1.0):
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise DataError(f"--endpoint {url}: expected an address such as http://localhost:8000/v1")
-        self.url = url.rstrip("/") + ("/v1" if parts.path in ("", "/") else "")
-        self.model, self.key = model, key or os.environ.get("OPENAI_API_KEY")
-        self.timeout, self.attempts, self.pause, self.warned = timeout, attempts, pause, False
-        self.opener = urllib.request.build_opener(_NoRedirect)
-
-    def chat(self, messages: list[dict[str, str]], **settings) -> list[Reply]:
-        """POST chat/completions with max_tokens, temperature, n, stop, ... as given; one Reply for each choice."""
-        answer = self.post("chat/completions", {"messages": messages} | settings)
-        try:
-            return [Reply(choice["message"].get("content") or "", choice.get("finish_reason") or "stop")
-                    for choice in answer["choices"]]
-        except (AttributeError, KeyError, TypeError):
-            found = _quote(json.dumps(answer), 200)
-            raise RequestRefused(f"{self.url}: an answer that is no chat completion: {found}") from None
-
-    def post(self, path: str, body: dict) -> dict:
-        """POST {url}/{path} with {"model": ...} | body; the reply's JSON object.
-
-        A busy server (429, 5xx), a broken or silent connection and a reply cut short are tried again, `attempts` times
-        in all, after pauses of 1, 2, 4, ... seconds with jitter, or what Retry-After asks for, at most a minute. Raises
-        RequestRefused where the server refuses just this request, EndpointError where none can succeed (wrong key,
-        wrong address, gone).
-        """
-        where = f"{self.url}/{path}"
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        request = urllib.request.Request(where, json.dumps({"model": self.model} | body).encode(), headers)
-        for attempt in range(self.attempts):
-            wait = self.pause * 2 ** attempt * random.uniform(0.5, 1.0)
-            try:
-                with self.opener.open(request, timeout=self.timeout) as response:
-                    reply = json.loads(response.read(2**26))
-                if isinstance(reply, dict):
-                    return reply
-                trouble = "the reply is not a JSON object"
-            except urllib.error.HTTPError as error:
-                trouble = f"HTTP {error.code} {error.reason}"
-                try:
-                    said = _quote(_one_line(error.read(2000).decode("utf-8", "replace")), 200)
-                except (OSError, http.client.HTTPException):
-                    said = "(the explanation was cut off)"
-                if error.code in (400, 413, 422):
-                    raise RequestRefused(f"{where}: {trouble}: {said}") from None
-                if error.code not in self.BUSY and error.code < 500:
-                    check = "check --endpoint, --api_model and the key in OPENAI_API_KEY"
-                    raise EndpointError(f"{where}: {trouble}: {said}; {check}") from None
-                asked = error.headers.get("Retry-After", "")
-                wait = float(asked) if asked.isdecimal() else wait
-            except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
-                trouble = f"{type(error).__name__}: {_one_line(error)}"        # refused, reset, timed out, cut short
-            if attempt + 1 < self.attempts:
-                if not self.warned:
-                    self.warned = True
-                    print(f"{where}: {trouble}; trying again, up to {self.attempts} times a request", file=sys.stderr)
-                time.sleep(min(wait, 60))
-        raise EndpointError(f"{where}: no answer after {self.attempts} attempts (last: {trouble}); is the server up? "
-                            "What is finished is kept: the same command continues")
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_):                     # it would resend the key to wherever the answer points
-        return None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1115,17 +1032,11 @@ def make_judge(name: str, args: argparse.Namespace) -> Judge:
 # ----------------------------------------------------------------------------------------------------------------------
 
 def write_rows(path: str | Path, rows: Iterable) -> int:
-    """Write JSONL aside and rename it: the file is there whole or not at all. Returns the number of rows."""
-    path, count = Path(path), 0
-    aside = path.with_name(path.name + ".tmp")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("w", encoding="utf-8", newline="\n") as file:
-            for count, row in enumerate(rows, 1):
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+    """Write JSONL: the file is there whole or not at all. Returns the number of rows."""
+    count = 0
+    with written(Path(path)) as aside, aside.open("w", encoding="utf-8", newline="\n") as file:
+        for count, row in enumerate(rows, 1):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
     return count
 
 
@@ -1418,6 +1329,103 @@ def whole_pairs(rows: list[tuple[tuple, dict]], stages: Counter) -> dict[tuple, 
                       "answer": a["answer"]}
             for id, (right, wrong) in sides.items() for i, (a, b) in enumerate(zip(right.values(), wrong.values()))}
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# An OpenAI-compatible server
+# ----------------------------------------------------------------------------------------------------------------------
+
+class EndpointError(DataError):
+    """The server cannot be used: it is not there, or refuses every request. What is finished is kept."""
+
+
+class RequestRefused(DataError):
+    """The server refuses this one request (too long, say); others may go through."""
+
+
+class Reply(NamedTuple):
+    text: str
+    finish_reason: str                                  # "stop", "length", ...
+
+
+class Endpoint:
+    """A server that speaks OpenAI's protocol (vLLM, llama.cpp, transformers serve, ...). Safe to use from many threads.
+
+    url: "http://host:8000" or ".../v1"; model: the name that the server knows it by; key: by default OPENAI_API_KEY of
+    the environment.
+    """
+    BUSY = (408, 409, 425, 429)                         # and every 5xx: the same request may succeed a little later
+
+    def __init__(self, url: str, model: str, key: str | None = None, timeout: float = 600, attempts: int = 8,
+                 pause: float = 1.0):
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise DataError(f"--endpoint {url}: expected an address such as http://localhost:8000/v1")
+        self.url = url.rstrip("/") + ("/v1" if parts.path in ("", "/") else "")
+        self.model, self.key = model, key or os.environ.get("OPENAI_API_KEY")
+        self.timeout, self.attempts, self.pause, self.warned = timeout, attempts, pause, False
+        self.opener = urllib.request.build_opener(_NoRedirect)
+
+    def chat(self, messages: list[dict[str, str]], **settings) -> list[Reply]:
+        """POST chat/completions with max_tokens, temperature, n, stop, ... as given; one Reply for each choice."""
+        answer = self.post("chat/completions", {"messages": messages} | settings)
+        try:
+            return [Reply(choice["message"].get("content") or "", choice.get("finish_reason") or "stop")
+                    for choice in answer["choices"]]
+        except (AttributeError, KeyError, TypeError):
+            found = _quote(json.dumps(answer), 200)
+            raise RequestRefused(f"{self.url}: an answer that is no chat completion: {found}") from None
+
+    def post(self, path: str, body: dict) -> dict:
+        """POST {url}/{path} with {"model": ...} | body; the reply's JSON object.
+
+        A busy server (429, 5xx), a broken or silent connection and a reply cut short are tried again, `attempts` times
+        in all, after pauses of 1, 2, 4, ... seconds with jitter, or what Retry-After asks for, at most a minute. Raises
+        RequestRefused where the server refuses just this request, EndpointError where none can succeed (wrong key,
+        wrong address, gone).
+        """
+        where = f"{self.url}/{path}"
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
+        request = urllib.request.Request(where, json.dumps({"model": self.model} | body).encode(), headers)
+        for attempt in range(self.attempts):
+            wait = self.pause * 2 ** attempt * random.uniform(0.5, 1.0)
+            try:
+                with self.opener.open(request, timeout=self.timeout) as response:
+                    reply = json.loads(response.read(2**26))
+                if isinstance(reply, dict):
+                    return reply
+                trouble = "the reply is not a JSON object"
+            except urllib.error.HTTPError as error:
+                trouble = f"HTTP {error.code} {error.reason}"
+                try:
+                    said = _quote(_one_line(error.read(2000).decode("utf-8", "replace")), 200)
+                except (OSError, http.client.HTTPException):
+                    said = "(the explanation was cut off)"
+                if error.code in (400, 413, 422):
+                    raise RequestRefused(f"{where}: {trouble}: {said}") from None
+                if error.code not in self.BUSY and error.code < 500:
+                    check = "check --endpoint, --api_model and the key in OPENAI_API_KEY"
+                    raise EndpointError(f"{where}: {trouble}: {said}; {check}") from None
+                asked = error.headers.get("Retry-After", "")
+                wait = float(asked) if asked.isdecimal() else wait
+            except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
+                trouble = f"{type(error).__name__}: {_one_line(error)}"        # refused, reset, timed out, cut short
+            if attempt + 1 < self.attempts:
+                if not self.warned:
+                    self.warned = True
+                    print(f"{where}: {trouble}; trying again, up to {self.attempts} times a request", file=sys.stderr)
+                time.sleep(min(wait, 60))
+        raise EndpointError(f"{where}: no answer after {self.attempts} attempts (last: {trouble}); is the server up? "
+                            "What is finished is kept: the same command continues")
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_):                     # it would resend the key to wherever the answer points
+        return None
+
+
+# ======================================================================================================================
+# APPENDIX. Looking at data; the command line.
+# ======================================================================================================================
 
 # ----------------------------------------------------------------------------------------------------------------------
 # python data.py show: a row, and what becomes of it
@@ -1792,28 +1800,49 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done; 1 rows were skipped (named on stderr), or not finished; 2 an error, nothing written."""
-    args = arguments().parse_args(argv)
+def run_command(run: Callable[[], int], debug: bool = False) -> int:
+    """The exit status of `run`, a command of this project: its own, or 2 behind one line that says what is wrong and what to do; 130 where it was
+    interrupted. debug: the traceback instead. Under torchrun one process of a machine speaks."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")        # a terminal that has no "·" shows "?"
     try:
-        if args.command != "show" and Path(args.out).resolve() == Path(args.file).resolve():
-            raise DataError(f"--out {args.out}: is the input; give another name")
-        status = args.run(args)
+        status = run()
         sys.stdout.flush()
         return status
-    except BrokenPipeError:                             # "data.py show ... | head" has seen enough
+    except BrokenPipeError:                             # "... | head" has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         return 130
-    except (DataError, CheckpointError, OSError) as error:
-        if args.debug:
+    except Exception as error:
+        lost = isinstance(error, RuntimeError) and torch.distributed.is_initialized() and "onnection" in str(error)
+        expected = (DataError, CheckpointError, FloatingPointError, OSError, torch.OutOfMemoryError)
+        if debug or not (lost or isinstance(error, expected)):
             raise
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        message = str(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            message = (f"out of GPU memory ({message.splitlines()[0]}); what is finished is kept: go on with a lower --micro_batch_tokens or "
+                       "--max_length, or with --gradient_checkpointing (stepdpo.py); with a lower --batch_size (eval.py)")
+        elif lost:
+            message = "another process of this run has ended; if it failed, it says why. The same command continues"
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, OSError):      # a disk may be full for one process only
+            print(f"error: {message}", file=sys.stderr)
         return 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done; 1 rows were skipped (named on stderr), or not finished; 2 an error, nothing written."""
+    args = arguments().parse_args(argv)
+
+    def run() -> int:
+        if args.command == "show":
+            return args.run(args)
+        if Path(args.out).resolve() == Path(args.file).resolve():
+            raise DataError(f"--out {args.out}: is the input; give another name")
+        with locked(args.out):
+            return args.run(args)
+    return run_command(run, args.debug)
 
 
 if __name__ == "__main__":

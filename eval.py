@@ -11,6 +11,8 @@
 A problem may carry a `prefix`, the reasoning so far: it is continued from there, and prefix + completion is graded.
 Answers, problem files and servers are untrusted: nothing of them is ever executed.
 """
+from __future__ import annotations      # the method stands first, what it is made of behind it
+
 import argparse
 import glob
 import hashlib
@@ -42,6 +44,731 @@ from data import (BOXED, LONGEST_TOKEN, PROMPT_STYLES, STEP_STYLES, DataError, E
                   text_field, writable, write_rows)
 from model import (CheckpointError, Llama, choose_device, fingerprint, generate, keep_freed_memory, read_json, resolve,
                    stable_key, writing)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# READERS: problems, in the layouts that the public sets have
+# ---------------------------------------------------------------------------------------------------------------------
+
+CARRIED = ("level", "subject", "dataset", "step", "rejected", "full_rejected", "solution")  # from problem to samples
+LATEX_ENDS = re.compile(r"(?:\\end\{problem\}|\\noindent|\\\\|\s)+$")        # what Odyssey's texts end in
+
+
+@dataclass
+class Problem:
+    where: str                                   # "file:line"
+    id: str | int
+    question: str
+    answer: str                                  # gold
+    prefix: str                                  # the reasoning so far; generation continues there
+    carried: dict                                # what goes along into the rows that come of it
+
+
+def read_problem(where: str, row: dict) -> Problem:
+    """One row of any of these layouts; DataError where it has no question, no answer, or a prefix that is not text.
+
+        the pipeline's own     {id, question, answer, prefix, ...}
+        anyone's               {question | problem | prompt | instruction, answer}; answer: text, number, list of one
+        GSM8K                  {question, answer: "working #### 18"}
+        MATH                   {problem, solution: "... \\boxed{18} ...", level, type}
+        AQuA                   {question, options: ["A)18", ...], correct: "A"}
+        Odyssey                {"Problem_7": {question, answer, label, level}}
+    """
+    if len(row) == 1 and isinstance(inner := next(iter(row.values())), dict):
+        clean = {k: LATEX_ENDS.sub("", v) if isinstance(v, str) else v for k, v in inner.items()}
+        row = {"id": next(iter(row))} | clean
+    name = next((name for name in ("question", "problem", "prompt", "instruction") if name in row), "question")
+    question = text_field(row, name, where)
+    if not question.strip():
+        raise DataError(f"{where}: field {name!r} is empty; expected the text of a problem")
+    kept = writable(row, where)
+    carried = {key: kept[key] for key in CARRIED if kept.get(key) is not None}
+    for own, public in (("subject", ("type", "label")), ("solution", ("rationale", "reasoning", "output"))):
+        found = next((row[key] for key in public if isinstance(row.get(key), str)), None)
+        if own not in carried and found is not None:
+            carried[own] = found
+
+    answer, solution = row.get("answer"), carried.get("solution")
+    if isinstance(row.get("options"), list):
+        options = [re.sub(r"^\s*\(?[A-Z]\s*\)\s*", "", str(option)) for option in row["options"]]
+        question += "\nAnswer Choices: " + " ".join(f"({letter}) {o}" for letter, o in zip(ascii_uppercase, options))
+        answer = row.get("correct", answer)
+    if isinstance(answer, list) and len(answer) == 1:
+        answer = answer[0]
+    if type(answer) in (int, float) and abs(answer) < math.inf:
+        answer = str(int(answer) if answer == int(answer) else answer)
+    if isinstance(answer, str) and "####" in answer:
+        working, _, answer = answer.rpartition("####")
+        carried.setdefault("solution", working.strip())
+    elif isinstance(answer, str):
+        answer = boxed_answer(answer) or answer
+    elif answer is None and isinstance(solution, str):
+        answer = boxed_answer(solution)
+    if answer is None:
+        raise DataError(f"{where}: no answer (found: {', '.join(row)}); expected a field 'answer', "
+                        "or a 'solution' with \\boxed{...}")
+    answer = text_field({"answer": answer}, "answer", where).strip()
+    if not answer:
+        raise DataError(f"{where}: field 'answer' is empty; a problem without an answer cannot be graded")
+    id = next((row[key] for key in ("id", "idx", "unique_id") if type(row.get(key)) in (str, int)), None)
+    prefix = text_field(row, "prefix", where) if row.get("prefix") is not None else ""
+    return Problem(where, int(re.search(r"\d+$", where)[0]) if id is None else id, question, answer, prefix, carried)
+
+
+def boxed_answer(solution: str) -> str | None:
+    """The gold answer of a worked solution, if it is marked as such."""
+    return extract_answer(solution) if "\\boxed" in solution or "\\fbox" in solution else None
+
+
+def read_attempt(where: str, row: dict) -> tuple[Problem, str]:
+    """A graded sample: its problem, with all of the row carried along, and its whole reasoning, prefix included."""
+    problem = read_problem(where, row)
+    text = problem.prefix + text_field(row, "completion", where)
+    if type(row.get("sample", 0)) is not int:
+        raise DataError(f"{where}: field 'sample': found {row['sample']!r:.60}; expected a number, as eval.py writes it")
+    correct = row["correct"] if type(row.get("correct")) is bool else grade(text, problem.answer)[1]
+    return replace(problem, carried=writable(row, where) | {"id": problem.id, "correct": correct}), text
+
+
+def make_distinct(problems: list[Problem]) -> list[str]:
+    """Rename ids that stand in an earlier row: 0, 0 -> 0, "0~2". Returns a line on each.
+
+    The next stages know a sample by (id, sample) and would throw the second problem's away, after they were paid for.
+    It happens where sets are merged, and in the shards of a hub set. (Attempts at one problem share an id, not a sample.)"""
+    place, times, lines = {}, Counter(), []
+    for problem in problems:
+        old, sample = problem.id, problem.carried.get("sample", 0)
+        while (str(problem.id), sample) in place:
+            times[str(old), sample] += 1
+            problem.id = f"{old}~{times[str(old), sample] + 1}"
+        place[str(problem.id), sample] = problem.where
+        if problem.id != old:
+            lines.append(f"{problem.where}: id {old!r} stands in {place[str(old), sample]} already; here it becomes {problem.id!r}")
+        if "id" in problem.carried:
+            problem.carried["id"] = problem.id
+    return lines
+
+
+def read_file(args: argparse.Namespace, bad: list[DataError]) -> list:
+    """The problems of F, or with --rollouts its wrong attempts. Rows that cannot be used go to `bad`."""
+    items, read = [], read_attempt if args.rollouts else read_problem
+    stages = ("attempts", "valued attempts", "rectified attempts") if args.rollouts else ("problems", "errors", "pairs")
+    for where, row in itertools.islice(read_rows(args.problems, bad), args.limit):
+        if not items and not bad:
+            expect(row, where, *stages)
+        try:
+            items.append(read(where, row))
+        except DataError as error:
+            bad.append(error)
+    notes = []
+    if args.rollouts:
+        wrong = [item for item in items if not item[0].carried["correct"]]
+        items = [item for item in wrong if item[0].carried.get("stop_reason") != "length"]     # localize judges no others
+        if cut := len(wrong) - len(items):
+            notes.append(f"{args.problems}: {cut} of {len(wrong)} wrong attempts were cut off by the length limit and are left out")
+    renamed = make_distinct([item[0] for item in items] if args.rollouts else items)
+    notes += renamed[:1] + ([f"{args.problems}: {len(renamed) - 1} more rows likewise"] if renamed[1:] else [])
+    if notes and os.environ.get("RANK", "0") == "0":
+        print(*notes, sep="\n", file=sys.stderr)
+    if not items:
+        raise DataError(f"{args.problems}: holds no {'wrong attempt' if args.rollouts else 'problem'} that can be used"
+                        + (f" ({len(bad)} bad rows; the first: {bad[0]})" if bad else ""))
+    return items
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SAMPLING: from the project's own model or from a server; every sample on disk as it is finished
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Local:
+    """Samples from a checkpoint, by model.py."""
+
+    def __init__(self, args: argparse.Namespace):
+        folder = resolve(args.model)
+        device = choose_device(args.device)
+        dtype = args.dtype or ("fp32" if device.type == "cpu" else "bf16")
+        self.args, self.tokenizer = args, Tokenizer.from_pretrained(folder)
+        self.stop_ids = self.tokenizer.stop_ids(args.prompt)
+        self.model = Llama.from_pretrained(folder, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], device)
+        self.settings = {"model": f"{folder.resolve().name} {fingerprint(folder)[:12]}", "dtype": dtype, "device": device.type}
+
+    def prepare(self, problem: Problem, text: str, cut: int | None = None) -> tuple[list[int], str, bool]:
+        """What `run` wants of a prompt, the reasoning that is in it, `text` or its steps before character `cut`, and
+        whether spaces at the prompt's end were left to the model.
+
+        Words bring their space along: "Assistant: " and "Let" are trained as ":" and " Let", so a space of its own is a
+        token that the model never saw there. With a cut, the prompt ends at a token of the whole text, so that the
+        model reads on from the very tokens that it would have written; line ends after the step belong to it where
+        they are one token with its full stop."""
+        found = self.tokenizer.control_token_in(text if self.args.prompt == "raw" else problem.question) or self.tokenizer.control_token_in(text)
+        if found:
+            raise DataError(f"{problem.where}: it contains the control token {found}, which is no text; remove it")
+        rendered = render_prompt(self.args.prompt, problem.question, self.tokenizer)
+        most = self.model.config.max_position_embeddings - 1
+        if len(rendered + text) > LONGEST_TOKEN * most:
+            raise DataError(f"{problem.where}: prompt and prefix have {len(rendered + text)} characters; the model takes "
+                            f"1 to {most} tokens")
+        whole = rendered + text
+        spaces = cut is None and whole.strip(" ") != "" and whole.endswith(" ")
+        ids, offsets = self.tokenizer.encode(whole.rstrip(" ") if spaces else whole)
+        if cut is not None:
+            cut = len(rendered) + len(text) - len(text[cut:].lstrip())
+            kept = sum(1 for _, end in offsets if end <= cut)
+            ids, text = ids[:kept], text[:max(0, offsets[kept - 1][1] - len(rendered))]
+        if not 0 < len(ids) <= most:
+            raise DataError(f"{problem.where}: prompt and prefix have {len(ids)} tokens; the model takes 1 to {most}")
+        if max(ids) >= self.model.config.vocab_size:
+            raise CheckpointError(f"{self.tokenizer.source}: tokenizer.json gives token {max(ids)}, config.json says "
+                                  f"vocab_size {self.model.config.vocab_size}: they do not belong together")
+        return ids, text, spaces
+
+    def batches(self, prompts: list[list[int]], n: int) -> list[list[int]]:
+        """Indices of the prompts that are computed together: alike in length, about `batch_size` samples. It looks at
+        the prompts alone, not at what is done already: a batch is computed whole, so that each sample has the same
+        neighbours, hence the very numbers, whether the run was disturbed or not."""
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        size = max(1, self.args.batch_size // n)
+        return [order[at:at + size] for at in range(0, len(order), size)]
+
+    def run(self, prompts: list[list[int]], n: int, seed: int, done: set, on_finish: Callable) -> None:
+        """n continuations of each prompt; on_finish(i, j, text, tokens, stop_reason) hears of each."""
+        def finished(i, j, sample):
+            text = self.tokenizer.continuation(prompts[i], sample.token_ids)
+            if sample.stop_reason == "stop":
+                text = text[:min((at for stop in a.stop if (at := text.find(stop)) >= 0), default=len(text))]
+            on_finish(i, j, text, len(sample.token_ids), sample.stop_reason)
+        a = self.args
+        generate(self.model, prompts, n=n, max_new_tokens=a.max_new_tokens, temperature=a.temperature, top_p=a.top_p,
+                 eos_ids=self.stop_ids, stop=tuple(a.stop), decode=self.tokenizer.decode, seed=seed, on_finish=finished)
+
+
+class Remote:
+    """Samples from an OpenAI-compatible server: /chat/completions where it can render the prompt itself, that is
+    for a chat without a prefix, else /completions with the rendered text."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.refused = args, []
+        self.endpoint = Endpoint(args.endpoint, args.api_model)
+        self.tokenizer = Tokenizer.from_pretrained(resolve(args.model)) if args.model else None
+        self.settings = {"endpoint": args.endpoint, "api_model": args.api_model}
+
+    def prepare(self, problem: Problem, text: str, cut: int | None = None) -> tuple[tuple, str, bool]:
+        where, question, style = problem.where, problem.question, self.args.prompt
+        text = text if cut is None else text[:cut].rstrip()
+        if found := re.search(r"<\|[\w-]{1,40}\|>", question + text):
+            raise DataError(f"{where}: it contains the control token {found[0]}, which is no text; remove it")
+        if style in ("chat", "qwen2-boxed") and not text:
+            messages = [{"role": "user", "content": question}]
+            if style == "qwen2-boxed":
+                messages = [{"role": "system", "content": "You are a helpful assistant."},
+                            {"role": "user", "content": question + BOXED}]
+            return (where, "chat/completions", {"messages": messages}), text, False
+        if style == "chat" and self.tokenizer is None:
+            raise DataError(f"{where}: --prompt chat needs the checkpoint's template for a prefix: give --model")
+        whole = render_prompt(style, question, self.tokenizer) + text
+        return (where, "completions", {"prompt": whole.rstrip(" ") or whole}), text, whole.endswith(" ")
+
+    def batches(self, prompts: list, n: int) -> list[list[int]]:
+        return [list(range(len(prompts)))]       # the server makes its own batches: keep it busy to the end
+
+    def run(self, prompts: list, n: int, seed: int, done: set, on_finish: Callable) -> None:
+        """As Local.run, but what is `done`, pairs (i, j), is not asked for. What is refused lands in `refused`."""
+        a = self.args
+
+        def ask(i, j):
+            where, path, body = prompts[i]
+            body = body | {"max_tokens": a.max_new_tokens, "temperature": a.temperature, "top_p": a.top_p,
+                           "seed": stable_key(seed, body, j) % 2**31} | ({"stop": a.stop} if a.stop else {})
+            try:
+                reply = self.endpoint.post(path, body)
+                choice, usage = reply["choices"][0], reply.get("usage")
+                text = choice["message"]["content"] if path.startswith("chat") else choice["text"]
+                if not isinstance(text, str | None):
+                    raise TypeError
+            except RequestRefused as error:
+                return i, j, DataError(f"{where}: {error}")
+            except (LookupError, TypeError):
+                return i, j, DataError(f"{where}: the server's reply has no completion in it ({str(reply)[:200]!r})")
+            tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
+            reason = choice.get("finish_reason")
+            if reason == "stop":                 # says both; vLLM gives the stop string, if it was one, in stop_reason
+                reason = "stop" if isinstance(choice.get("stop_reason"), str) else "eos"
+            return i, j, (text or "", tokens if type(tokens) is int else None, str(reason))
+
+        with ThreadPoolExecutor(a.concurrency) as pool:
+            try:
+                wanted = [(i, j) for i in range(len(prompts)) for j in range(n) if (i, j) not in done]
+                for future in as_completed([pool.submit(ask, i, j) for i, j in wanted]):
+                    i, j, outcome = future.result()
+                    if isinstance(outcome, DataError):
+                        self.refused.append(outcome)
+                    else:
+                        on_finish(i, j, *outcome)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+class Journal:
+    """What is finished, on disk the moment it is: OUT.journal-R of rank R, a line of settings, then [key, value] lines.
+
+    What is in `done` when a run begins need not be computed again. A journal of other settings is refused."""
+
+    def __init__(self, out: Path, settings: dict, rank: int, restart: bool = False):
+        self.out, self.settings, self.path, self.done = out, settings, Path(f"{out}.journal-{rank}"), {}
+        self.files = self.find()
+        for path in [] if restart else self.files:
+            for number, line in enumerate(path.read_bytes().split(b"\n")[:-1]):  # behind the last \n: a torn line
+                try:
+                    entry = json.loads(line)
+                    if number:
+                        self.done[tuple(entry[0])] = entry[1]
+                except (ValueError, TypeError, LookupError):
+                    entry = None                 # damaged: that sample is computed again
+                if not number:
+                    refuse_other(entry, settings, path)
+
+    def find(self) -> list[Path]:
+        found = self.out.parent.glob(f"{glob.escape(self.out.name)}.journal-*")
+        return sorted(path for path in found if path.suffix.removeprefix(".journal-").isdecimal())
+
+    def remove(self) -> None:
+        for path in self.find():
+            path.unlink()
+
+    def open(self) -> None:
+        """Begin to write. Under torchrun: once all ranks have read."""
+        with writing(self.path), self.path.open("ab+") as file:      # a torn line goes away
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+        self.file = self.path.open("a", encoding="utf-8", newline="\n")
+        if self.file.tell() == 0:
+            self.write(self.settings)
+
+    def add(self, key: tuple, value) -> None:
+        if key not in self.done:
+            self.done[key] = value
+            self.write([key, value])
+
+    def write(self, entry) -> None:
+        with writing(self.path):
+            self.file.write(dumps(entry) + "\n")
+            self.file.flush()
+
+
+def refuse_other(old, new: dict, path: Path) -> None:
+    """DataError naming what differs between the settings of what lies at `path` and the present ones."""
+    old = old if isinstance(old, dict) else {}
+    changed = [f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in new | old if old.get(key) != new.get(key)]
+    if changed:
+        raise DataError(f"{path}: was made otherwise: {'; '.join(changed)}; "
+                        "choose another --out, or begin anew with --restart")
+
+
+def dumps(value) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def grade(reasoning: str, answer: str) -> tuple[str | None, bool]:
+    """(the extracted answer, whether it is equivalent to the gold one)"""
+    extracted = extract_answer(reasoning)
+    return extracted, extracted is not None and is_equivalent(extracted, answer)
+
+
+def printable(text: str) -> str:
+    """Without what a UTF-8 file, or the next stage, could not carry: NULs and half surrogate pairs."""
+    return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
+
+
+@dataclass
+class Work:
+    """What sampling needs to know, and how much of it one rank has done."""
+    args: argparse.Namespace
+    sampler: Local | Remote
+    journal: Journal
+    bad: list[DataError]
+    rank: int = 0
+    world: int = 1
+    samples: int = 0
+    tokens: int = 0
+
+    def prepare(self, requests: list[tuple]) -> list[tuple | None]:
+        """sampler.prepare of each; None, and a line in `bad`, where it cannot be. DataError where none can be."""
+        prompts = []
+        for request in requests:
+            try:
+                prompts.append(self.sampler.prepare(*request))
+            except DataError as error:
+                self.bad.append(error)
+                prompts.append(None)
+        if not any(prompts):
+            raise DataError(f"no row can be used; the first: {self.bad[-len(prompts)]}")
+        return prompts
+
+    def run(self, keys: list[tuple], prompts: list, n: int, seed: int, on_finish: Callable) -> None:
+        """Draw n samples of each prompt, but for those whose keys (*key, j) are all in the journal."""
+        done = {(i, j) for i, key in enumerate(keys) for j in range(n) if (*key, j) in self.journal.done}
+
+        def count(i, j, text, tokens, reason):
+            self.samples, self.tokens = self.samples + 1, self.tokens + (tokens or 0)
+            on_finish(i, j, printable(text), tokens, reason)
+        if len(done) < n * len(keys):
+            self.sampler.run(prompts, n, seed, done, count)
+
+    def progress(self, total: int | None, done: int, unit: str) -> tqdm:
+        return tqdm(total=total, initial=done, unit=f" {unit}", disable=self.rank > 0, dynamic_ncols=True,
+                    mininterval=0.5 if sys.stderr.isatty() else 30)
+
+
+def sample_problems(problems: list[Problem], work: Work) -> None:
+    """Journal n graded samples (i, j) -> row of each problem; this rank takes every world-th batch."""
+    n, done = work.args.samples, work.journal.done
+    prompts = work.prepare([(problem, problem.prefix) for problem in problems])
+    kept = [i for i, prompt in enumerate(prompts) if prompt]
+    batches = work.sampler.batches([prompts[i][0] for i in kept], n)[work.rank::work.world]
+    batches = [[kept[b] for b in batch] for batch in batches]
+    mine = [(i, j) for batch in batches for i in batch for j in range(n)]
+    right, finished = sum(done[key]["correct"] for key in mine if key in done), sum(key in done for key in mine)
+    with work.progress(len(mine), finished, "samples") as bar:
+        for batch in batches:
+            def finish(b, j, completion, tokens, reason):
+                nonlocal right, finished
+                if (batch[b], j) in done:
+                    return
+                problem = problems[batch[b]]
+                if prompts[batch[b]][2]:
+                    completion = completion.lstrip(" ")
+                extracted, correct = grade(problem.prefix + completion, problem.answer)
+                work.journal.add((batch[b], j), {
+                    "id": problem.id, "question": problem.question, "answer": problem.answer, "sample": j,
+                    "prefix": problem.prefix, "completion": completion, "extracted": extracted, "correct": correct,
+                    "tokens": tokens, "stop_reason": reason} | problem.carried)
+                right, finished = right + correct, finished + 1
+                bar.set_postfix_str(f"accuracy {right / finished:.1%}", refresh=False)
+                bar.update()
+            work.run([(i,) for i in batch], [prompts[i][0] for i in batch], n, work.args.seed, finish)
+
+
+def value_steps(attempts: list[tuple[Problem, str]], work: Work) -> None:
+    """Journal (a,) -> valued row of each wrong attempt: how often it still comes right from before each step, by
+    rollouts (Monte Carlo values, as in Math-Shepherd, arXiv 2312.08935). This rank takes every world-th attempt.
+
+    Rounds: in each, every undecided attempt names the step before which more samples tell most about its first error
+    (data.next_prefix), half of `--rollouts` are drawn there, and the next round sees the counts; three times
+    `--rollouts` at most for one step. With --every_step, one round of them all. The samples are journalled as
+    (a, step, round, j) -> [takes the same step, is right], from which a restarted run names the same steps again."""
+    args, done = work.args, work.journal.done
+    n = args.rollouts if args.every_step else max(1, args.rollouts // 2)
+    steps = [split_steps(text, args.steps) for _, text in attempts]
+    before = lambda a, k: (*attempts[a], sum(map(len, steps[a][:k])))      # a request: attempt a, cut before step k
+    fits = work.prepare([before(a, len(steps[a]) - 1) for a in range(len(attempts))])
+    mine = [a for a in range(work.rank, len(attempts), work.world) if fits[a]]
+    agreement = {a: [None] * len(steps[a]) for a in mine}                  # before a step: [same step, right, tries]
+    values = {a: [None] * (len(steps[a]) - 1) + [[0, args.rollouts]] for a in mine}      # after it: [right, tries]
+    with work.progress(n * sum(len(steps[a]) for a in mine) if args.every_step else None, 0, "rollouts") as bar:
+        for round in itertools.count():
+            if args.every_step:
+                jobs = [(a, k, round) for a in agreement for k in range(len(steps[a])) if round == 0]
+            else:
+                wanted = {a: next_prefix(values[a], agreement[a], 3 * args.rollouts) for a in agreement}
+                jobs = [(a, k, round) for a, k in wanted.items() if k is not None]
+            if not jobs:
+                break
+            prompts = [work.sampler.prepare(*before(a, k)) for a, k, _ in jobs]
+            for batch in work.sampler.batches([prompt[0] for prompt in prompts], n):
+                def finish(b, j, completion, tokens, reason):
+                    (a, k, _), text = jobs[batch[b]], prompts[batch[b]][1] + completion
+                    right = grade(text, attempts[a][0].answer)[1]
+                    taken = split_steps(text, args.steps)[k:k + 1]
+                    same = right and bool(taken) and same_step(taken[0], steps[a][k], args.steps)
+                    work.journal.add((*jobs[batch[b]], j), [same, right])
+                    bar.update()
+                work.run([jobs[i] for i in batch], [prompts[i][0] for i in batch], n, 1000 * args.seed + round, finish)
+            for a, k, _ in jobs:
+                outcomes = [done[a, k, round, j] for j in range(n) if (a, k, round, j) in done]
+                if not outcomes:                 # a server refused them, which `bad` says
+                    agreement.pop(a, None)
+                elif a in agreement:
+                    counts = (*map(sum, zip(*outcomes)), len(outcomes))
+                    agreement[a][k] = [x + y for x, y in zip(agreement[a][k] or (0, 0, 0), counts)]
+                    if k:
+                        values[a][k - 1] = agreement[a][k][1:]
+    for a in agreement:
+        row = attempts[a][0].carried | {"steps": steps[a], "values": values[a], "agreement": agreement[a]}
+        work.journal.add((a,), row)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SUMMARY: the table of accuracies
+# ---------------------------------------------------------------------------------------------------------------------
+
+def wilson(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % score interval of a rate (Wilson 1927): right also near 0 and 1, and for small n."""
+    if n == 0:
+        return 0.0, 1.0
+    p, centre = successes / n, (successes + z * z / 2) / (n + z * z)
+    half = z / (n + z * z) * math.sqrt(n * p * (1 - p) + z * z / 4)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """P(one of k samples is right), from n with c right: 1 - C(n-c, k) / C(n, k), unbiased (Chen et al. 2021)."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def majority(rows: list[dict]) -> bool:
+    """Whether the most frequent answer is right, equivalent answers counted together; the first of equals wins."""
+    size: dict[str, int] = {}                    # the first text of a class stands for it
+    right: dict[str, bool] = {}
+    for text, times in Counter(row["extracted"] for row in rows if row["extracted"] is not None).items():
+        name = next((known for known in size if is_equivalent(text, known)), text)
+        size[name] = size.get(name, 0) + times
+        right.setdefault(name, next(row["correct"] for row in rows if row["extracted"] == text))
+    return bool(size) and right[max(size, key=size.get)]
+
+
+def accuracy(groups: list[list[dict]]) -> dict:
+    """groups: the samples of each problem. n counts problems, and so does the interval: samples of one problem are not
+    independent, and more of them must not narrow it."""
+    right, n = sum(sum(row["correct"] for row in rows) / len(rows) for rows in groups), len(groups)
+    return {"n": n, "accuracy": right / n if n else 0.0} | dict(zip(("low", "high"), wilson(right, n)))
+
+
+def summarize(groups: list[list[dict]]) -> dict:
+    """The summary of graded samples, given as a list of rows for each problem."""
+    rows = [row for group in groups for row in group]
+    share = lambda condition: sum(map(condition, rows)) / max(1, len(rows))
+    summary = accuracy(groups) | {"samples": len(rows), "no_answer": share(lambda row: row["extracted"] is None),
+                                  "cut_off": share(lambda row: row["stop_reason"] == "length")}
+    for field in ("level", "subject"):
+        parts = defaultdict(list)
+        for group in groups:
+            if field in group[0]:
+                parts[str(group[0][field])].append(group)
+        if parts:
+            summary[f"by_{field}"] = {name: accuracy(parts[name]) for name in sorted(parts)}
+    most = min(map(len, groups), default=0)
+    if most > 1:
+        right, n = sum(map(majority, groups)), len(groups)
+        summary["majority"] = {"n": n, "accuracy": right / n} | dict(zip(("low", "high"), wilson(right, n)))
+        passed = lambda k: sum(pass_at_k(len(group), sum(row["correct"] for row in group), k) for group in groups) / n
+        summary["pass_at"] = {str(k): passed(k) for k in sorted({2 ** e for e in range(most.bit_length())} | {most})}
+    return summary
+
+
+def table(summary: dict) -> str:
+    """The summary as a few lines for the screen."""
+    lines = [f"{'':<34}{'n':>6}  accuracy   95 % interval"]
+    parts = [("all", summary)]
+    for field in ("by_level", "by_subject"):
+        parts += [(f"  {name}", part) for name, part in summary.get(field, {}).items()]
+    if "majority" in summary:
+        parts.append((f"majority of {summary['samples'] // summary['n']}", summary["majority"]))
+    for name, part in parts:
+        interval = f"{part['low']:.1%} .. {part['high']:.1%}"
+        lines.append(f"{name[:33]:<34}{part['n']:>6}  {part['accuracy']:>7.1%}   {interval}")
+    if "pass_at" in summary:
+        lines.append("   ".join(f"pass@{k} {value:.1%}" for k, value in summary["pass_at"].items()))
+    return "\n".join(lines + [f"no answer {summary['no_answer']:.1%}   cut off by length {summary['cut_off']:.1%}"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# COMMAND LINE
+# ---------------------------------------------------------------------------------------------------------------------
+
+def evaluate(args: argparse.Namespace) -> int:
+    """The whole command, on every rank; returns the exit status. Ranks meet in files; they only wait for each other."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    started_here = world > 1 and not dist.is_initialized()
+    if started_here:                             # the work may be uneven: wait long
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
+    wait = dist.barrier if world > 1 else lambda: None
+    try:
+        bad: list[DataError] = []
+        items = read_file(args, bad)
+        sampler = (Remote if args.endpoint else Local)(args)
+        settings = settings_of(args, sampler, items)
+        out, summary_path = args.out, args.out.with_suffix(".summary.json")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        journal = Journal(out, settings, rank, args.restart)
+        complete = out.exists() and not journal.files and not args.restart
+        if complete:
+            if not summary_path.is_file():
+                raise DataError(f"{out}: exists, without {summary_path.name} that would say how it was made; "
+                                "choose another --out, or begin anew with --restart")
+            refuse_other(read_json(summary_path).get("settings"), settings, out)
+        wait()                                   # until all have read what there is
+        if args.restart and rank == 0:
+            journal.remove()
+        wait()
+        if not complete:
+            work = Work(args, sampler, journal, bad, rank, world)
+            journal.open()
+            started = time.monotonic()
+            try:
+                (value_steps if args.rollouts else sample_problems)(items, work)
+            except (DataError, CheckpointError):
+                if not journal.done:             # nothing is finished: leave nothing
+                    journal.path.unlink()
+                raise
+            seconds = time.monotonic() - started
+            journal.file.close()
+            bad += getattr(sampler, "refused", [])
+            wait()
+            if rank == 0:
+                rows, summary = collect(args, Journal(out, settings, rank).done, len(items))
+                speed = world * work.tokens / max(seconds, 1e-9)
+                summary |= {"model": args.api_model or args.model, "settings": settings, "bad_rows": len(bad),
+                            "seconds": round(seconds, 1), "tokens_per_second": round(speed, 1)}
+                write_rows(out, rows)
+                write_rows(summary_path, [summary])
+                journal.remove()
+    finally:
+        if started_here:
+            dist.destroy_process_group()
+    if rank:
+        return 0
+    complain(bad)
+    if bad:
+        print(f"{len(bad)} rows of {args.problems} were left out", file=sys.stderr)
+    summary = read_json(summary_path)
+    print(f"{out}: {'already complete; ' if complete else ''}{summary['model']}, prompt {args.prompt}, "
+          f"temperature {args.temperature}, top-p {args.top_p}, seed {args.seed}, {summary['seconds']} s, "
+          f"{summary['tokens_per_second']:.0f} tokens/s")
+    if args.rollouts:
+        print(f"{summary['attempts']} wrong attempts, {summary['rollouts']} rollouts; "
+              f"the first error is located in {summary['located'] / max(1, summary['attempts']):.0%}")
+    else:
+        print(table(summary))
+    return 1 if bad else 0
+
+
+def settings_of(args: argparse.Namespace, sampler: Local | Remote, items: list) -> dict:
+    """All that decides what a sample is: what was made with other settings is not continued."""
+    problems = [item[0] for item in items] if args.rollouts else items
+    content = dumps([[p.id, p.question, p.answer, p.prefix, p.carried] for p in problems])
+    names = ("prompt", "temperature", "top_p", "max_new_tokens", "stop", "limit", "seed")
+    names += ("rollouts", "every_step", "steps") if args.rollouts else ("samples",)
+    digest = hashlib.blake2b(content.encode(), digest_size=6).hexdigest()
+    problems = {"problems": f"{Path(args.problems).name} {digest}"}
+    return sampler.settings | problems | {name: getattr(args, name) for name in names}
+
+
+def collect(args: argparse.Namespace, done: dict, count: int) -> tuple[list[dict], dict]:
+    """(rows in order, summary) of what the journals of all ranks hold."""
+    if args.rollouts:
+        rows = [done[a,] for a in range(count) if (a,) in done]
+        located = sum(first_error_from_values(row["values"], row["agreement"]) is not None for row in rows)
+        rollouts = sum(counts[2] for row in rows for counts in row["agreement"] if counts)
+        return rows, {"attempts": len(rows), "rollouts": rollouts, "located": located}
+    groups = [[done[i, j] for j in range(args.samples) if (i, j) in done] for i in range(count)]
+    groups = [group for group in groups if group]
+    return [row for group in groups for row in group], summarize(groups)
+
+
+USAGE = """Sample solutions, grade them, and print a table of accuracies.
+
+  score a checkpoint   python eval.py --model M --problems test.jsonl --out score.jsonl
+  collect errors       python eval.py --model M --problems train.jsonl --out attempts.jsonl \\
+                           --samples 2 --temperature 0.8 --top_p 0.95
+  value their steps    python eval.py --model M --problems attempts.jsonl --out valued.jsonl --rollouts 8
+  rectify              python eval.py --model M --problems errors.jsonl --out rectified.jsonl \\
+                           --samples 20 --temperature 0.8 --top_p 0.95
+
+Run by torchrun, the processes share the problems out. Stopped or killed, the same command
+continues. Exit status: 0; 1 if rows of F had to be left out (each is named); 2 if the command
+cannot be carried out."""
+
+
+def arguments() -> argparse.ArgumentParser:
+    as_it_stands = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="eval.py", description=USAGE, formatter_class=as_it_stands)
+    add = parser.add_argument_group("what").add_argument
+    add("--model", metavar="M", help="checkpoint folder or hub id")
+    add("--problems", metavar="F", required=True,
+        help="problems, or graded attempts for --rollouts (.jsonl, .json, .parquet, hub id)")
+    add("--out", metavar="OUT", type=Path, required=True, help="graded samples, JSONL; beside it the .summary.json")
+    add("--limit", metavar="K", type=whole, help="only the first K rows")
+    add("--restart", action="store_true", help="begin anew, whatever an earlier run has left at OUT")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    add = parser.add_argument_group("sampling").add_argument
+    add("--prompt", choices=PROMPT_STYLES, default="chat",
+        help="how a question becomes a prompt, as in training (default: %(default)s, the checkpoint's own template)")
+    add("--samples", metavar="N", type=whole, default=1,
+        help="samples a problem (default: 1; the paper: 1 to score, 2 to collect errors, 20 to rectify)")
+    add("--temperature", metavar="T", type=float, help="0 is greedy (default: 0; with --rollouts the paper's 0.8)")
+    add("--top_p", metavar="P", type=float,
+        help="mass of the likeliest tokens to sample from (default: 1; with --rollouts the paper's 0.95)")
+    add("--max_new_tokens", metavar="N", type=whole, default=2048,
+        help="a sample is cut off here (default: 2048, the paper's)")
+    add("--stop", metavar="TEXT", nargs="+", default=[], help="a sample also ends before any of these texts")
+    add("--seed", type=int, default=0, help="default: 0")
+    add("--batch_size", metavar="N", type=whole, default=64,
+        help="samples computed together, all of one problem's at least (default: 64)")
+    add("--dtype", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
+    add("--device", help="default: cuda where there is one, else cpu")
+    add = parser.add_argument_group("step values").add_argument
+    add("--rollouts", metavar="N", type=whole,
+        help="continue the wrong attempts in F from before their steps, about N times each (8 is good)")
+    add("--every_step", action="store_true",
+        help="N times before every step, instead of where it tells most about the first error")
+    add("--steps", choices=STEP_STYLES, default="auto", help="how steps are labelled (default: auto)")
+    add = parser.add_argument_group("sampling from a server").add_argument
+    add("--endpoint", metavar="URL",
+        help="OpenAI-compatible server, as http://localhost:8000/v1; its key is read from OPENAI_API_KEY")
+    add("--api_model", metavar="NAME", help="the name that the server knows the model by")
+    add("--concurrency", metavar="N", type=whole, default=32, help="requests under way at a time (default: 32)")
+    return parser
+
+
+def whole(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = arguments()
+    args = parser.parse_args(argv)
+    if args.temperature is None:
+        args.temperature = 0.8 if args.rollouts else 0.0
+    if args.top_p is None:
+        args.top_p = 0.95 if args.rollouts else 1.0
+    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
+        parser.error(f"--temperature {args.temperature} --top_p {args.top_p}: expected 0 or more; above 0, at most 1")
+    if args.temperature == 0 and max(args.samples, args.rollouts or 1) > 1:
+        parser.error("at temperature 0 all samples of a problem are the same; give --temperature, such as 0.8")
+    if args.rollouts and args.samples > 1:
+        parser.error("--samples is for problems; with --rollouts N, N says how often a step is sampled")
+    if args.endpoint and not args.api_model or not (args.endpoint or args.model):
+        parser.error("give --model M, or --endpoint URL with --api_model NAME")
+    if args.endpoint and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        parser.error("--endpoint needs no torchrun: --concurrency says how many requests are under way")
+    if Path(args.problems).resolve() == args.out.resolve():
+        parser.error(f"--out {args.out} is the file of --problems")
+    keep_freed_memory()
+    try:
+        return evaluate(args)
+    except (DataError, CheckpointError, OSError) as error:
+        if args.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        if args.debug:
+            raise
+        print(f"error: out of GPU memory; what is finished is kept: go on with a --batch_size below {args.batch_size}",
+              file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if args.debug or os.environ.get("WORLD_SIZE", "1") == "1" or "onnection" not in str(error):
+            raise
+        print("error: another process of this run has ended; if it failed, it says why. The same command continues",
+              file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 130
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1298,731 +2025,6 @@ class _Comparison(_Numbers):
             exact = Fraction(int(self.mp.nint(x * 10**40)), 10**40)
         shifted = abs(exact) * 10**decimals
         return (value < 0) == (exact < 0) and abs(value) * 10**decimals in (int(shifted), round(shifted))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# READERS: problems, in the layouts that the public sets have
-# ---------------------------------------------------------------------------------------------------------------------
-
-CARRIED = ("level", "subject", "dataset", "step", "rejected", "full_rejected", "solution")  # from problem to samples
-LATEX_ENDS = re.compile(r"(?:\\end\{problem\}|\\noindent|\\\\|\s)+$")        # what Odyssey's texts end in
-
-
-@dataclass
-class Problem:
-    where: str                                   # "file:line"
-    id: str | int
-    question: str
-    answer: str                                  # gold
-    prefix: str                                  # the reasoning so far; generation continues there
-    carried: dict                                # what goes along into the rows that come of it
-
-
-def read_problem(where: str, row: dict) -> Problem:
-    """One row of any of these layouts; DataError where it has no question, no answer, or a prefix that is not text.
-
-        the pipeline's own     {id, question, answer, prefix, ...}
-        anyone's               {question | problem | prompt | instruction, answer}; answer: text, number, list of one
-        GSM8K                  {question, answer: "working #### 18"}
-        MATH                   {problem, solution: "... \\boxed{18} ...", level, type}
-        AQuA                   {question, options: ["A)18", ...], correct: "A"}
-        Odyssey                {"Problem_7": {question, answer, label, level}}
-    """
-    if len(row) == 1 and isinstance(inner := next(iter(row.values())), dict):
-        clean = {k: LATEX_ENDS.sub("", v) if isinstance(v, str) else v for k, v in inner.items()}
-        row = {"id": next(iter(row))} | clean
-    name = next((name for name in ("question", "problem", "prompt", "instruction") if name in row), "question")
-    question = text_field(row, name, where)
-    if not question.strip():
-        raise DataError(f"{where}: field {name!r} is empty; expected the text of a problem")
-    kept = writable(row, where)
-    carried = {key: kept[key] for key in CARRIED if kept.get(key) is not None}
-    for own, public in (("subject", ("type", "label")), ("solution", ("rationale", "reasoning", "output"))):
-        found = next((row[key] for key in public if isinstance(row.get(key), str)), None)
-        if own not in carried and found is not None:
-            carried[own] = found
-
-    answer, solution = row.get("answer"), carried.get("solution")
-    if isinstance(row.get("options"), list):
-        options = [re.sub(r"^\s*\(?[A-Z]\s*\)\s*", "", str(option)) for option in row["options"]]
-        question += "\nAnswer Choices: " + " ".join(f"({letter}) {o}" for letter, o in zip(ascii_uppercase, options))
-        answer = row.get("correct", answer)
-    if isinstance(answer, list) and len(answer) == 1:
-        answer = answer[0]
-    if type(answer) in (int, float) and abs(answer) < math.inf:
-        answer = str(int(answer) if answer == int(answer) else answer)
-    if isinstance(answer, str) and "####" in answer:
-        working, _, answer = answer.rpartition("####")
-        carried.setdefault("solution", working.strip())
-    elif isinstance(answer, str):
-        answer = boxed_answer(answer) or answer
-    elif answer is None and isinstance(solution, str):
-        answer = boxed_answer(solution)
-    if answer is None:
-        raise DataError(f"{where}: no answer (found: {', '.join(row)}); expected a field 'answer', "
-                        "or a 'solution' with \\boxed{...}")
-    answer = text_field({"answer": answer}, "answer", where).strip()
-    if not answer:
-        raise DataError(f"{where}: field 'answer' is empty; a problem without an answer cannot be graded")
-    id = next((row[key] for key in ("id", "idx", "unique_id") if type(row.get(key)) in (str, int)), None)
-    prefix = text_field(row, "prefix", where) if row.get("prefix") is not None else ""
-    return Problem(where, int(re.search(r"\d+$", where)[0]) if id is None else id, question, answer, prefix, carried)
-
-
-def boxed_answer(solution: str) -> str | None:
-    """The gold answer of a worked solution, if it is marked as such."""
-    return extract_answer(solution) if "\\boxed" in solution or "\\fbox" in solution else None
-
-
-def read_attempt(where: str, row: dict) -> tuple[Problem, str]:
-    """A graded sample: its problem, with all of the row carried along, and its whole reasoning, prefix included."""
-    problem = read_problem(where, row)
-    text = problem.prefix + text_field(row, "completion", where)
-    if type(row.get("sample", 0)) is not int:
-        raise DataError(f"{where}: field 'sample': found {row['sample']!r:.60}; expected a number, as eval.py writes it")
-    correct = row["correct"] if type(row.get("correct")) is bool else grade(text, problem.answer)[1]
-    return replace(problem, carried=writable(row, where) | {"id": problem.id, "correct": correct}), text
-
-
-def make_distinct(problems: list[Problem]) -> list[str]:
-    """Rename ids that stand in an earlier row: 0, 0 -> 0, "0~2". Returns a line on each.
-
-    The next stages know a sample by (id, sample) and would throw the second problem's away, after they were paid for.
-    It happens where sets are merged, and in the shards of a hub set. (Attempts at one problem share an id, not a sample.)"""
-    place, times, lines = {}, Counter(), []
-    for problem in problems:
-        old, sample = problem.id, problem.carried.get("sample", 0)
-        while (str(problem.id), sample) in place:
-            times[str(old), sample] += 1
-            problem.id = f"{old}~{times[str(old), sample] + 1}"
-        place[str(problem.id), sample] = problem.where
-        if problem.id != old:
-            lines.append(f"{problem.where}: id {old!r} stands in {place[str(old), sample]} already; here it becomes {problem.id!r}")
-        if "id" in problem.carried:
-            problem.carried["id"] = problem.id
-    return lines
-
-
-def read_file(args: argparse.Namespace, bad: list[DataError]) -> list:
-    """The problems of F, or with --rollouts its wrong attempts. Rows that cannot be used go to `bad`."""
-    items, read = [], read_attempt if args.rollouts else read_problem
-    stages = ("attempts", "valued attempts", "rectified attempts") if args.rollouts else ("problems", "errors", "pairs")
-    for where, row in itertools.islice(read_rows(args.problems, bad), args.limit):
-        if not items and not bad:
-            expect(row, where, *stages)
-        try:
-            items.append(read(where, row))
-        except DataError as error:
-            bad.append(error)
-    notes = []
-    if args.rollouts:
-        wrong = [item for item in items if not item[0].carried["correct"]]
-        items = [item for item in wrong if item[0].carried.get("stop_reason") != "length"]     # localize judges no others
-        if cut := len(wrong) - len(items):
-            notes.append(f"{args.problems}: {cut} of {len(wrong)} wrong attempts were cut off by the length limit and are left out")
-    renamed = make_distinct([item[0] for item in items] if args.rollouts else items)
-    notes += renamed[:1] + ([f"{args.problems}: {len(renamed) - 1} more rows likewise"] if renamed[1:] else [])
-    if notes and os.environ.get("RANK", "0") == "0":
-        print(*notes, sep="\n", file=sys.stderr)
-    if not items:
-        raise DataError(f"{args.problems}: holds no {'wrong attempt' if args.rollouts else 'problem'} that can be used"
-                        + (f" ({len(bad)} bad rows; the first: {bad[0]})" if bad else ""))
-    return items
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# SAMPLING: from the project's own model or from a server; every sample on disk as it is finished
-# ---------------------------------------------------------------------------------------------------------------------
-
-class Local:
-    """Samples from a checkpoint, by model.py."""
-
-    def __init__(self, args: argparse.Namespace):
-        folder = resolve(args.model)
-        device = choose_device(args.device)
-        dtype = args.dtype or ("fp32" if device.type == "cpu" else "bf16")
-        self.args, self.tokenizer = args, Tokenizer.from_pretrained(folder)
-        self.stop_ids = self.tokenizer.stop_ids(args.prompt)
-        self.model = Llama.from_pretrained(folder, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], device)
-        self.settings = {"model": f"{folder.resolve().name} {fingerprint(folder)[:12]}", "dtype": dtype, "device": device.type}
-
-    def prepare(self, problem: Problem, text: str, cut: int | None = None) -> tuple[list[int], str, bool]:
-        """What `run` wants of a prompt, the reasoning that is in it, `text` or its steps before character `cut`, and
-        whether spaces at the prompt's end were left to the model.
-
-        Words bring their space along: "Assistant: " and "Let" are trained as ":" and " Let", so a space of its own is a
-        token that the model never saw there. With a cut, the prompt ends at a token of the whole text, so that the
-        model reads on from the very tokens that it would have written; line ends after the step belong to it where
-        they are one token with its full stop."""
-        found = self.tokenizer.control_token_in(text if self.args.prompt == "raw" else problem.question) or self.tokenizer.control_token_in(text)
-        if found:
-            raise DataError(f"{problem.where}: it contains the control token {found}, which is no text; remove it")
-        rendered = render_prompt(self.args.prompt, problem.question, self.tokenizer)
-        most = self.model.config.max_position_embeddings - 1
-        if len(rendered + text) > LONGEST_TOKEN * most:
-            raise DataError(f"{problem.where}: prompt and prefix have {len(rendered + text)} characters; the model takes "
-                            f"1 to {most} tokens")
-        whole = rendered + text
-        spaces = cut is None and whole.strip(" ") != "" and whole.endswith(" ")
-        ids, offsets = self.tokenizer.encode(whole.rstrip(" ") if spaces else whole)
-        if cut is not None:
-            cut = len(rendered) + len(text) - len(text[cut:].lstrip())
-            kept = sum(1 for _, end in offsets if end <= cut)
-            ids, text = ids[:kept], text[:max(0, offsets[kept - 1][1] - len(rendered))]
-        if not 0 < len(ids) <= most:
-            raise DataError(f"{problem.where}: prompt and prefix have {len(ids)} tokens; the model takes 1 to {most}")
-        if max(ids) >= self.model.config.vocab_size:
-            raise CheckpointError(f"{self.tokenizer.source}: tokenizer.json gives token {max(ids)}, config.json says "
-                                  f"vocab_size {self.model.config.vocab_size}: they do not belong together")
-        return ids, text, spaces
-
-    def batches(self, prompts: list[list[int]], n: int) -> list[list[int]]:
-        """Indices of the prompts that are computed together: alike in length, about `batch_size` samples. It looks at
-        the prompts alone, not at what is done already: a batch is computed whole, so that each sample has the same
-        neighbours, hence the very numbers, whether the run was disturbed or not."""
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        size = max(1, self.args.batch_size // n)
-        return [order[at:at + size] for at in range(0, len(order), size)]
-
-    def run(self, prompts: list[list[int]], n: int, seed: int, done: set, on_finish: Callable) -> None:
-        """n continuations of each prompt; on_finish(i, j, text, tokens, stop_reason) hears of each."""
-        def finished(i, j, sample):
-            text = self.tokenizer.continuation(prompts[i], sample.token_ids)
-            if sample.stop_reason == "stop":
-                text = text[:min((at for stop in a.stop if (at := text.find(stop)) >= 0), default=len(text))]
-            on_finish(i, j, text, len(sample.token_ids), sample.stop_reason)
-        a = self.args
-        generate(self.model, prompts, n=n, max_new_tokens=a.max_new_tokens, temperature=a.temperature, top_p=a.top_p,
-                 eos_ids=self.stop_ids, stop=tuple(a.stop), decode=self.tokenizer.decode, seed=seed, on_finish=finished)
-
-
-class Remote:
-    """Samples from an OpenAI-compatible server: /chat/completions where it can render the prompt itself, that is
-    for a chat without a prefix, else /completions with the rendered text."""
-
-    def __init__(self, args: argparse.Namespace):
-        self.args, self.refused = args, []
-        self.endpoint = Endpoint(args.endpoint, args.api_model)
-        self.tokenizer = Tokenizer.from_pretrained(resolve(args.model)) if args.model else None
-        self.settings = {"endpoint": args.endpoint, "api_model": args.api_model}
-
-    def prepare(self, problem: Problem, text: str, cut: int | None = None) -> tuple[tuple, str, bool]:
-        where, question, style = problem.where, problem.question, self.args.prompt
-        text = text if cut is None else text[:cut].rstrip()
-        if found := re.search(r"<\|[\w-]{1,40}\|>", question + text):
-            raise DataError(f"{where}: it contains the control token {found[0]}, which is no text; remove it")
-        if style in ("chat", "qwen2-boxed") and not text:
-            messages = [{"role": "user", "content": question}]
-            if style == "qwen2-boxed":
-                messages = [{"role": "system", "content": "You are a helpful assistant."},
-                            {"role": "user", "content": question + BOXED}]
-            return (where, "chat/completions", {"messages": messages}), text, False
-        if style == "chat" and self.tokenizer is None:
-            raise DataError(f"{where}: --prompt chat needs the checkpoint's template for a prefix: give --model")
-        whole = render_prompt(style, question, self.tokenizer) + text
-        return (where, "completions", {"prompt": whole.rstrip(" ") or whole}), text, whole.endswith(" ")
-
-    def batches(self, prompts: list, n: int) -> list[list[int]]:
-        return [list(range(len(prompts)))]       # the server makes its own batches: keep it busy to the end
-
-    def run(self, prompts: list, n: int, seed: int, done: set, on_finish: Callable) -> None:
-        """As Local.run, but what is `done`, pairs (i, j), is not asked for. What is refused lands in `refused`."""
-        a = self.args
-
-        def ask(i, j):
-            where, path, body = prompts[i]
-            body = body | {"max_tokens": a.max_new_tokens, "temperature": a.temperature, "top_p": a.top_p,
-                           "seed": stable_key(seed, body, j) % 2**31} | ({"stop": a.stop} if a.stop else {})
-            try:
-                reply = self.endpoint.post(path, body)
-                choice, usage = reply["choices"][0], reply.get("usage")
-                text = choice["message"]["content"] if path.startswith("chat") else choice["text"]
-                if not isinstance(text, str | None):
-                    raise TypeError
-            except RequestRefused as error:
-                return i, j, DataError(f"{where}: {error}")
-            except (LookupError, TypeError):
-                return i, j, DataError(f"{where}: the server's reply has no completion in it ({str(reply)[:200]!r})")
-            tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
-            reason = choice.get("finish_reason")
-            if reason == "stop":                 # says both; vLLM gives the stop string, if it was one, in stop_reason
-                reason = "stop" if isinstance(choice.get("stop_reason"), str) else "eos"
-            return i, j, (text or "", tokens if type(tokens) is int else None, str(reason))
-
-        with ThreadPoolExecutor(a.concurrency) as pool:
-            try:
-                wanted = [(i, j) for i in range(len(prompts)) for j in range(n) if (i, j) not in done]
-                for future in as_completed([pool.submit(ask, i, j) for i, j in wanted]):
-                    i, j, outcome = future.result()
-                    if isinstance(outcome, DataError):
-                        self.refused.append(outcome)
-                    else:
-                        on_finish(i, j, *outcome)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-
-
-class Journal:
-    """What is finished, on disk the moment it is: OUT.journal-R of rank R, a line of settings, then [key, value] lines.
-
-    What is in `done` when a run begins need not be computed again. A journal of other settings is refused."""
-
-    def __init__(self, out: Path, settings: dict, rank: int, restart: bool = False):
-        self.out, self.settings, self.path, self.done = out, settings, Path(f"{out}.journal-{rank}"), {}
-        self.files = self.find()
-        for path in [] if restart else self.files:
-            for number, line in enumerate(path.read_bytes().split(b"\n")[:-1]):  # behind the last \n: a torn line
-                try:
-                    entry = json.loads(line)
-                    if number:
-                        self.done[tuple(entry[0])] = entry[1]
-                except (ValueError, TypeError, LookupError):
-                    entry = None                 # damaged: that sample is computed again
-                if not number:
-                    refuse_other(entry, settings, path)
-
-    def find(self) -> list[Path]:
-        found = self.out.parent.glob(f"{glob.escape(self.out.name)}.journal-*")
-        return sorted(path for path in found if path.suffix.removeprefix(".journal-").isdecimal())
-
-    def remove(self) -> None:
-        for path in self.find():
-            path.unlink()
-
-    def open(self) -> None:
-        """Begin to write. Under torchrun: once all ranks have read."""
-        with writing(self.path), self.path.open("ab+") as file:      # a torn line goes away
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-        self.file = self.path.open("a", encoding="utf-8", newline="\n")
-        if self.file.tell() == 0:
-            self.write(self.settings)
-
-    def add(self, key: tuple, value) -> None:
-        if key not in self.done:
-            self.done[key] = value
-            self.write([key, value])
-
-    def write(self, entry) -> None:
-        with writing(self.path):
-            self.file.write(dumps(entry) + "\n")
-            self.file.flush()
-
-
-def refuse_other(old, new: dict, path: Path) -> None:
-    """DataError naming what differs between the settings of what lies at `path` and the present ones."""
-    old = old if isinstance(old, dict) else {}
-    changed = [f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in new | old if old.get(key) != new.get(key)]
-    if changed:
-        raise DataError(f"{path}: was made otherwise: {'; '.join(changed)}; "
-                        "choose another --out, or begin anew with --restart")
-
-
-def dumps(value) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
-def grade(reasoning: str, answer: str) -> tuple[str | None, bool]:
-    """(the extracted answer, whether it is equivalent to the gold one)"""
-    extracted = extract_answer(reasoning)
-    return extracted, extracted is not None and is_equivalent(extracted, answer)
-
-
-def printable(text: str) -> str:
-    """Without what a UTF-8 file, or the next stage, could not carry: NULs and half surrogate pairs."""
-    return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
-
-
-@dataclass
-class Work:
-    """What sampling needs to know, and how much of it one rank has done."""
-    args: argparse.Namespace
-    sampler: Local | Remote
-    journal: Journal
-    bad: list[DataError]
-    rank: int = 0
-    world: int = 1
-    samples: int = 0
-    tokens: int = 0
-
-    def prepare(self, requests: list[tuple]) -> list[tuple | None]:
-        """sampler.prepare of each; None, and a line in `bad`, where it cannot be. DataError where none can be."""
-        prompts = []
-        for request in requests:
-            try:
-                prompts.append(self.sampler.prepare(*request))
-            except DataError as error:
-                self.bad.append(error)
-                prompts.append(None)
-        if not any(prompts):
-            raise DataError(f"no row can be used; the first: {self.bad[-len(prompts)]}")
-        return prompts
-
-    def run(self, keys: list[tuple], prompts: list, n: int, seed: int, on_finish: Callable) -> None:
-        """Draw n samples of each prompt, but for those whose keys (*key, j) are all in the journal."""
-        done = {(i, j) for i, key in enumerate(keys) for j in range(n) if (*key, j) in self.journal.done}
-
-        def count(i, j, text, tokens, reason):
-            self.samples, self.tokens = self.samples + 1, self.tokens + (tokens or 0)
-            on_finish(i, j, printable(text), tokens, reason)
-        if len(done) < n * len(keys):
-            self.sampler.run(prompts, n, seed, done, count)
-
-    def progress(self, total: int | None, done: int, unit: str) -> tqdm:
-        return tqdm(total=total, initial=done, unit=f" {unit}", disable=self.rank > 0, dynamic_ncols=True,
-                    mininterval=0.5 if sys.stderr.isatty() else 30)
-
-
-def sample_problems(problems: list[Problem], work: Work) -> None:
-    """Journal n graded samples (i, j) -> row of each problem; this rank takes every world-th batch."""
-    n, done = work.args.samples, work.journal.done
-    prompts = work.prepare([(problem, problem.prefix) for problem in problems])
-    kept = [i for i, prompt in enumerate(prompts) if prompt]
-    batches = work.sampler.batches([prompts[i][0] for i in kept], n)[work.rank::work.world]
-    batches = [[kept[b] for b in batch] for batch in batches]
-    mine = [(i, j) for batch in batches for i in batch for j in range(n)]
-    right, finished = sum(done[key]["correct"] for key in mine if key in done), sum(key in done for key in mine)
-    with work.progress(len(mine), finished, "samples") as bar:
-        for batch in batches:
-            def finish(b, j, completion, tokens, reason):
-                nonlocal right, finished
-                if (batch[b], j) in done:
-                    return
-                problem = problems[batch[b]]
-                if prompts[batch[b]][2]:
-                    completion = completion.lstrip(" ")
-                extracted, correct = grade(problem.prefix + completion, problem.answer)
-                work.journal.add((batch[b], j), {
-                    "id": problem.id, "question": problem.question, "answer": problem.answer, "sample": j,
-                    "prefix": problem.prefix, "completion": completion, "extracted": extracted, "correct": correct,
-                    "tokens": tokens, "stop_reason": reason} | problem.carried)
-                right, finished = right + correct, finished + 1
-                bar.set_postfix_str(f"accuracy {right / finished:.1%}", refresh=False)
-                bar.update()
-            work.run([(i,) for i in batch], [prompts[i][0] for i in batch], n, work.args.seed, finish)
-
-
-def value_steps(attempts: list[tuple[Problem, str]], work: Work) -> None:
-    """Journal (a,) -> valued row of each wrong attempt: how often it still comes right from before each step, by
-    rollouts (Monte Carlo values, as in Math-Shepherd, arXiv 2312.08935). This rank takes every world-th attempt.
-
-    Rounds: in each, every undecided attempt names the step before which more samples tell most about its first error
-    (data.next_prefix), half of `--rollouts` are drawn there, and the next round sees the counts; three times
-    `--rollouts` at most for one step. With --every_step, one round of them all. The samples are journalled as
-    (a, step, round, j) -> [takes the same step, is right], from which a restarted run names the same steps again."""
-    args, done = work.args, work.journal.done
-    n = args.rollouts if args.every_step else max(1, args.rollouts // 2)
-    steps = [split_steps(text, args.steps) for _, text in attempts]
-    before = lambda a, k: (*attempts[a], sum(map(len, steps[a][:k])))      # a request: attempt a, cut before step k
-    fits = work.prepare([before(a, len(steps[a]) - 1) for a in range(len(attempts))])
-    mine = [a for a in range(work.rank, len(attempts), work.world) if fits[a]]
-    agreement = {a: [None] * len(steps[a]) for a in mine}                  # before a step: [same step, right, tries]
-    values = {a: [None] * (len(steps[a]) - 1) + [[0, args.rollouts]] for a in mine}      # after it: [right, tries]
-    with work.progress(n * sum(len(steps[a]) for a in mine) if args.every_step else None, 0, "rollouts") as bar:
-        for round in itertools.count():
-            if args.every_step:
-                jobs = [(a, k, round) for a in agreement for k in range(len(steps[a])) if round == 0]
-            else:
-                wanted = {a: next_prefix(values[a], agreement[a], 3 * args.rollouts) for a in agreement}
-                jobs = [(a, k, round) for a, k in wanted.items() if k is not None]
-            if not jobs:
-                break
-            prompts = [work.sampler.prepare(*before(a, k)) for a, k, _ in jobs]
-            for batch in work.sampler.batches([prompt[0] for prompt in prompts], n):
-                def finish(b, j, completion, tokens, reason):
-                    (a, k, _), text = jobs[batch[b]], prompts[batch[b]][1] + completion
-                    right = grade(text, attempts[a][0].answer)[1]
-                    taken = split_steps(text, args.steps)[k:k + 1]
-                    same = right and bool(taken) and same_step(taken[0], steps[a][k], args.steps)
-                    work.journal.add((*jobs[batch[b]], j), [same, right])
-                    bar.update()
-                work.run([jobs[i] for i in batch], [prompts[i][0] for i in batch], n, 1000 * args.seed + round, finish)
-            for a, k, _ in jobs:
-                outcomes = [done[a, k, round, j] for j in range(n) if (a, k, round, j) in done]
-                if not outcomes:                 # a server refused them, which `bad` says
-                    agreement.pop(a, None)
-                elif a in agreement:
-                    counts = (*map(sum, zip(*outcomes)), len(outcomes))
-                    agreement[a][k] = [x + y for x, y in zip(agreement[a][k] or (0, 0, 0), counts)]
-                    if k:
-                        values[a][k - 1] = agreement[a][k][1:]
-    for a in agreement:
-        row = attempts[a][0].carried | {"steps": steps[a], "values": values[a], "agreement": agreement[a]}
-        work.journal.add((a,), row)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# SUMMARY: the table of accuracies
-# ---------------------------------------------------------------------------------------------------------------------
-
-def wilson(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % score interval of a rate (Wilson 1927): right also near 0 and 1, and for small n."""
-    if n == 0:
-        return 0.0, 1.0
-    p, centre = successes / n, (successes + z * z / 2) / (n + z * z)
-    half = z / (n + z * z) * math.sqrt(n * p * (1 - p) + z * z / 4)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """P(one of k samples is right), from n with c right: 1 - C(n-c, k) / C(n, k), unbiased (Chen et al. 2021)."""
-    return 1 - math.comb(n - c, k) / math.comb(n, k)
-
-
-def majority(rows: list[dict]) -> bool:
-    """Whether the most frequent answer is right, equivalent answers counted together; the first of equals wins."""
-    size: dict[str, int] = {}                    # the first text of a class stands for it
-    right: dict[str, bool] = {}
-    for text, times in Counter(row["extracted"] for row in rows if row["extracted"] is not None).items():
-        name = next((known for known in size if is_equivalent(text, known)), text)
-        size[name] = size.get(name, 0) + times
-        right.setdefault(name, next(row["correct"] for row in rows if row["extracted"] == text))
-    return bool(size) and right[max(size, key=size.get)]
-
-
-def accuracy(groups: list[list[dict]]) -> dict:
-    """groups: the samples of each problem. n counts problems, and so does the interval: samples of one problem are not
-    independent, and more of them must not narrow it."""
-    right, n = sum(sum(row["correct"] for row in rows) / len(rows) for rows in groups), len(groups)
-    return {"n": n, "accuracy": right / n if n else 0.0} | dict(zip(("low", "high"), wilson(right, n)))
-
-
-def summarize(groups: list[list[dict]]) -> dict:
-    """The summary of graded samples, given as a list of rows for each problem."""
-    rows = [row for group in groups for row in group]
-    share = lambda condition: sum(map(condition, rows)) / max(1, len(rows))
-    summary = accuracy(groups) | {"samples": len(rows), "no_answer": share(lambda row: row["extracted"] is None),
-                                  "cut_off": share(lambda row: row["stop_reason"] == "length")}
-    for field in ("level", "subject"):
-        parts = defaultdict(list)
-        for group in groups:
-            if field in group[0]:
-                parts[str(group[0][field])].append(group)
-        if parts:
-            summary[f"by_{field}"] = {name: accuracy(parts[name]) for name in sorted(parts)}
-    most = min(map(len, groups), default=0)
-    if most > 1:
-        right, n = sum(map(majority, groups)), len(groups)
-        summary["majority"] = {"n": n, "accuracy": right / n} | dict(zip(("low", "high"), wilson(right, n)))
-        passed = lambda k: sum(pass_at_k(len(group), sum(row["correct"] for row in group), k) for group in groups) / n
-        summary["pass_at"] = {str(k): passed(k) for k in sorted({2 ** e for e in range(most.bit_length())} | {most})}
-    return summary
-
-
-def table(summary: dict) -> str:
-    """The summary as a few lines for the screen."""
-    lines = [f"{'':<34}{'n':>6}  accuracy   95 % interval"]
-    parts = [("all", summary)]
-    for field in ("by_level", "by_subject"):
-        parts += [(f"  {name}", part) for name, part in summary.get(field, {}).items()]
-    if "majority" in summary:
-        parts.append((f"majority of {summary['samples'] // summary['n']}", summary["majority"]))
-    for name, part in parts:
-        interval = f"{part['low']:.1%} .. {part['high']:.1%}"
-        lines.append(f"{name[:33]:<34}{part['n']:>6}  {part['accuracy']:>7.1%}   {interval}")
-    if "pass_at" in summary:
-        lines.append("   ".join(f"pass@{k} {value:.1%}" for k, value in summary["pass_at"].items()))
-    return "\n".join(lines + [f"no answer {summary['no_answer']:.1%}   cut off by length {summary['cut_off']:.1%}"])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# COMMAND LINE
-# ---------------------------------------------------------------------------------------------------------------------
-
-def evaluate(args: argparse.Namespace) -> int:
-    """The whole command, on every rank; returns the exit status. Ranks meet in files; they only wait for each other."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    started_here = world > 1 and not dist.is_initialized()
-    if started_here:                             # the work may be uneven: wait long
-        dist.init_process_group("gloo", timeout=timedelta(days=7))
-    wait = dist.barrier if world > 1 else lambda: None
-    try:
-        bad: list[DataError] = []
-        items = read_file(args, bad)
-        sampler = (Remote if args.endpoint else Local)(args)
-        settings = settings_of(args, sampler, items)
-        out, summary_path = args.out, args.out.with_suffix(".summary.json")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        journal = Journal(out, settings, rank, args.restart)
-        complete = out.exists() and not journal.files and not args.restart
-        if complete:
-            if not summary_path.is_file():
-                raise DataError(f"{out}: exists, without {summary_path.name} that would say how it was made; "
-                                "choose another --out, or begin anew with --restart")
-            refuse_other(read_json(summary_path).get("settings"), settings, out)
-        wait()                                   # until all have read what there is
-        if args.restart and rank == 0:
-            journal.remove()
-        wait()
-        if not complete:
-            work = Work(args, sampler, journal, bad, rank, world)
-            journal.open()
-            started = time.monotonic()
-            try:
-                (value_steps if args.rollouts else sample_problems)(items, work)
-            except (DataError, CheckpointError):
-                if not journal.done:             # nothing is finished: leave nothing
-                    journal.path.unlink()
-                raise
-            seconds = time.monotonic() - started
-            journal.file.close()
-            bad += getattr(sampler, "refused", [])
-            wait()
-            if rank == 0:
-                rows, summary = collect(args, Journal(out, settings, rank).done, len(items))
-                speed = world * work.tokens / max(seconds, 1e-9)
-                summary |= {"model": args.api_model or args.model, "settings": settings, "bad_rows": len(bad),
-                            "seconds": round(seconds, 1), "tokens_per_second": round(speed, 1)}
-                write_rows(out, rows)
-                write_rows(summary_path, [summary])
-                journal.remove()
-    finally:
-        if started_here:
-            dist.destroy_process_group()
-    if rank:
-        return 0
-    complain(bad)
-    if bad:
-        print(f"{len(bad)} rows of {args.problems} were left out", file=sys.stderr)
-    summary = read_json(summary_path)
-    print(f"{out}: {'already complete; ' if complete else ''}{summary['model']}, prompt {args.prompt}, "
-          f"temperature {args.temperature}, top-p {args.top_p}, seed {args.seed}, {summary['seconds']} s, "
-          f"{summary['tokens_per_second']:.0f} tokens/s")
-    if args.rollouts:
-        print(f"{summary['attempts']} wrong attempts, {summary['rollouts']} rollouts; "
-              f"the first error is located in {summary['located'] / max(1, summary['attempts']):.0%}")
-    else:
-        print(table(summary))
-    return 1 if bad else 0
-
-
-def settings_of(args: argparse.Namespace, sampler: Local | Remote, items: list) -> dict:
-    """All that decides what a sample is: what was made with other settings is not continued."""
-    problems = [item[0] for item in items] if args.rollouts else items
-    content = dumps([[p.id, p.question, p.answer, p.prefix, p.carried] for p in problems])
-    names = ("prompt", "temperature", "top_p", "max_new_tokens", "stop", "limit", "seed")
-    names += ("rollouts", "every_step", "steps") if args.rollouts else ("samples",)
-    digest = hashlib.blake2b(content.encode(), digest_size=6).hexdigest()
-    problems = {"problems": f"{Path(args.problems).name} {digest}"}
-    return sampler.settings | problems | {name: getattr(args, name) for name in names}
-
-
-def collect(args: argparse.Namespace, done: dict, count: int) -> tuple[list[dict], dict]:
-    """(rows in order, summary) of what the journals of all ranks hold."""
-    if args.rollouts:
-        rows = [done[a,] for a in range(count) if (a,) in done]
-        located = sum(first_error_from_values(row["values"], row["agreement"]) is not None for row in rows)
-        rollouts = sum(counts[2] for row in rows for counts in row["agreement"] if counts)
-        return rows, {"attempts": len(rows), "rollouts": rollouts, "located": located}
-    groups = [[done[i, j] for j in range(args.samples) if (i, j) in done] for i in range(count)]
-    groups = [group for group in groups if group]
-    return [row for group in groups for row in group], summarize(groups)
-
-
-USAGE = """Sample solutions, grade them, and print a table of accuracies.
-
-  score a checkpoint   python eval.py --model M --problems test.jsonl --out score.jsonl
-  collect errors       python eval.py --model M --problems train.jsonl --out attempts.jsonl \\
-                           --samples 2 --temperature 0.8 --top_p 0.95
-  value their steps    python eval.py --model M --problems attempts.jsonl --out valued.jsonl --rollouts 8
-  rectify              python eval.py --model M --problems errors.jsonl --out rectified.jsonl \\
-                           --samples 20 --temperature 0.8 --top_p 0.95
-
-Run by torchrun, the processes share the problems out. Stopped or killed, the same command
-continues. Exit status: 0; 1 if rows of F had to be left out (each is named); 2 if the command
-cannot be carried out."""
-
-
-def arguments() -> argparse.ArgumentParser:
-    as_it_stands = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="eval.py", description=USAGE, formatter_class=as_it_stands)
-    add = parser.add_argument_group("what").add_argument
-    add("--model", metavar="M", help="checkpoint folder or hub id")
-    add("--problems", metavar="F", required=True,
-        help="problems, or graded attempts for --rollouts (.jsonl, .json, .parquet, hub id)")
-    add("--out", metavar="OUT", type=Path, required=True, help="graded samples, JSONL; beside it the .summary.json")
-    add("--limit", metavar="K", type=whole, help="only the first K rows")
-    add("--restart", action="store_true", help="begin anew, whatever an earlier run has left at OUT")
-    add("--debug", action="store_true", help="show the traceback of an error")
-    add = parser.add_argument_group("sampling").add_argument
-    add("--prompt", choices=PROMPT_STYLES, default="chat",
-        help="how a question becomes a prompt, as in training (default: %(default)s, the checkpoint's own template)")
-    add("--samples", metavar="N", type=whole, default=1,
-        help="samples a problem (default: 1; the paper: 1 to score, 2 to collect errors, 20 to rectify)")
-    add("--temperature", metavar="T", type=float, help="0 is greedy (default: 0; with --rollouts the paper's 0.8)")
-    add("--top_p", metavar="P", type=float,
-        help="mass of the likeliest tokens to sample from (default: 1; with --rollouts the paper's 0.95)")
-    add("--max_new_tokens", metavar="N", type=whole, default=2048,
-        help="a sample is cut off here (default: 2048, the paper's)")
-    add("--stop", metavar="TEXT", nargs="+", default=[], help="a sample also ends before any of these texts")
-    add("--seed", type=int, default=0, help="default: 0")
-    add("--batch_size", metavar="N", type=whole, default=64,
-        help="samples computed together, all of one problem's at least (default: 64)")
-    add("--dtype", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
-    add("--device", help="default: cuda where there is one, else cpu")
-    add = parser.add_argument_group("step values").add_argument
-    add("--rollouts", metavar="N", type=whole,
-        help="continue the wrong attempts in F from before their steps, about N times each (8 is good)")
-    add("--every_step", action="store_true",
-        help="N times before every step, instead of where it tells most about the first error")
-    add("--steps", choices=STEP_STYLES, default="auto", help="how steps are labelled (default: auto)")
-    add = parser.add_argument_group("sampling from a server").add_argument
-    add("--endpoint", metavar="URL",
-        help="OpenAI-compatible server, as http://localhost:8000/v1; its key is read from OPENAI_API_KEY")
-    add("--api_model", metavar="NAME", help="the name that the server knows the model by")
-    add("--concurrency", metavar="N", type=whole, default=32, help="requests under way at a time (default: 32)")
-    return parser
-
-
-def whole(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = arguments()
-    args = parser.parse_args(argv)
-    if args.temperature is None:
-        args.temperature = 0.8 if args.rollouts else 0.0
-    if args.top_p is None:
-        args.top_p = 0.95 if args.rollouts else 1.0
-    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
-        parser.error(f"--temperature {args.temperature} --top_p {args.top_p}: expected 0 or more; above 0, at most 1")
-    if args.temperature == 0 and max(args.samples, args.rollouts or 1) > 1:
-        parser.error("at temperature 0 all samples of a problem are the same; give --temperature, such as 0.8")
-    if args.rollouts and args.samples > 1:
-        parser.error("--samples is for problems; with --rollouts N, N says how often a step is sampled")
-    if args.endpoint and not args.api_model or not (args.endpoint or args.model):
-        parser.error("give --model M, or --endpoint URL with --api_model NAME")
-    if args.endpoint and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        parser.error("--endpoint needs no torchrun: --concurrency says how many requests are under way")
-    if Path(args.problems).resolve() == args.out.resolve():
-        parser.error(f"--out {args.out} is the file of --problems")
-    keep_freed_memory()
-    try:
-        return evaluate(args)
-    except (DataError, CheckpointError, OSError) as error:
-        if args.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        if args.debug:
-            raise
-        print(f"error: out of GPU memory; what is finished is kept: go on with a --batch_size below {args.batch_size}",
-              file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if args.debug or os.environ.get("WORLD_SIZE", "1") == "1" or "onnection" not in str(error):
-            raise
-        print("error: another process of this run has ended; if it failed, it says why. The same command continues",
-              file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        return 130
 
 
 if __name__ == "__main__":

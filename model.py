@@ -19,13 +19,15 @@ import inspect
 import json
 import math
 import os
+import platform
 import re
 import shutil
+import sys
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -36,6 +38,11 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
+
+try:
+    import fcntl
+except ImportError:              # Windows
+    fcntl = None
 
 
 class CheckpointError(ValueError):
@@ -231,6 +238,86 @@ class Tree:
         q, k, v = (x[0].transpose(0, 1).to(v.dtype) for x in (q, k, v))                                              # (N, H or G, D)
         y = varlen_attn(q, k[places], v[places], queries_end, keys_end, longest_query, longest_key, window_size=(-1, 0), **VARLEN_GQA)
         return y.transpose(0, 1)[None]
+
+
+LEAST_SHARED = 16     # tokens that texts of different rows must have in common: for less, one segment more costs what it saves
+
+
+class Layout(NamedTuple):
+    """Texts as one flat row of N tokens, in the form that a `Tree` takes."""
+    tokens: np.ndarray            # (N,) int64
+    positions: np.ndarray         # (N,) int64: the place of each token in its text
+    lengths: list[int]            # tokens of each segment
+    parents: list[int]            # the segment that each one continues; -1 for none
+    places: list[np.ndarray]      # of each text: where its tokens are in the flat row
+
+
+def lay_out(texts: Sequence[np.ndarray], rows: Sequence[int] | None = None) -> Layout:
+    """Lay texts (token ids, none empty) into a radix tree: whatever begins alike is one segment, and is computed once.
+
+    Texts of one row (rows[i]: the row of text i; by default each is its own) share all they have in common, those of different rows from
+    LEAST_SHARED tokens on. Segments stand in the order of first appearance, branches behind their trunk: a pair gives trunk, chosen, rejected."""
+    tokens: list[np.ndarray] = []                        # of each segment
+    branches: list[dict[int, int]] = []                  # of each segment: first token of a continuation -> its segment
+    roots: dict = {}                                     # name of a beginning -> its segment
+
+    def new_segment(part: np.ndarray) -> int:
+        tokens.append(part)
+        branches.append({})
+        return len(tokens) - 1
+
+    def names_of(i: int) -> list:
+        own_row = (i if rows is None else rows[i], int(texts[i][0]))
+        return [own_row, texts[i][:LEAST_SHARED].tobytes()] if len(texts[i]) >= LEAST_SHARED else [own_row]
+
+    for i, rest in enumerate(texts):
+        names = names_of(i)
+        at = next((roots[name] for name in names if name in roots), None)
+        if at is None:
+            at, rest = new_segment(rest), rest[:0]
+        for name in names:
+            roots.setdefault(name, at)
+        while len(rest):
+            common = common_length(tokens[at], rest)
+            rest = rest[common:]
+            if common < len(tokens[at]) and len(rest):   # the text leaves in the middle: what was one segment is a trunk and a branch
+                behind = new_segment(tokens[at][common:])
+                branches[behind] = branches[at]
+                tokens[at], branches[at] = tokens[at][:common], {int(tokens[behind][0]): behind}
+            if len(rest) and int(rest[0]) not in branches[at]:
+                branches[at][int(rest[0])] = new_segment(rest)
+                break
+            at = branches[at][int(rest[0])] if len(rest) else at
+
+    order, parents, first, begin, end = [], [], {}, {}, 0
+    todo = [(root, -1, 0) for root in reversed(dict.fromkeys(roots[names_of(i)[0]] for i in range(len(texts))))]
+    while todo:                                          # trunk before branches, the first met first
+        at, parent, first[at] = todo.pop()
+        begin[at], end = end, end + len(tokens[at])
+        todo += [(branch, len(order), first[at] + len(tokens[at])) for branch in reversed(branches[at].values())]
+        order.append(at)
+        parents.append(parent)
+
+    def places_of(i: int) -> np.ndarray:
+        at, left, found = roots[names_of(i)[0]], texts[i], []
+        while True:
+            own = min(len(left), len(tokens[at]))
+            found.append(np.arange(begin[at], begin[at] + own))
+            left = left[own:]
+            if not len(left):
+                return np.concatenate(found)
+            at = branches[at][int(left[0])]
+
+    positions = [np.arange(first[at], first[at] + len(tokens[at])) for at in order]
+    return Layout(np.concatenate([tokens[at] for at in order]).astype(np.int64), np.concatenate(positions), [len(tokens[at]) for at in order],
+                  parents, [places_of(i) for i in range(len(texts))])
+
+
+def common_length(a: np.ndarray, b: np.ndarray) -> int:
+    """How many tokens two texts have in common at their beginning."""
+    shorter = min(len(a), len(b))
+    differ = np.flatnonzero(a[:shorter] != b[:shorter])
+    return int(differ[0]) if len(differ) else shorter
 
 
 # torch 2.11's varlen_attn takes grouped heads as they come, later ones want it said
@@ -525,13 +612,12 @@ class Llama(nn.Module):
                 values["eos_token_id"] = known + new
             (aside / filename).write_text(json.dumps(values, indent=2) + "\n")
 
-        written = sorted(aside.iterdir(), key=lambda p: p.name == "config.json")
+        files = sorted(aside.iterdir(), key=lambda p: p.name == "config.json")
         for stale in [*folder.glob("model*.safetensors"), *folder.glob("model.safetensors.index.json")]:
-            if stale.name not in {p.name for p in written}:
+            if stale.name not in {p.name for p in files}:
                 stale.unlink()
-        for path in written:
-            with open(path, "rb") as f:
-                os.fsync(f.fileno())
+        for path in files:
+            sync(path)
             os.replace(path, folder / path.name)
         aside.rmdir()
 
@@ -622,8 +708,60 @@ def writing(path: Path):
     try:
         yield
     except (OSError, SafetensorError) as e:
-        raise OSError(f"{getattr(e, 'filename', None) or path}: cannot be written ({getattr(e, 'strerror', None) or e}); make room or repair its permissions, "
-                      "then the same command continues") from e
+        file, why = getattr(e, "filename", None) or path, getattr(e, "strerror", None) or e
+        raise OSError(f"{file}: cannot be written ({why}); make room or repair its permissions, then the same command continues") from e
+
+
+@contextmanager
+def written(path: Path):
+    """Yields a name to write to. The file then goes to the disk and is renamed to `path`, which is therefore whole or not there."""
+    aside = path.with_name(path.name + ".tmp")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        sync(aside)
+        os.replace(aside, path)
+
+
+def sync(path: Path):
+    """The file's bytes are on the disk afterwards. (Opened for writing, since Windows syncs nothing else.)"""
+    with open(path, "rb+") as f:
+        os.fsync(f.fileno())
+
+
+@contextmanager
+def locked(out: Path):
+    """One command at a time writes `out`; a second one ends with a line that says who holds it.
+
+    The lock is the operating system's, on the file OUT.lock: it ends with the process, however that ends, and a file that a killed one left behind
+    holds nothing. Under torchrun rank 0 takes it for all. Where the file system knows no locks, there is none."""
+    path, held = Path(f"{out}.lock"), None
+    while fcntl is not None and os.environ.get("RANK", "0") == "0":
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            held = open(path, "a+")
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held.seek(0)
+            holder = held.read().strip() or "another process"
+            held.close()
+            raise OSError(f"{out}: is being written by {holder}; wait for it, end it, or choose another --out") from None
+        except OSError:
+            pass
+        if path.exists() and os.path.samestat(os.fstat(held.fileno()), path.stat()):
+            break                                        # else its last holder removed it between our open and our lock
+        held.close()
+    if held is not None:
+        held.truncate(0)
+        held.write(f"process {os.getpid()} on {platform.node()} ({' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200]})\n")
+        held.flush()
+    try:
+        yield
+    finally:
+        if held is not None:
+            path.unlink(missing_ok=True)                 # while the lock is held: nobody else's is taken away
+            held.close()
 
 
 def weight_files(folder: Path) -> dict[str, tuple[Path, list[int], str]]:

@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 import data
 from data import Batch, DataError
-from model import CheckpointError, Config, Llama, Tree, choose_device, fingerprint, keep_freed_memory, own_rows, read_json, resolve, whole, writing
+from model import CheckpointError, Config, Llama, Tree, choose_device, fingerprint, keep_freed_memory, own_rows, read_json, resolve, sync, whole, writing, written
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -311,22 +311,6 @@ def autocast(args, device):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoints: what is needed to go on, in safetensors and JSON only
-
-@contextmanager
-def written(path: Path):
-    """Yields a file to write to; it then goes to the disk (fsync) and is renamed to `path`, which is therefore whole or not there."""
-    aside = path.with_name(path.name + ".tmp")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        sync(aside)
-        os.replace(aside, path)
-
-
-def sync(path: Path):
-    with open(path, "rb") as f:
-        os.fsync(f.fileno())
-
 
 def write_json(path: Path, value):
     with written(path) as aside:
@@ -724,7 +708,7 @@ def parser() -> argparse.ArgumentParser:
         g.add_argument("--micro_batch_tokens", type=int, default=8192, help="most tokens in one forward pass of a process, a longer row apart (default 8192)")
         g.add_argument("--precision", choices=("fp32", "bf16"), help="of the arithmetic; weights are fp32 either way (default bf16 on CUDA, fp32 on CPU)")
         g.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations in the backward pass: a third more time, far less memory")
-        g.add_argument("--compile", action="store_true", help="torch.compile the blocks' norms and MLPs: on a CPU 2 % (fp32) to 8 % (bf16) faster after half a "
+        g.add_argument("--compile", action="store_true", help="torch.compile the blocks' norms and MLPs: on a CPU 2 %% (fp32) to 8 %% (bf16) faster after half a "
                        "minute of compiling with a C++ compiler; not measured on a GPU")
         g.add_argument("--shard", action="store_true", help="spread weights, gradients and AdamW's moments over all processes (FSDP): for models beyond one GPU's "
                        "memory, 16 bytes a parameter; on one process it changes nothing")
