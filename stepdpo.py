@@ -1,31 +1,32 @@
-"""Step-DPO (Lai et al. 2024, arXiv 2406.18629) beside its baselines SFT and DPO: the losses and one training loop.
+"""Step-DPO (Lai et al. 2024, arXiv 2406.18629) beside its baselines SFT and DPO: the losses and one training
+loop.
 
     SFT        -log pi(y | x)                                                a mean over answer tokens
     DPO        -log sigmoid( beta [ log pi/ref (y_win | x)                   Eq. 1: whole answers
                                   - log pi/ref (y_lose | x) ] )
-    Step-DPO   -log sigmoid( beta [ log pi/ref (s_win | x, s_1..s_{k-1})     Eq. 2: one step, the first wrong one
+    Step-DPO   -log sigmoid( beta [ log pi/ref (s_win | x, s_1..s_{k-1})     Eq. 2: the first wrong step
                                   - log pi/ref (s_lose | x, s_1..s_{k-1}) ] )
 
-with log pi/ref = log pi_theta - log pi_ref, and the log-probability of a text the SUM over its tokens. Eq. 2 is
-Eq. 1 with another split between what is given and what is judged: both call `dpo_loss`, and the difference is in
-data.py, which decides where the prompt ends and whether an end token follows.
+with log pi/ref = log pi_theta - log pi_ref, and the log-probability of a text the SUM over its tokens. Eq. 2
+is Eq. 1 with another split between what is given and what is judged: both call `dpo_loss`, and the difference
+is in data.py, which decides where the prompt ends and whether an end token follows.
 
 What is deliberately left out, and why nothing is missing:
- 1. A second model in memory: the reference is the policy at step 0, so one scoring pass before the first update
-    gives every reference term (`score_tokens`).
- 2. A forward pass a text: what begins alike runs through the network once (data.py, `collate`; model.py, `Tree`).
+ 1. A second model in memory: the reference is the policy at step 0, so one scoring pass before the first
+    update gives every reference term (`score_tokens`).
+ 2. A forward pass a text: what begins alike runs through the network once (`collate` in data.py, `Tree` in
+    model.py).
  3. The (tokens x vocabulary) matrix of logits: only hidden states that predict a response token meet the
     vocabulary, each once, a chunk at a time (`FusedLogProbs`).
  4. A trainer class: the loop is `train`; a new method is a function like `preference_objective`, and `main`
     says what else it may bring along.
 
-    python stepdpo.py stepdpo --model FOLDER --data pairs.jsonl --out OUT               one process, CPU or GPU
-    torchrun --nproc_per_node 8 stepdpo.py stepdpo --model FOLDER --data ... --out OUT  eight, the model on each;
-                                                                                        with --shard an eighth
+    python stepdpo.py stepdpo --model FOLDER --data pairs.jsonl --out OUT     one process, CPU or GPU
+    torchrun --nproc_per_node 8 stepdpo.py stepdpo --model FOLDER ...         eight, the whole model on each;
+                                                                              with --shard an eighth of it
 
-Shapes: B rows of a micro-batch (pairs), R responses of them (2B; B in SFT), N tokens of its flat row, P places in it
-that predict, M response tokens that they predict, C hidden size, V vocabulary.
-"""
+Shapes: B rows of a micro-batch (pairs), R responses of them (2B; B in SFT), N tokens of its flat row, P
+places in it that predict, M response tokens that they predict, C hidden size, V vocabulary. """
 import argparse
 import hashlib
 import inspect
@@ -56,29 +57,30 @@ from tqdm import tqdm
 
 import data
 from data import Batch, DataError, Example
-from model import (CheckpointError, Config, Llama, Tree, choose_device, fingerprint, keep_freed_memory, locked,
-                   own_rows, read_json, resolve, sync, whole, writing, written)
+from model import (CheckpointError, Config, Llama, Tree, choose_device, fingerprint, keep_freed_memory,
+                   locked, own_rows, read_json, resolve, sync, whole, writing, written)
 
 
-# -------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # the losses
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
-    """Eq. 1 of the paper (DPO, Rafailov et al. 2023) on log-probs of whole answers; Eq. 2 (Step-DPO) on log-probs of
-    single steps. All tensors (B,), in nats.
+    """Eq. 1 of the paper (DPO, Rafailov et al. 2023) on log-probs of whole answers; Eq. 2 (Step-DPO) on
+    log-probs of single steps. All tensors (B,), in nats.
 
-    Returns (losses, chosen_rewards, rejected_rewards), each (B,); the caller takes the mean. A reward is beta times
-    the log-ratio of policy and reference; their difference is the margin. A larger beta makes the same change of
-    log-probs count for more, so the policy stays nearer to the reference.
-    At step 0 policy = reference: margin 0, loss -log sigmoid(0) = log 2 = 0.6931."""
+    Returns (losses, chosen_rewards, rejected_rewards), each (B,); the caller takes the mean. A reward is beta
+    times the log-ratio of policy and reference; their difference is the margin. A larger beta makes the same
+    change of log-probs count for more, so the policy stays nearer to the reference. At step 0 policy =
+    reference: margin 0, loss -log sigmoid(0) = log 2 = 0.6931."""
     chosen_rewards = beta * (policy_chosen_logps - ref_chosen_logps)            # s_win
     rejected_rewards = beta * (policy_rejected_logps - ref_rejected_logps)      # s_lose
     return -F.logsigmoid(chosen_rewards - rejected_rewards), chosen_rewards, rejected_rewards
 
 
 def response_logps(token_logps: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """(M,) -> (R,): log pi(response) = the sum over its tokens. Not the mean: the probability of a text is the product
-    of its tokens' probabilities, and beta is calibrated to that. Prompt and prefix are not among the M tokens.
+    """(M,) -> (R,): log pi(response) = the sum over its tokens. Not the mean: the probability of a text is
+    the product of its tokens' probabilities, and beta is calibrated to that. Prompt and prefix are not among
+    the M tokens.
 
         tokens     a     b     c  |  d     e          response   0  0  0  1  1
         logps    -0.5  -1.0  -0.5 | -0.2  -0.3   ->   sums      [-2.0, -0.5]
@@ -95,12 +97,12 @@ def preference_objective(token_logps, ref_token_logps, batch, args):
     """DPO and Step-DPO: token_logps and ref_token_logps (M,) -> losses (B,) and metrics, each (B,).
 
     accuracy: does the policy, relative to the reference, favour the chosen side; margin = chosen_reward -
-    rejected_reward. Only the margin is optimised: chosen_reward may fall below 0 as long as rejected_reward falls
-    further, and neither says whether answers get better. chosen_logps is logged for that.
+    rejected_reward. Only the margin is optimised: chosen_reward may fall below 0 as long as rejected_reward
+    falls further, and neither says whether answers get better. chosen_logps is logged for that.
 
     Raises DataError where there is no reference: the loss was run on rows of SFT."""
     if ref_token_logps is None:
-        raise DataError("this loss compares two responses with a reference: run it as dpo or stepdpo, not as sft")
+        raise DataError("this loss compares two responses with a reference: run it as dpo or stepdpo")
     policy_chosen_logps, policy_rejected_logps = response_logps(token_logps, batch).view(-1, 2).unbind(1)
     ref_chosen_logps, ref_rejected_logps = response_logps(ref_token_logps, batch).view(-1, 2).unbind(1)
     losses, chosen_rewards, rejected_rewards = dpo_loss(
@@ -114,12 +116,12 @@ def preference_objective(token_logps, ref_token_logps, batch, args):
 OBJECTIVES = {"sft": sft_objective, "dpo": preference_objective, "stepdpo": preference_objective}
 
 
-# -------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # from tokens to log-probabilities
 
 class Policy(nn.Module):
-    """The model as the loop sees it: a batch in, the log-probability of every response token out. (A module, because
-    DDP wraps modules.)"""
+    """The model as the loop sees it: a batch in, the log-probability of every response token out. (A module,
+    because DDP wraps modules.)"""
 
     def __init__(self, model: Llama):
         super().__init__()
@@ -128,26 +130,30 @@ class Policy(nn.Module):
     def forward(self, batch: Batch) -> torch.Tensor:
         """-> (M,): log pi(targets[m] | all tokens before it)."""
         tree = Tree(batch.lengths, batch.parents)
-        hidden = self.model.hidden_states(batch.input_ids[None], batch.position_ids, tree, batch.predict_at)[0]
+        ids, positions = batch.input_ids[None], batch.position_ids
+        hidden = self.model.hidden_states(ids, positions, tree, batch.predict_at)[0]                # (P, C)
         return FusedLogProbs.apply(hidden, self.model.lm_head.weight, batch.targets, batch.source)
 
 
-LOGITS_AT_ONCE = 2**25      # elements of the one (chunk, V) buffer: 128 MB in fp32, 220 tokens of a 152k vocabulary
+# Elements of the one (chunk, V) buffer: 128 MB in fp32, 220 tokens of a 152k vocabulary. With half of it the
+# matrix products were too thin.
+LOGITS_AT_ONCE = 2**25
 
 
 class FusedLogProbs(torch.autograd.Function):
-    """log softmax(hidden @ weight.T)[targets], without ever holding the (P, V) matrix of logits, forward or backward.
+    """log softmax(hidden @ weight.T)[targets], without ever holding the (P, V) matrix of logits, forward or
+    backward.
 
-    hidden (P, C), weight (V, C), targets (M,) int64, source (M,) int64 in [0, P): which hidden state predicts target m
-    (by default P = M and each its own) -> (M,) fp32, or fp64 if hidden is.
+    hidden (P, C), weight (V, C), targets (M,) int64, source (M,) int64 in [0, P): which hidden state predicts
+    target m (by default P = M and each its own) -> (M,) fp32, or fp64 if hidden is.
 
-    A chunk of hidden states at a time: logits z, then z[target] - logsumexp(z). The backward pass makes each chunk's
-    logits once more (but the last's): with g_m the gradient of log-prob m,
+    A chunk of hidden states at a time: logits z, then z[target] - logsumexp(z). The backward pass makes each
+    chunk's logits once more (but the last's): with g_m the gradient of log-prob m,
 
         d loss / d z[p] = (sum of g_m over the targets of p) * -softmax(z[p]) + g_m at each target m of p
 
-    The g_m are known only after the whole response has been summed and put through the sigmoid, which is why the
-    forward pass cannot already do this work."""
+    The g_m are known only after the whole response has been summed and put through the sigmoid, which is why
+    the forward pass cannot already do this work."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, source=None):
@@ -165,16 +171,16 @@ class FusedLogProbs(torch.autograd.Function):
             log_z.append(z.sub_(top[:, None]).exp_().sum(-1).log_() + top)      # logsumexp, in place
         log_z = torch.cat(log_z)
         ctx.save_for_backward(hidden, weight, targets, source, log_z)
-        ctx.last = z, top                                               # the backward pass begins with this chunk
+        ctx.last = z, top                                           # the backward pass begins with this chunk
         return at_target - log_z[source]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         hidden, weight, targets, source, log_z = ctx.saved_tensors
-        (z, top), ctx.last = ctx.last, (None, None)                     # a second backward pass makes them again
+        (z, top), ctx.last = ctx.last, (None, None)                 # a second backward pass makes them again
         h, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
-        of_place = grad.new_zeros(len(h)).index_add_(0, source, grad)   # (P,): the sum of g_m over the targets of p
+        of_place = grad.new_zeros(len(h)).index_add_(0, source, grad)     # (P,): the sums of g_m
         grad_hidden = torch.empty_like(h)
         grad_weight = None
         if ctx.needs_input_grad[1]:
@@ -184,7 +190,7 @@ class FusedLogProbs(torch.autograd.Function):
             s = slice(start, start + rows)
             if z is None:
                 z = logits_of(h[s], w).sub_(log_z[s, None]).exp_().mul_(of_place[s, None])
-            else:                                                       # exp(logits - top), from the forward pass
+            else:                                                   # exp(logits - top), from the forward pass
                 z.mul_((of_place[s] * (top - log_z[s]).exp())[:, None])
             of_chunk(z, start, source, targets, subtract=grad)
             z = z.to(ctx.dtype)                                         # minus the gradient of the logits
@@ -201,9 +207,9 @@ class FusedLogProbs(torch.autograd.Function):
 
 
 def of_chunk(z: torch.Tensor, start: int, source: torch.Tensor, targets: torch.Tensor, subtract=None):
-    """The entries z[source - start, targets] of one chunk of logits, (M,), 0 for targets of other chunks. With
-    `subtract` (M,) these entries are lowered by it, in place. (All M are asked for, those of other chunks with
-    weight 0: to pick them out would make a GPU wait for the CPU.)"""
+    """The entries z[source - start, targets] of one chunk of logits, (M,), 0 for targets of other chunks.
+    With `subtract` (M,) these entries are lowered by it, in place. (All M are asked for, those of other
+    chunks with weight 0: to pick them out would make a GPU wait for the CPU.)"""
     place = source - start
     here = (place >= 0) & (place < len(z))
     place = place.clamp(0, len(z) - 1)
@@ -213,41 +219,45 @@ def of_chunk(z: torch.Tensor, start: int, source: torch.Tensor, targets: torch.T
 
 
 def logits_of(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """h (chunk, C) @ w.T (C, V) as fp32 at least: log-probabilities are small differences of large numbers. (bf16
-    inputs: CUDA gives the fp32 sums; a CPU rounds them to bf16 first, to about 0.06 at logits of 20.)"""
+    """h (chunk, C) @ w.T (C, V) as fp32 at least: log-probabilities are small differences of large numbers.
+    (bf16 inputs: CUDA gives the fp32 sums; a CPU rounds them to bf16 first, to about 0.06 at logits of
+    20.)"""
     if h.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(h, w.T, out_dtype=torch.float32) if h.is_cuda else (h @ w.T).float()
     return h @ w.T
 
 
 def autocast(precision: str, device: torch.device):
-    """bf16 products over fp32 weights. The weights themselves stay fp32: at lr 5e-7 an update is far below the spacing
-    of bf16 numbers (1e-4 near 0.02)."""
+    """bf16 products over fp32 weights. The weights themselves stay fp32: at lr 5e-7 an update is far below
+    the spacing of bf16 numbers (1e-4 near 0.02)."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
-# -------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # the reference: one scoring pass
 
 @torch.no_grad()
 def score_tokens(policy: Policy, examples: list[Example], *, micro_batch_size: int | None = None,
-                 micro_batch_tokens: int = 8192, precision: str = "fp32", what: str = "scoring") -> list[torch.Tensor]:
-    """Of each example (tokens,) fp32: log pi of every token that is predicted in it, side by side, under `policy`.
+                 micro_batch_tokens: int = 8192, precision: str = "fp32",
+                 what: str = "scoring") -> list[torch.Tensor]:
+    """Of each example (tokens,) fp32: log pi of every token that is predicted in it, side by side, under
+    `policy`.
 
-    Under torchrun all processes call it and share the micro-batches; each example is scored by exactly one of them, so
-    a sum over the processes assembles the whole. Draws no random numbers."""
+    Under torchrun all processes call it and share the micro-batches; each example is scored by exactly one of
+    them, so a sum over the processes assembles the whole. Draws no random numbers."""
     rank, world = processes()
     device = policy.model.lm_head.weight.device
     counts = [sum(len(tokens) for _, tokens in example.predicted) for example in examples]
     scored = torch.zeros(sum(counts), device=device).split(counts)                  # views of one buffer
-    plan = data.epoch_plan(examples, batch_size=len(examples), micro_batch_size=micro_batch_size,
-                           micro_batch_tokens=micro_batch_tokens, world_size=world, order=range(len(examples)))
+    plan = data.epoch_plan(examples, batch_size=len(examples), order=range(len(examples)), world_size=world,
+                           micro_batch_size=micro_batch_size, micro_batch_tokens=micro_batch_tokens)
     was_training = policy.training
     policy.eval()
     passes = equal_passes(plan[0], rank)
-    pause = 0.5 if sys.stderr.isatty() else 30          # seconds between two signs of life: a log file wants few
-    with tqdm(total=sum(len(rows) for rows, _ in passes), desc=what, unit=" rows", disable=rank > 0, leave=False,
-              mininterval=pause, delay=pause) as bar:
+    pause = 0.5 if sys.stderr.isatty() else 30      # seconds between two signs of life: a log file wants few
+    total = sum(len(rows) for rows, _ in passes)
+    with tqdm(total=total, desc=what, unit=" rows", disable=rank > 0, leave=False, mininterval=pause,
+              delay=pause) as bar:
         for rows, weight in passes:
             batch = data.collate(examples, rows).to(device)
             with autocast(precision, device):
@@ -269,18 +279,20 @@ def score(policy: Policy, examples: list[Example], **how) -> torch.Tensor:
     return torch.stack(sums)
 
 
-def log_probs(folder, rows: list[dict], method: str = "stepdpo", prompt: str = "chat", *, device: str | None = None,
-              **how) -> torch.Tensor:
-    """(n, K) fp32: log pi of the responses of rows (as in a training file) under the checkpoint in `folder`, a folder
-    or hub id. how: as `score_tokens`. Raises DataError where a row cannot be trained on, since none is left out."""
+def log_probs(folder, rows: list[dict], method: str = "stepdpo", prompt: str = "chat", *,
+              device: str | None = None, **how) -> torch.Tensor:
+    """(n, K) fp32: log pi of the responses of rows (as in a training file) under the checkpoint in `folder`,
+    a folder or hub id. how: as `score_tokens`. Raises DataError where a row cannot be trained on, since none
+    is left out."""
     tokenizer = data.Tokenizer.from_pretrained(resolve(folder))
-    examples, report = data.encode_dataset([(f"row {i}", row) for i, row in enumerate(rows)], tokenizer, method, prompt)
+    named = [(f"row {i}", row) for i, row in enumerate(rows)]
+    examples, report = data.encode_dataset(named, tokenizer, method, prompt)
     if report.kept < report.rows:
         raise DataError(f"log_probs: not every row can be scored\n{report}")
     return score(Policy(Llama.from_pretrained(folder, device=choose_device(device))), examples, **how)
 
 
-# -------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # the training loop
 
 @dataclass
@@ -297,20 +309,21 @@ class Run:
     policy: Policy
     examples: list[Example]
     held_out: list[Example]
-    reference: list[torch.Tensor] | None = None             # of each example, per predicted token; None without one
+    reference: list[torch.Tensor] | None = None             # of each example, (tokens,); None without one
     held_out_reference: list[torch.Tensor] | None = None
 
     @property
     def how(self) -> dict:
         """How a pass over examples is cut, for `score_tokens` and `data.epoch_plan`."""
-        return {"micro_batch_size": self.args.micro_batch_size, "micro_batch_tokens": self.args.micro_batch_tokens}
+        return {"micro_batch_size": self.args.micro_batch_size,
+                "micro_batch_tokens": self.args.micro_batch_tokens}
 
 
 def train(args, objective, encode, order) -> int:
     """Train `args.model` on `args.data` (see `main`); returns the exit status.
 
-    The loss is the mean over the global batch of pairs (of answer tokens in SFT), however the batch is cut into
-    micro-batches and processes."""
+    The loss is the mean over the global batch of pairs (of answer tokens in SFT), however the batch is cut
+    into micro-batches and processes."""
     rank, world, device = distributed(args.device)
     keep_freed_memory()
     torch.manual_seed(args.seed)            # nothing here draws from it; a variant may
@@ -327,14 +340,14 @@ def train(args, objective, encode, order) -> int:
 
 def loop(run: Run) -> int:
     """The updates, and what happens once in a while between them."""
-    args, rank, world, device, out, model = run.args, run.rank, run.world, run.device, run.out, run.policy.model
+    args, rank, world, out, model = run.args, run.rank, run.world, run.out, run.policy.model
     model.gradient_checkpointing = args.gradient_checkpointing
     replicated = world > 1 and not args.shard
     learner = run.policy.train()
     if replicated:
         learner = nn.parallel.DistributedDataParallel(learner, gradient_as_bucket_view=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
-                                  fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), eps=1e-8,
+                                  weight_decay=0.0, fused=True)
     done = load_checkpoint(out / "checkpoint", model, optimizer)
     per_epoch = math.ceil(len(run.examples) / args.batch_size)
     total = min(args.epochs * per_epoch, args.max_steps or sys.maxsize)
@@ -350,9 +363,9 @@ def loop(run: Run) -> int:
                 plan = plan_of_epoch(run, epoch)
                 if step == done:
                     screen.opening(plan)
-            batch_of_step = plan[step % per_epoch]                              # [rank][micro-batch][row]
-            rows = [row for micro_batches in batch_of_step for micro_batch in micro_batches for row in micro_batch]
-            units = sum(run.examples[row].units for row in rows)                # the mean's denominator, on every rank
+            batch_of_step = plan[step % per_epoch]                          # [rank][micro-batch][row]
+            rows = [row for of_rank in batch_of_step for micro_batch in of_rank for row in micro_batch]
+            units = sum(run.examples[row].units for row in rows)            # the mean's denominator
             passes = equal_passes(batch_of_step, rank)
             begun = time.perf_counter()
 
@@ -360,18 +373,19 @@ def loop(run: Run) -> int:
             lr = learning_rate(step, total, args.lr, args.warmup, args.schedule)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            sums = Sums(device)
+            sums = Sums(run.device)
             for i, (micro_batch, weight) in enumerate(passes):
-                batch = data.collate(run.examples, micro_batch).to(device)
-                # DDP averages gradients over the ranks in a backward pass: that of the last micro-batch is enough.
-                # (A sharded model scatters them in every pass: no rank has room for the whole gradient.)
+                batch = data.collate(run.examples, micro_batch).to(run.device)
+                # DDP averages gradients over the ranks in a backward pass: that of the last micro-batch is
+                # enough. (A sharded model scatters them in every pass: no rank has room for the whole
+                # gradient.)
                 with learner.no_sync() if replicated and i + 1 < len(passes) else nullcontext():
                     losses, metrics = forward(learner, run, run.reference, micro_batch, batch)
-                    (losses.sum() * (weight * world / units)).backward()        # x world: DDP and FSDP divide by it
+                    (losses.sum() * (weight * world / units)).backward()    # DDP and FSDP divide by world
                 sums.add(weight, len(batch.input_ids), {"loss": losses, **metrics})
             grad_norm = float(whole(nn.utils.clip_grad_norm_(model.parameters(), args.clip)))
             mean, tokens, signalled = sums.over_all_processes(units, stop.number)
-            check(run, step, mean, grad_norm, rows)                             # before the weights are touched
+            check(run, step, mean, grad_norm, rows)                         # before the weights are touched
             optimizer.step()
             optimizer.zero_grad()
 
@@ -402,9 +416,9 @@ def forward(policy, run: Run, reference: list | None, rows: list[int], batch: Ba
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: float, schedule: str) -> float:
-    """lr of update `step` (0-based) out of `total`: a linear rise over the first `warmup` share of updates, then a
-    linear or cosine fall towards 0. A pure function of the step, so a resumed run needs no scheduler state. The first
-    update already moves (HF's schedulers begin at exactly 0)."""
+    """lr of update `step` (0-based) out of `total`: a linear rise over the first `warmup` share of updates,
+    then a linear or cosine fall towards 0. A pure function of the step, so a resumed run needs no scheduler
+    state. The first update already moves (HF's schedulers begin at exactly 0)."""
     rise = math.ceil(total * warmup)
     if step < rise:
         return peak * (step + 1) / rise
@@ -433,24 +447,27 @@ class Sums:
 
 
 def check(run: Run, step: int, mean: dict[str, float], grad_norm: float, rows: list[int]):
-    """FloatingPointError where the numbers of a step say that something is wrong; the weights were not touched yet."""
+    """FloatingPointError where the numbers of a step say that something is wrong; the weights were not
+    touched yet."""
     if not (math.isfinite(mean["loss"]) and math.isfinite(grad_norm)):
         places = ", ".join(run.examples[row].where for row in sorted(rows))
-        raise FloatingPointError(f"step {step}: loss {mean['loss']}, gradient norm {grad_norm}; the weights were not "
-                                 f"touched. Rows of the batch: {places}")
+        raise FloatingPointError(f"step {step}: loss {mean['loss']}, gradient norm {grad_norm}; the weights "
+                                 f"were not touched. Rows of the batch: {places}")
     if step == 0 and run.objective is preference_objective and not run.args.reference:
-        # Policy and reference are one model here, but their sums were batched otherwise: in fp32 log-probs of a long
-        # answer then differ by up to about 1e-3, in bf16 by about 0.1; twice that, times beta, is let pass.
+        # Policy and reference are one model here, but their sums were batched otherwise: in fp32 log-probs of
+        # a long answer then differ by up to about 1e-3, in bf16 by about 0.1; twice that, times beta, is let
+        # pass.
         rounding = max(1.0, run.args.beta) * (2e-3 if run.args.precision == "fp32" else 0.25)
         if abs(mean["margin"]) > rounding:
-            raise FloatingPointError(f"step 0: margin {mean['margin']:.4f} instead of 0, loss {mean['loss']:.4f} (in DPO "
-                                     "and Step-DPO log 2 = 0.6931 is expected): the reference's log-probs are not this "
-                                     "model's")
+            raise FloatingPointError(f"step 0: margin {mean['margin']:.4f} instead of 0, loss "
+                                     f"{mean['loss']:.4f} (in DPO and Step-DPO log 2 = 0.6931 is expected): the reference's "
+                                     "log-probs are not this model's")
 
 
 @torch.no_grad()
 def evaluate(run: Run, step: int):
-    """Held-out loss, margin and preference accuracy (Fig. 2 of the paper) after `step` updates: a line of eval.jsonl."""
+    """Held-out loss, margin and preference accuracy (Fig. 2 of the paper) after `step` updates: a line of
+    eval.jsonl."""
     run.policy.eval()
     sums = Sums(run.device)
     plan = data.epoch_plan(run.held_out, batch_size=len(run.held_out), world_size=run.world,
@@ -468,8 +485,8 @@ def evaluate(run: Run, step: int):
 
 
 def plan_of_epoch(run: Run, epoch: int) -> list:
-    """[step][rank][micro-batch][row]. A variant's order is kept beside the checkpoint: a run that goes on in mid-epoch
-    has another policy than the one that gave the order."""
+    """[step][rank][micro-batch][row]. A variant's order is kept beside the checkpoint: a run that goes on in
+    mid-epoch has another policy than the one that gave the order."""
     order = None
     if run.order is not None:
         kept = run.out / "checkpoint" / f"order-{epoch}.json"
@@ -484,12 +501,14 @@ def plan_of_epoch(run: Run, epoch: int) -> list:
             if run.rank == 0:
                 write_json(kept, order)
             barrier()
-    return data.epoch_plan(run.examples, batch_size=run.args.batch_size, world_size=run.world, seed=run.args.seed,
-                           epoch=epoch, order=order, group_by_prompt=run.args.group_by_prompt, **run.how)
+    args = run.args
+    return data.epoch_plan(run.examples, batch_size=args.batch_size, world_size=run.world, seed=args.seed,
+                           epoch=epoch, order=order, group_by_prompt=args.group_by_prompt, **run.how)
 
 
 class Screen:
-    """metrics.jsonl, and the table on the screen: a line a step in short runs, one every 5 seconds in long ones."""
+    """metrics.jsonl, and the table on the screen: a line a step in short runs, one every 5 seconds in long
+    ones."""
 
     def __init__(self, run: Run, done: int, total: int, per_epoch: int):
         self.run, self.done, self.total, self.per_epoch = run, done, total, per_epoch
@@ -502,11 +521,12 @@ class Screen:
         run, args = self.run, self.run.args
         sharded = ", sharded" if args.shard and run.world > 1 else ""
         parameters = sum(p.numel() for p in run.policy.model.parameters())
-        say(f"{args.method}: {parameters:,} parameters on {run.world} x {run.device.type}{sharded}, {args.precision}; "
-            f"{len(run.examples):,} rows, batch {args.batch_size}, {self.total} steps ({args.epochs} epochs of "
-            f"{self.per_epoch}); lr {args.lr:g} {args.schedule}, warmup {args.warmup:.0%}"
-            + (f", beta {args.beta:g}" if args.beta is not None else "")
-            + (f"; continuing after step {self.done - 1}" if self.done else ""))
+        beta = f", beta {args.beta:g}" if args.beta is not None else ""
+        continued = f"; continuing after step {self.done - 1}" if self.done else ""
+        say(f"{args.method}: {parameters:,} parameters on {run.world} x {run.device.type}{sharded}, "
+            f"{args.precision}; {len(run.examples):,} rows, batch {args.batch_size}, {self.total} steps "
+            f"({args.epochs} epochs of {self.per_epoch}); lr {args.lr:g} {args.schedule}, "
+            f"warmup {args.warmup:.0%}{beta}{continued}")
         micro_batches = [rows for step in plan for rank in step for rows in rank]
         say(data.tokens_shared(run.examples, micro_batches))
 
@@ -531,8 +551,8 @@ class Screen:
 
 
 class StopSignal:
-    """SIGINT and SIGTERM set a flag; the loop finishes its step, saves and exits with the status that such a signal
-    usually gives. Ctrl-C twice is a kill."""
+    """SIGINT and SIGTERM set a flag; the loop finishes its step, saves and exits with the status that such a
+    signal usually gives. Ctrl-C twice is a kill."""
 
     def __enter__(self):
         self.number = 0
@@ -550,24 +570,25 @@ class StopSignal:
             signal.signal(s, handler)
 
 
-# -------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # opening a run, and closing it
 
 def open_run(args, objective, encode, order, out: Path, rank: int, world: int, device) -> Run | None:
-    """Read rows and model, check that they belong together and that OUT is this run's; None if it is complete."""
+    """Read rows and model, check that they belong together and that OUT is this run's; None if it is
+    complete."""
     folder = resolve(args.model)
     tokenizer = data.Tokenizer.from_pretrained(folder)
     config = Config.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
     max_length = min(args.max_length, config.max_position_embeddings)
-    sets = []
-    for source in (args.data, args.eval_data):
-        examples, report = encode(source, tokenizer, args.method, args.prompt, max_length) if source else ([], None)
-        if report:
-            say(report)
-        if report and max_length < args.max_length and any("longer than" in reason for reason in report.dropped):
-            say(f"--max_length {args.max_length}: the model's positions end at {max_length}, so longer rows are dropped")
-        sets.append(examples)
-    examples, held_out = sets
+    def read(source) -> list[Example]:
+        examples, report = encode(source, tokenizer, args.method, args.prompt, max_length)
+        say(report)
+        if max_length < args.max_length and any("longer than" in reason for reason in report.dropped):
+            say(f"--max_length {args.max_length}: the model's positions end at {max_length}")
+        return examples
+
+    examples = read(args.data)
+    held_out = read(args.eval_data) if args.eval_data else []
     policy = load_policy(folder, args, world, device)
     check_vocabulary(examples + held_out, policy.model, folder)
     if args.reference:
@@ -583,8 +604,8 @@ def open_run(args, objective, encode, order, out: Path, rank: int, world: int, d
 
 
 def find_reference(run: Run):
-    """Fill in the reference's log-probs, where a loss asks for them: of the model before the first update, unless
-    --reference names another. They are kept beside the checkpoints."""
+    """Fill in the reference's log-probs, where a loss asks for them: of the model before the first update,
+    unless --reference names another. They are kept beside the checkpoints."""
     if not any(example.reference for example in run.examples):
         return
     kept = run.out / "checkpoint" / "reference.safetensors"
@@ -611,7 +632,8 @@ def split_like(flat: torch.Tensor, examples: list[Example]) -> list[torch.Tensor
 
 
 def close_run(run: Run):
-    """Write OUT as a checkpoint folder. A step teaches no end, so after Step-DPO no end token is added to its config."""
+    """Write OUT as a checkpoint folder. A step teaches no end, so after Step-DPO no end token is added to its
+    config."""
     args, out = run.args, run.out
     if run.rank == 0 or (args.shard and run.world > 1):
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.save_dtype]
@@ -625,15 +647,16 @@ def close_run(run: Run):
     barrier()
 
 
-# What does not decide a run's numbers. (Of files the content is compared, not the name; how a batch is cut changes sums
-# in their last bits only.)
-HARMLESS = ("out", "model", "reference", "data", "eval_data", "device", "micro_batch_size", "micro_batch_tokens",
-            "gradient_checkpointing", "compile", "shard", "checkpoint_every", "eval_every", "save_dtype", "restart", "debug")
+# What does not decide a run's numbers. (Of files the content is compared, not the name; how a batch is cut
+# changes sums in their last bits only.)
+HARMLESS = ("out", "model", "reference", "data", "eval_data", "device", "micro_batch_size",
+            "micro_batch_tokens", "gradient_checkpointing", "compile", "shard", "checkpoint_every",
+            "eval_every", "save_dtype", "restart", "debug")
 
 
 def identity_of(args, objective, folder: Path, examples: list, held_out: list, variant: bool) -> dict:
-    """What decides a run's numbers: settings, the content of the model's files and of the encoded rows. A continued run
-    must have the same. variant: its loss may read any column of a row."""
+    """What decides a run's numbers: settings, the content of the model's files and of the encoded rows. A
+    continued run must have the same. variant: its loss may read any column of a row."""
     def content(examples: list) -> str:
         rows = hashlib.sha256()
         for example in examples:
@@ -646,8 +669,8 @@ def identity_of(args, objective, folder: Path, examples: list, held_out: list, v
 
     settings = {name: value for name, value in vars(args).items() if name not in HARMLESS}
     identity = {**settings, "objective": getattr(objective, "__qualname__", type(objective).__name__),
-                "model": fingerprint(folder), "reference": args.reference and fingerprint(resolve(args.reference)),
-                "data": content(examples), "eval_data": content(held_out)}
+                "model": fingerprint(folder), "data": content(examples), "eval_data": content(held_out),
+                "reference": args.reference and fingerprint(resolve(args.reference))}
     return json.loads(json.dumps(identity, default=str))                # as run.json will give it back
 
 
@@ -657,39 +680,41 @@ def check_out(out: Path, args):
     if not nearest.is_dir():
         raise DataError(f"{nearest}: is a file; --out is a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise DataError(f"{nearest}: is not writable for you; choose another --out, or repair its permissions")
+        raise DataError(f"{nearest}: is not writable; choose another --out, or repair its permissions")
     of_a_model = [out / "config.json", out / "metrics.jsonl", out / "checkpoint", *out.glob("*.safetensors")]
     if not (out / "run.json").exists() and (found := next((p for p in of_a_model if p.exists()), None)):
         raise DataError(f"{out}: holds {found.name} and no run.json of an earlier run; choose another --out")
     if any(source and Path(source).exists() and out.exists() and out.samefile(source)
            for source in (args.model, args.reference)):
-        raise DataError(f"{out}: is the folder that --model or --reference is read from; choose another --out")
+        raise DataError(f"{out}: --model or --reference is read from it; choose another --out")
 
 
 def prepare_out(out: Path, args, identity: dict) -> bool:
-    """Rank 0 makes the run's folder, or checks that it holds this very run. True if that is already complete."""
+    """Rank 0 makes the run's folder, or checks that it holds this very run. True if that is already
+    complete."""
     checkpoint, removed = out / "checkpoint", out / "checkpoint.removed"
     shutil.rmtree(removed, ignore_errors=True)
     if args.restart and checkpoint.exists():
-        os.replace(checkpoint, removed)         # in one go: half of a checkpoint must not be taken for a whole one
+        os.replace(checkpoint, removed)     # in one go: half a checkpoint must not be taken for a whole one
         shutil.rmtree(removed)
     if (out / "run.json").exists() and not args.restart:
         with reading(out / "run.json"):
             run = json.loads((out / "run.json").read_text())
             before, finished = run["identity"], run["finished"]
-        short = lambda value: value[:12] if isinstance(value, str) and len(value) == 64 else value      # of a hash
+        short = lambda value: value[:12] if isinstance(value, str) and len(value) == 64 else value
         changed = [f"{name}: {short(before.get(name))!r} then, {short(value)!r} now"
                    for name, value in identity.items() if before.get(name) != value]
         if changed:
-            raise DataError(f"{out}: holds a run that was started differently ({'; '.join(changed)}); choose another "
-                            "--out, or begin anew with --restart")
+            raise DataError(f"{out}: holds a run that was started differently ({'; '.join(changed)}); choose "
+                            "another --out, or begin anew with --restart")
         if finished:
             shutil.rmtree(checkpoint, ignore_errors=True)
         return finished
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    write_json(out / "run.json", {"finished": False, "settings": settings, "identity": identity, "versions": versions,
-                                  "processes": processes()[1], "command": [Path(sys.argv[0]).name, *sys.argv[1:]]})
+    write_json(out / "run.json", {
+        "finished": False, "settings": settings, "identity": identity, "versions": versions,
+        "processes": processes()[1], "command": [Path(sys.argv[0]).name, *sys.argv[1:]]})
     for name in ("metrics.jsonl", "eval.jsonl"):
         (out / name).unlink(missing_ok=True)
     return False
@@ -711,30 +736,32 @@ def check_reference(source: str, model: Llama, tokenizer: data.Tokenizer):
         theirs = data.Tokenizer.from_pretrained(resolve(source)).backend.get_vocab()
         for token, number in sorted(tokenizer.backend.get_vocab().items()):
             if theirs.get(token, number) != number:
-                raise CheckpointError(f"--reference {source}: its tokenizer.json numbers tokens otherwise: {token!r} is "
-                                      f"{theirs[token]}, the model's {number}")
+                raise CheckpointError(f"--reference {source}: its tokenizer.json numbers tokens otherwise: "
+                                      f"{token!r} is {theirs[token]}, the model's {number}")
 
 
-# -------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # processes: everything here is also right for one process without torchrun
 
 def distributed(device: str | None) -> tuple[int, int, torch.device]:
-    """(rank, world size, device), joining the process group that torchrun announces. nccl on CUDA, gloo on CPU."""
+    """(rank, world size, device), joining the process group that torchrun announces. nccl on CUDA, gloo on
+    CPU."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        # torchrun --max-restarts keeps one store for all starts, where new processes would find the addresses of dead
-        # ones. So each start puts a prefix of its own before its keys. (On one machine only: the agents of several may
-        # count starts differently. There, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each start a new store.)
+        # torchrun --max-restarts keeps one store for all starts, where new processes would find the addresses
+        # of dead ones. So each start puts a prefix of its own before its keys. (On one machine only: the
+        # agents of several may count starts differently. There, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives
+        # each start a new store.)
         store, starts = None, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
         if starts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and one_machine:
             address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             store = dist.PrefixStore(f"start {starts}", dist.TCPStore(*address))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
-                                timeout=timedelta(hours=2))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=world, timeout=timedelta(hours=2))
     return rank, world, device
 
 
@@ -769,47 +796,50 @@ def same_everywhere(what: str, value, device: torch.device):
         dist.all_reduce(high, dist.ReduceOp.MAX)
         dist.all_reduce(low, dist.ReduceOp.MIN)
         if high != low:
-            raise DataError(f"the processes do not read the same {what}: check that all machines see the same files, and "
-                            "were given the same command")
+            raise DataError(f"the processes do not read the same {what}: check that all machines see the "
+                            "same files, and were given the same command")
 
 
 def equal_passes(plan: list, rank: int) -> list[tuple[list[int], float]]:
-    """plan[rank] as (micro-batch, 1.0), then a row with weight 0 for every micro-batch that the busiest rank has more: a
-    pass of a sharded model, and the last backward pass of a replicated one, is made by all ranks together."""
+    """plan[rank] as (micro-batch, 1.0), then a row with weight 0 for every micro-batch that the busiest rank
+    has more: a pass of a sharded model, and the last backward pass of a replicated one, is made by all ranks
+    together."""
     idle = max(map(len, plan)) - len(plan[rank])
     any_row = next(micro_batches for micro_batches in plan if micro_batches)[-1][-1:]
     return [(rows, 1.0) for rows in plan[rank]] + [(any_row, 0.0)] * idle
 
 
 def load_policy(source, args, world: int, device: torch.device) -> Policy:
-    """The policy of a checkpoint: whole on every process, or with --shard cut by rows over all of them (torch's FSDP2;
-    ZeRO-3, Rajbhandari et al. 2020).
+    """The policy of a checkpoint: whole on every process, or with --shard cut by rows over all of them
+    (torch's FSDP2; ZeRO-3, Rajbhandari et al. 2020).
 
-    Sharded, a process keeps 1/world of every weight, gradient and AdamW moment (16 bytes a parameter) and reads only
-    that from the files. A block's weights are gathered when it is about to run, forward or backward, and dropped right
-    after; gradients leave as a sum that is scattered the same way. What runs outside the blocks (embedding, last norm,
-    lm_head) is the root's, so `Policy.forward` finds lm_head.weight whole."""
+    Sharded, a process keeps 1/world of every weight, gradient and AdamW moment (16 bytes a parameter) and
+    reads only that from the files. A block's weights are gathered when it is about to run, forward or
+    backward, and dropped right after; gradients leave as a sum that is scattered the same way. What runs
+    outside the blocks (embedding, last norm, lm_head) is the root's, so `Policy.forward` finds lm_head.weight
+    whole."""
     policy = Policy(Llama.skeleton(source))
     if args.shard and world > 1:
-        # With --precision bf16 the weights are gathered in bf16: matrices would be cast by autocast anyway, embedding
-        # and norms are rounded in sharded runs only. As in an unsharded run, the residual stream stays fp32 (inputs are
-        # not cast, and what the embedding gives is cast back), and so do sums of gradients.
-        dtype = torch.bfloat16 if args.precision == "bf16" else None
-        how = dict(mesh=init_device_mesh(device.type, (world,)), reshard_after_forward=True, mp_policy=
-                   MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False))
+        # With --precision bf16 the weights are gathered in bf16: matrices would be cast by autocast anyway,
+        # embedding and norms are rounded in sharded runs only. As in an unsharded run, the residual stream
+        # stays fp32 (inputs are not cast, and what the embedding gives is cast back), and so do sums of
+        # gradients.
+        dtypes = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if args.precision == "bf16" else None,
+                                      reduce_dtype=torch.float32, cast_forward_inputs=False)
+        how = dict(mesh=init_device_mesh(device.type, (world,)), reshard_after_forward=True, mp_policy=dtypes)
         for block in policy.model.model.layers:
             fully_shard(block, **how)
         fully_shard(policy, **how)
         policy.model.model.embed_tokens.register_forward_hook(lambda module, ids, x: x.float())
     policy.model.read_weights(device=device)
-    if args.compile:        # attention is one kernel already, and all around it changes its shape with every batch
+    if args.compile:        # attention is one kernel already, and around it every batch has another shape
         for block in policy.model.model.layers:
             for part in (block.input_layernorm, block.post_attention_layernorm, block.mlp):
                 part.compile(dynamic=True)
     return policy
 
 
-# -------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # checkpoints: what is needed to go on, in safetensors and JSON only
 
 def write_json(path: Path, value):
@@ -851,10 +881,10 @@ def keep_lines(path: Path, below: int):
         aside.write_text("".join(line + "\n" for line in kept))
 
 
-# One format for all runs: a set of safetensors files, each with some rows of every tensor it names; in the order of the
-# file names the rows add up to the tensor. A whole model is the case of one process. So a run may go on under another
-# number of processes, sharded or not. (torch.distributed.checkpoint could do this as well, but keeps its table of
-# contents as a pickle.)
+# One format for all runs: a set of safetensors files, each with some rows of every tensor it names; in the
+# order of the file names the rows add up to the tensor. A whole model is the case of one process. So a run
+# may go on under another number of processes, sharded or not. (torch.distributed.checkpoint could do this as
+# well, but keeps its table of contents as a pickle.)
 
 def own_slice(t: torch.Tensor) -> torch.Tensor:
     """What this process holds of t, sharing memory."""
@@ -862,9 +892,9 @@ def own_slice(t: torch.Tensor) -> torch.Tensor:
 
 
 def save_checkpoint(folder: Path, step: int, model: Llama, optimizer: torch.optim.Optimizer, rank: int):
-    """checkpoint/step-N/{model,optimizer}-RANK-LAYER.safetensors, written under another name and renamed when complete;
-    then the older ones go. Called by all processes; each writes what only it has. Small files, so that never more than
-    one layer's share waits in CPU memory."""
+    """checkpoint/step-N/{model,optimizer}-RANK-LAYER.safetensors, written under another name and renamed when
+    complete; then the older ones go. Called by all processes; each writes what only it has. Small files, so
+    that never more than one layer's share waits in CPU memory."""
     aside, final = folder / "writing", folder / f"step-{step:08d}"
     if rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
@@ -874,8 +904,9 @@ def save_checkpoint(folder: Path, step: int, model: Llama, optimizer: torch.opti
         if rank == 0 or isinstance(p, DTensor):
             layer = k.split(".")[2] if k.startswith("model.layers.") else "rest"
             files.setdefault(f"model-{rank:05d}-{layer}", {})[k] = p
+            moments = files.setdefault(f"optimizer-{rank:05d}-{layer}", {})
             for kind in ("exp_avg", "exp_avg_sq"):
-                files.setdefault(f"optimizer-{rank:05d}-{layer}", {})[f"{kind}.{k}"] = optimizer.state[p][kind]
+                moments[f"{kind}.{k}"] = optimizer.state[p][kind]
     for name, tensors in files.items():
         with written(aside / f"{name}.safetensors") as path:
             save_file({k: own_slice(t).cpu().contiguous() for k, t in tensors.items()}, path)
@@ -891,8 +922,8 @@ def save_checkpoint(folder: Path, step: int, model: Llama, optimizer: torch.opti
 
 
 def load_checkpoint(folder: Path, model: Llama, optimizer: torch.optim.Optimizer) -> int:
-    """Restore the newest complete checkpoint, however many processes wrote it; returns the number of updates it holds, 0
-    if there is none."""
+    """Restore the newest complete checkpoint, however many processes wrote it; returns the number of updates
+    it holds, 0 if there is none."""
     found = sorted(folder.glob("step-[0-9]*"))
     if not found:
         return 0
@@ -912,8 +943,8 @@ def load_checkpoint(folder: Path, model: Llama, optimizer: torch.optim.Optimizer
                     here[a - first:b - first] = f.get_slice(key)[a - begin:b - begin].to(here.device)
             begin += rows
         if begin != len(t):
-            raise CheckpointError(f"{found[-1]}: is damaged ({begin} of {len(t)} rows of {key}); begin anew with "
-                                  "--restart")
+            raise CheckpointError(f"{found[-1]}: is damaged ({begin} of {len(t)} rows of {key}); begin anew "
+                                  "with --restart")
 
     for k, p in model.named_parameters():
         restore(k, p)
@@ -924,7 +955,7 @@ def load_checkpoint(folder: Path, model: Llama, optimizer: torch.optim.Optimizer
     return step
 
 
-# -------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # command line
 
 PREFERENCE = dict(lr=5e-7, epochs=8, batch_size=128, warmup=0.10, schedule="cosine")
@@ -936,7 +967,8 @@ METHODS = {         # title, rows that it takes
             "rows with prompt, response; or with the columns of Math-Step-DPO-10K"),
     "dpo": ("DPO on whole answers, Eq. 1",
             "rows with the columns of Math-Step-DPO-10K; or prompt, chosen, rejected"),
-    "stepdpo": ("Step-DPO on single steps, Eq. 2", "rows with prompt, initial_reason_steps, chosen, rejected")}
+    "stepdpo": ("Step-DPO on single steps, Eq. 2",
+                "rows with prompt, initial_reason_steps, chosen, rejected")}
 
 
 def parser(options=None, manual: str | None = None) -> argparse.ArgumentParser:
@@ -947,8 +979,8 @@ def parser(options=None, manual: str | None = None) -> argparse.ArgumentParser:
         epilog="One method's options: METHOD --help, as in: python stepdpo.py stepdpo --help")
     methods = top.add_subparsers(dest="method", required=True, metavar="{sft,dpo,stepdpo}")
     for method, (title, rows) in METHODS.items():
-        about = (f"{title[0].upper()}{title[1:]}. Writes OUT as a Hugging Face checkpoint folder. After any interruption "
-                 "(Ctrl-C, kill, power cut), run the same command again.")
+        about = (f"{title[0].upper()}{title[1:]}. Writes OUT as a Hugging Face checkpoint folder. After any "
+                 "interruption (Ctrl-C, kill, power cut), run the same command again.")
         add_options(methods.add_parser(method, help=title, description=about), method, rows, options)
     return top
 
@@ -959,20 +991,23 @@ def add_options(p: argparse.ArgumentParser, method: str, rows: str, options):
     add("--model", required=True, metavar="FOLDER",
         help="checkpoint folder in Hugging Face layout, or a hub id; in DPO also the reference")
     add("--data", required=True, metavar="FILE", help=f".jsonl, .json, .parquet or a hub dataset id: {rows}")
-    add("--out", required=True, metavar="OUT", help="folder for the trained checkpoint, metrics.jsonl and run.json")
+    add("--out", required=True, metavar="OUT",
+        help="folder for the trained checkpoint, metrics.jsonl and run.json")
     add("--prompt", default="chat", choices=data.PROMPT_STYLES,
-        help="how a question becomes a prompt; chat (default): the checkpoint's own template; raw: the text as it stands")
+        help="how a question becomes a prompt; chat (default): the checkpoint's own template; raw: the text "
+             "as it stands")
     add("--seed", type=int, default=0, help="of the order of the rows (default 0)")
     add("--restart", action="store_true", help="begin anew where OUT holds an earlier run")
 
     add = p.add_argument_group("optimisation (defaults: the paper's, for 7B models)").add_argument
     larger = "4" if preference else "2"
-    add("--epochs", type=int, default=d["epochs"], help=f"default {d['epochs']}; the paper takes {larger} above 30B")
+    add("--epochs", type=int, default=d["epochs"],
+        help=f"default {d['epochs']}; the paper takes {larger} above 30B")
     add("--batch_size", type=int, default=d["batch_size"],
         help=f"rows an update, over all processes (default {d['batch_size']})")
     add("--group_by_prompt", action="store_true",
-        help="shuffle problems instead of rows, so that rows of one problem meet in an update and share more of their "
-             "computation; its batches are more alike within than shuffled rows are")
+        help="shuffle problems instead of rows, so that rows of one problem meet in an update and share more "
+             "of their computation; such batches are more correlated than shuffled rows")
     add("--lr", type=float, default=d["lr"], help=f"peak learning rate of AdamW (default {d['lr']:g})")
     add("--warmup", type=float, default=d["warmup"],
         help=f"share of the updates in which lr rises (default {d['warmup']:g})")
@@ -982,7 +1017,8 @@ def add_options(p: argparse.ArgumentParser, method: str, rows: str, options):
         help="largest gradient norm (default 1.0: the trainer of the authors' code; the paper does not say)")
     add("--max_steps", type=int, help="end after so many updates (the schedule then ends there too)")
     if preference:
-        add("--beta", type=float, default=0.4, help="weight of the log-ratio (default 0.4; the paper takes 0.5 for 72B)")
+        add("--beta", type=float, default=0.4,
+            help="weight of the log-ratio (default 0.4; the paper takes 0.5 for 72B)")
         add("--reference", metavar="FOLDER",
             help="another checkpoint as reference; by default it is the policy at step 0")
     else:
@@ -991,7 +1027,8 @@ def add_options(p: argparse.ArgumentParser, method: str, rows: str, options):
     add = p.add_argument_group("size and speed").add_argument
     add("--max_length", type=int, default=1024,
         help="tokens of prompt and answer; longer rows are dropped, never cut (default 1024: the paper's)")
-    add("--micro_batch_size", type=int, help="most rows in one forward pass of a process (default: no limit but tokens)")
+    add("--micro_batch_size", type=int,
+        help="most rows in one forward pass of a process (default: as many as --micro_batch_tokens takes)")
     add("--micro_batch_tokens", type=int, default=8192,
         help="most tokens in one forward pass of a process, a longer row apart (default 8192)")
     add("--precision", choices=("fp32", "bf16"),
@@ -999,11 +1036,11 @@ def add_options(p: argparse.ArgumentParser, method: str, rows: str, options):
     add("--gradient_checkpointing", action="store_true",
         help="recompute activations in the backward pass: a third more time, far less memory")
     add("--compile", action="store_true",
-        help="torch.compile the blocks' norms and MLPs: on a CPU 2 %% (fp32) to 8 %% (bf16) faster after half a minute of "
-             "compiling with a C++ compiler; not measured on a GPU")
+        help="torch.compile the blocks' norms and MLPs: on a CPU 2 %% (fp32) to 8 %% (bf16) faster after "
+             "half a minute of compiling with a C++ compiler; not measured on a GPU")
     add("--shard", action="store_true",
-        help="spread weights, gradients and AdamW's moments over all processes (FSDP): for models beyond one GPU's "
-             "memory, 16 bytes a parameter; on one process it changes nothing")
+        help="spread weights, gradients and AdamW's moments over all processes (FSDP): for models beyond one "
+             "GPU's memory, 16 bytes a parameter; on one process it changes nothing")
     add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
 
     add = p.add_argument_group("bookkeeping").add_argument
@@ -1021,11 +1058,11 @@ def add_options(p: argparse.ArgumentParser, method: str, rows: str, options):
 
 def check_arguments(args):
     """DataError where a number cannot be meant."""
-    above_0 = ("epochs", "batch_size", "lr", "beta", "micro_batch_size", "micro_batch_tokens", "max_length", "max_steps",
-               "clip")
+    above_0 = ("epochs", "batch_size", "lr", "beta", "micro_batch_size", "micro_batch_tokens", "max_length",
+               "max_steps", "clip")
     for name in above_0:
         value = getattr(args, name)
-        finite = value is None or math.isfinite(value) or name == "clip"                # --clip inf: no clipping
+        finite = value is None or math.isfinite(value) or name == "clip"            # --clip inf: no clipping
         if value is not None and not (value > 0 and finite):
             raise DataError(f"--{name} is {value}: expected a number above 0")
     for name in ("eval_every", "checkpoint_every", "seed"):
@@ -1039,13 +1076,13 @@ def main(argv: list[str] | None = None, objective=None, *, options=None, encode=
          order=None) -> int:
     """The command line; returns the exit status. A variant is a call of this with any of
 
-    objective   (token_logps, ref_token_logps, batch, args) -> losses, metrics: see `preference_objective`. The losses of
-                a micro-batch are summed and divided by the sum of its examples' `units` over the whole batch.
-    options     (group): adds the variant's own flags with group.add_argument. They are in --help, in `args`, and among
-                what a continued run must have the same.
-    encode      (source, tokenizer, method, prompt style, max_length) -> (examples, report): rows of another kind.
-    order       (epoch, examples, score) -> row indices, each once: the order in which an epoch takes the rows. score()
-                gives (n, K) log-probs under the policy as it then is."""
+    objective   (token_logps, ref_token_logps, batch, args) -> losses, metrics: see `preference_objective`.
+                The losses of all micro-batches are added and divided by the sum of the examples' `units`.
+    options     (group): adds the variant's own flags with group.add_argument. They are in --help, in `args`,
+                and among what a continued run must have the same.
+    encode      (source, tokenizer, method, prompt style, max_length) -> (examples, report): other rows.
+    order       (epoch, examples, score) -> row indices, each once: in which order an epoch takes the rows.
+                score() gives (n, K) log-probs under the policy as it then is."""
     manual = None
     if objective is not None or options is not None or encode is not data.encode_dataset or order is not None:
         own = next(hook for hook in (objective, options, order, encode) if hook is not None)
@@ -1055,7 +1092,7 @@ def main(argv: list[str] | None = None, objective=None, *, options=None, encode=
     def run() -> int:
         check_arguments(args)
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-            args.restart = False            # torchrun --max-restarts started us again: go on, do not begin anew
+            args.restart = False            # torchrun --max-restarts started us again: go on
         if args.precision is None:
             on_gpu = torch.cuda.is_available() and not (args.device or "").startswith("cpu")
             args.precision = "bf16" if on_gpu else "fp32"
@@ -1063,14 +1100,14 @@ def main(argv: list[str] | None = None, objective=None, *, options=None, encode=
             return train(args, objective or OBJECTIVES[args.method], encode, order)
         except RuntimeError as e:
             if args.compile and "Inductor" in type(e).__name__ and not args.debug:
-                raise DataError(f"--compile: torch.compile fails here ({str(e).splitlines()[0]}); leave it out, or see "
-                                "more with --debug") from e
+                raise DataError(f"--compile: torch.compile fails here ({str(e).splitlines()[0]}); leave it "
+                                "out, or see more with --debug") from e
             raise
     return data.run_command(run, args.debug)
 
 
 if __name__ == "__main__":
     status = main()
-    if dist.is_initialized() and status != 2:      # after an error the others may not be there to say goodbye to
+    if dist.is_initialized() and status != 2:      # after an error the others may not be there to part from
         dist.destroy_process_group()
     sys.exit(status)
