@@ -60,6 +60,9 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 from tqdm import tqdm
 
+if __name__ == "__main__":      # python -P does not search a script's own folder
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
 from model import CheckpointError, common_length, lay_out, locked, read_json, resolve, strict_json, writing, written
 
 

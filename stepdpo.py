@@ -55,6 +55,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+if __name__ == "__main__":      # python -P does not search a script's own folder
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
 import data
 from data import Batch, DataError, Example
 from model import (CheckpointError, Config, Llama, Tree, choose_device, fingerprint, keep_freed_memory,
