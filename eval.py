@@ -33,7 +33,7 @@ from fractions import Fraction
 from functools import cached_property, lru_cache
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Callable, Sequence
+from typing import Callable, Collection, Iterator, NamedTuple, Sequence
 
 import torch
 import torch.distributed as dist
@@ -180,6 +180,12 @@ def read_file(args: argparse.Namespace, bad: list[DataError]) -> list:
 # SAMPLING: from the project's own model or from a server; every sample on disk as it is finished
 # ---------------------------------------------------------------------------------------------------------------------
 
+class Drawn(NamedTuple):
+    text: str
+    tokens: int | None
+    stop_reason: str
+
+
 class Local:
     """Samples from a checkpoint, by model.py."""
 
@@ -243,68 +249,83 @@ class Local:
 
 
 class Remote:
-    """Samples from an OpenAI-compatible server: /chat/completions where it can render the prompt itself, that is
-    for a chat without a prefix, else /completions with the rendered text."""
+    """Samples from an OpenAI-compatible server: by /chat/completions where it can render the prompt itself,
+    that is a chat without a prefix, else by /completions with the rendered text.
 
-    def __init__(self, args: argparse.Namespace):
-        self.args, self.refused = args, []
-        self.endpoint = Endpoint(args.endpoint, args.api_model)
-        self.tokenizer = Tokenizer.from_pretrained(resolve(args.model)) if args.model else None
-        self.settings = {"endpoint": args.endpoint, "api_model": args.api_model}
+    endpoint, api_model    as for data.Endpoint
+    model                  the checkpoint whose chat template renders the prompts that have a prefix
+    system, template_args  of a chat: a system prompt; what its template takes, as {"enable_thinking": False}
+    """
+
+    def __init__(self, endpoint: str, api_model: str, *, model: str | None = None, prompt: str = "chat",
+                 concurrency: int = 32, system: str | None = None, template_args: dict | None = None):
+        self.endpoint, self.prompt, self.concurrency = Endpoint(endpoint, api_model), prompt, concurrency
+        self.tokenizer = Tokenizer.from_pretrained(resolve(model)) if model else None
+        self.rendering = {"system": system, "template_args": template_args}
+        self.rendering = {name: value for name, value in self.rendering.items() if value}
+        self.alike = 0                           # samples just like the first of their prompt; -inf: not all
+        self.settings = {"endpoint": self.endpoint.url, "api_model": api_model} | self.rendering
 
     def prepare(self, problem: Problem, text: str, cut: int | None = None) -> tuple[tuple, str, bool]:
-        where, question, style = problem.where, problem.question, self.args.prompt
+        """As Local.prepare, but what `draw` wants of a prompt is (where, the body of its request)."""
+        where, question = problem.where, problem.question
         text = text if cut is None else text[:cut].rstrip()
-        if found := re.search(r"<\|[\w-]{1,40}\|>", question + text):
-            raise DataError(f"{where}: it contains the control token {found[0]}, which is no text; remove it")
-        if style in ("chat", "qwen2-boxed") and not text:
-            messages = [{"role": "user", "content": question}]
-            if style == "qwen2-boxed":
-                messages = [{"role": "system", "content": "You are a helpful assistant."},
-                            {"role": "user", "content": question + BOXED}]
-            return (where, "chat/completions", {"messages": messages}), text, False
-        if style == "chat" and self.tokenizer is None:
-            raise DataError(f"{where}: --prompt chat needs the checkpoint's template for a prefix: give --model")
-        whole = render_prompt(style, question, self.tokenizer) + text
-        return (where, "completions", {"prompt": whole.rstrip(" ") or whole}), text, whole.endswith(" ")
+        found = re.search(r"<\|[\w-]{1,40}\|>", question + text)
+        if found := found and found[0] or self.tokenizer and self.tokenizer.control_token_in(question + text):
+            raise DataError(f"{where}: it contains the control token {found}, which is no text; remove it")
+        if self.prompt in ("chat", "qwen2-boxed") and not text:
+            boxed = self.prompt == "qwen2-boxed"
+            system = self.rendering.get("system", "You are a helpful assistant." if boxed else None)
+            body = {"messages": [{"role": "system", "content": system}] if system else []}
+            body["messages"].append({"role": "user", "content": question + BOXED if boxed else question})
+            if "template_args" in self.rendering:
+                body["chat_template_kwargs"] = self.rendering["template_args"]
+            return (where, body), text, False
+        if self.prompt == "chat" and self.tokenizer is None:
+            raise DataError(f"{where}: a prefix needs the checkpoint's chat template: give --model too")
+        whole = render_prompt(self.prompt, question, self.tokenizer, **self.rendering) + text
+        if self.tokenizer is not None and self.tokenizer.bos_id is not None:     # the server adds it
+            whole = whole.removeprefix(self.tokenizer.decode([self.tokenizer.bos_id]))
+        return (where, {"prompt": whole.rstrip(" ") or whole}), text, whole.endswith(" ")
 
     def batches(self, prompts: list, n: int) -> list[list[int]]:
         return [list(range(len(prompts)))]       # the server makes its own batches: keep it busy to the end
 
-    def run(self, prompts: list, n: int, seed: int, done: set, on_finish: Callable) -> None:
-        """As Local.run, but what is `done`, pairs (i, j), is not asked for. What is refused lands in `refused`."""
-        a = self.args
+    def draw(self, prompts: list, n: int, seed: int, temperature: float = 0.0, *, top_p: float = 1.0,
+             max_new_tokens: int = 2048, stop: Sequence[str] = (),
+             done: Collection[tuple[int, int]] = frozenset()) -> Iterator[tuple[int, int, Drawn | DataError]]:
+        """(i, j, the j-th sample of prompt i) as each ends; those in `done` are not asked for. A DataError
+        stands for a sample that the server refused or failed to give. EndpointError: it gives none at all."""
+        how = {"max_tokens": max_new_tokens, "temperature": temperature}
+        how |= {"top_p": top_p} if temperature else {}          # some servers refuse a top_p of 1
+        how |= {"stop": list(stop)} if stop else {}
 
-        def ask(i, j):
-            where, path, body = prompts[i]
-            body = body | {"max_tokens": a.max_new_tokens, "temperature": a.temperature, "top_p": a.top_p,
-                           "seed": stable_key(seed, body, j) % 2**31} | ({"stop": a.stop} if a.stop else {})
+        def ask(i: int, j: int) -> tuple[int, int, Drawn | DataError]:
+            where, body = prompts[i]
+            own = {"seed": stable_key(seed, body, j) % 2**31} if temperature else {}
             try:
-                reply = self.endpoint.post(path, body)
-                choice, usage = reply["choices"][0], reply.get("usage")
-                text = choice["message"]["content"] if path.startswith("chat") else choice["text"]
-                if not isinstance(text, str | None):
-                    raise TypeError
+                text, tokens, reason = self.endpoint.ask(body | how | own)
             except RequestRefused as error:
                 return i, j, DataError(f"{where}: {error}")
-            except (LookupError, TypeError):
-                return i, j, DataError(f"{where}: the server's reply has no completion in it ({str(reply)[:200]!r})")
-            tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
-            reason = choice.get("finish_reason")
-            if reason == "stop":                 # says both; vLLM gives the stop string, if it was one, in stop_reason
-                reason = "stop" if isinstance(choice.get("stop_reason"), str) else "eos"
-            return i, j, (text or "", tokens if type(tokens) is int else None, str(reason))
+            end = min((at for string in stop if (at := text.find(string)) >= 0), default=None)
+            return i, j, Drawn(text[:end], tokens, reason if end is None else "stop")
 
-        with ThreadPoolExecutor(a.concurrency) as pool:
+        wanted = [(i, j) for i in range(len(prompts)) for j in range(n) if (i, j) not in done]
+        first: dict[int, str] = {}               # the first text of each prompt
+        with ThreadPoolExecutor(self.concurrency) as pool:
             try:
-                wanted = [(i, j) for i in range(len(prompts)) for j in range(n) if (i, j) not in done]
                 for future in as_completed([pool.submit(ask, i, j) for i, j in wanted]):
                     i, j, outcome = future.result()
-                    if isinstance(outcome, DataError):
-                        self.refused.append(outcome)
-                    else:
-                        on_finish(i, j, *outcome)
+                    if temperature and isinstance(outcome, Drawn):
+                        if i in first:
+                            self.alike = self.alike + 1 if outcome.text == first[i] else -math.inf
+                        first.setdefault(i, outcome.text)
+                        if self.alike == 3:
+                            print(f"{self.endpoint.url}: the samples of a prompt are all the same; does the "
+                                  f"server heed temperature {temperature}?", file=sys.stderr)
+                    yield i, j, outcome
             except BaseException:
+                self.endpoint.over.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
