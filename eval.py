@@ -270,8 +270,9 @@ class Remote:
         """As Local.prepare, but what `draw` wants of a prompt is (where, the body of its request)."""
         where, question = problem.where, problem.question
         text = text if cut is None else text[:cut].rstrip()
-        found = re.search(r"<\|[\w-]{1,40}\|>", question + text)
-        if found := found and found[0] or self.tokenizer and self.tokenizer.control_token_in(question + text):
+        checked = text if self.prompt == "raw" and self.tokenizer else question + text
+        found = re.search(r"<\|[\w-]{1,40}\|>", checked)
+        if found := found and found[0] or self.tokenizer and self.tokenizer.control_token_in(checked):
             raise DataError(f"{where}: it contains the control token {found}, which is no text; remove it")
         if self.prompt in ("chat", "qwen2-boxed") and not text:
             boxed = self.prompt == "qwen2-boxed"
@@ -284,8 +285,8 @@ class Remote:
         if self.prompt == "chat" and self.tokenizer is None:
             raise DataError(f"{where}: a prefix needs the checkpoint's chat template: give --model too")
         whole = render_prompt(self.prompt, question, self.tokenizer, **self.rendering) + text
-        if self.tokenizer is not None and self.tokenizer.bos_id is not None:     # the server adds it
-            whole = whole.removeprefix(self.tokenizer.decode([self.tokenizer.bos_id]))
+        if self.tokenizer and self.tokenizer.bos_id is not None:                # the server adds it
+            whole = whole.removeprefix(self.tokenizer.backend.id_to_token(self.tokenizer.bos_id))
         return (where, {"prompt": whole.rstrip(" ") or whole}), text, whole.endswith(" ")
 
     def batches(self, prompts: list, n: int) -> list[list[int]]:
