@@ -26,6 +26,7 @@ from __future__ import annotations      # the method stands first, what it is ma
 
 import argparse
 import functools
+import glob
 import hashlib
 import http.client
 import importlib
@@ -34,7 +35,9 @@ import math
 import os
 import random
 import re
+import signal
 import sys
+import threading
 import time
 import unicodedata
 import urllib.error
@@ -43,7 +46,7 @@ import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from fractions import Fraction
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, MappingView, NamedTuple, Sequence
@@ -51,6 +54,7 @@ from typing import Callable, Iterable, Iterator, MappingView, NamedTuple, Sequen
 import numpy as np
 import tokenizers
 import torch
+import torch.distributed as dist
 from jinja2 import TemplateError, nodes, pass_context
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
@@ -59,7 +63,7 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 from tqdm import tqdm
 
-from model import CheckpointError, locked, read_json, resolve, strict_json, writing, written
+from model import CheckpointError, join_processes, locked, read_json, resolve, strict_json, writing, written
 
 
 class DataError(ValueError):
@@ -407,7 +411,7 @@ class Tokenizer:
         self._control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
+    def from_pretrained(cls, folder: str | Path, system=None, template_args=None) -> "Tokenizer":    # until branch `chat`
         """Read tokenizer.json and, where they are, tokenizer_config.json, special_tokens_map.json, chat_template.jinja,
         config.json and generation_config.json. DataError or CheckpointError where a file is damaged, or disagrees
         with another. The file is obeyed by Rust code that executes nothing of it, but may be made to take its time."""
@@ -1040,72 +1044,203 @@ def write_rows(path: str | Path, rows: Iterable) -> int:
     return count
 
 
-COSTLY = ("endpoint", "ask")                            # judges whose verdicts are kept for good
+class Journal:
+    """What is finished, on disk the moment it is: a line of settings, then [key, value] lines; the last of a key counts.
 
-
-def write_out(args: argparse.Namespace, rows: list[dict], bad: list[DataError]) -> int:
-    """Write OUT and return the exit status. An OUT with other rows in it is not overwritten, unless by --restart or by
-    the command that had left it incomplete."""
-    out, made = Path(args.out), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    if out.exists() and not args.restart and not args.completes and out.read_bytes() != made:
-        kept = Path(f"{out}.verdicts").exists()
-        raise DataError(f"{out}: exists and holds other rows; choose another --out, or " + (
-            "delete it, and the same command makes it again from the verdicts" if kept else "begin anew with --restart"))
-    write_rows(out, rows)
-    return 1 if bad else 0
-
-
-class Verdicts:
-    """Verdicts on disk as they fall, one a line: hours of a judge's work survive a kill, and the same command goes on.
-
-    The first line says what they belong to (a digest of the solutions, the judge); others are refused, not mixed in.
+    `done`, {key (a tuple): value}, need not be made again. Errors of what failed go to `failed`: it is tried again.
+    A journal that was begun with other settings raises DataError, which names them.
     """
 
-    def __init__(self, path: Path, belongs_to: dict):
-        self.path, self.done = path, {}
-        # after the last line end stands nothing, or a line cut short by a kill
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-        try:
-            if lines and json.loads(lines[0]) != belongs_to:
-                raise ValueError("begun by a command with other solutions, another judge or other --steps")
-            self.done = {tuple(key): verdict for key, verdict in map(json.loads, lines[1:])}
-        except (ValueError, TypeError) as error:
-            raise DataError(f"{path}: cannot be continued ({_one_line(error)}); finish that command, choose another "
-                            "--out, or begin anew with --restart") from None
-        write_rows(path, [belongs_to, *([key, verdict] for key, verdict in self.done.items())])
-        self.file = path.open("a", encoding="utf-8", newline="\n")
+    def __init__(self, path: Path, settings: dict, restart: bool = False, others: Iterable[Path] = ()):
+        self.path, self.settings = path, json.loads(json.dumps(settings))
+        self.done: dict[tuple, object] = {}
+        self.failed: list[DataError] = []
+        for file in [] if restart else dict.fromkeys([*others, path]):
+            if file.exists():
+                self._read(file)
+        if restart:
+            path.unlink(missing_ok=True)
 
-    def add(self, key: tuple, verdict: int | str | None) -> None:
-        self.done[key] = verdict
+    def _read(self, file: Path) -> None:
+        for number, line in enumerate(file.read_bytes().split(b"\n")[:-1]):      # behind the last \n: a torn line
+            try:
+                entry = json.loads(line)
+                if number > 0:
+                    self.done[tuple(entry[0])] = entry[1]
+            except (ValueError, TypeError, LookupError):
+                entry = None                            # damaged: that one is made again
+            if number == 0:
+                refuse_other(entry, self.settings, file)
+
+    def __enter__(self) -> "Journal":
+        """Begin to write; under torchrun once all processes have read."""
         with writing(self.path):
-            self.file.write(json.dumps([key, verdict]) + "\n")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab+") as file:
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)             # a torn line goes away
+            self.file = self.path.open("a", encoding="utf-8", newline="\n")
+        if self.file.tell() == 0:
+            self.write(self.settings)
+        return self
+
+    def __exit__(self, *_) -> None:
+        with writing(self.path):
+            self.file.close()
+
+    def add(self, key: tuple, value) -> None:
+        if key not in self.done or self.done[key] != value:
+            self.done[key] = value
+            self.write([key, value])
+
+    def write(self, entry) -> None:
+        with writing(self.path):
+            self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
             self.file.flush()
 
 
-def judge_all(rows: dict[tuple, dict], name: str, args: argparse.Namespace,
-              bad: list[DataError]) -> dict[tuple, int | str | None]:
-    """A verdict for every row: index of the first wrong step, None (nothing wrong), or the text of Unclear.
+def refuse_other(old, new: dict, path: Path) -> None:
+    """DataError naming what differs between the settings of what lies at `path` and the present ones."""
+    old = old if isinstance(old, dict) else {}
+    changed = [f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in new | old if old.get(key) != new.get(key)]
+    if changed:
+        raise DataError(f"{path}: was made otherwise: {'; '.join(changed)}; "
+                        "choose another --out, or begin anew with --restart")
 
-    Rows on which the judge fails are left out and named in `bad`; so are those that the person at the terminal did not
-    come to (Stop is passed on). What is decided is in OUT.verdicts, from which the same command goes on.
+
+def summary_path(out: Path) -> Path:
+    """score.jsonl -> score.summary.json. Of any other name all is kept: "qwen2.5-0.5B" is no name with a suffix."""
+    return out.with_name(out.name.removesuffix(".jsonl") + ".summary.json")
+
+
+def stage(out: str | Path, settings: dict, work: Callable[[Journal, int, int], None],
+          collect: Callable[[dict], tuple[list[dict], dict]], restart: bool = False) -> bool:
+    """Make the file `out`. It may be killed at any moment, and the same call goes on; torchrun's processes share it.
+
+        work(journal, rank, world)        in every process: its share of what is not in journal.done, added as it ends
+        collect(done) -> (rows, summary)  in process 0, from what all have done: the rows of `out`, and what to say of them
+
+    settings: all that decides what the rows are. `out` is written whole, then its summary with the settings in it, and
+    the journals (OUT.journal-RANK) go, but for where journal.failed says that something is to be tried again.
+    Returns False where `out` was complete already. Raises DataError where what is there was made with other settings, or
+    no row came of it, which leaves no `out`; OSError where another command is writing it.
     """
-    judge, path = make_judge(name, args), Path(f"{args.out}.verdicts")
-    if args.restart:
-        path.unlink(missing_ok=True)
-    begun = path.exists()
-    if name in COSTLY and Path(args.out).exists() and not begun and not args.restart:
-        raise DataError(f"{args.out}: exists, without {path.name} that would say how it was made; choose another "
+    out, settings = Path(out), json.loads(json.dumps(settings))
+    twin = out.with_suffix("") if out.suffix == ".jsonl" else Path(f"{out}.jsonl")
+    if twin.is_file() and not out.exists() and summary_path(out).exists():
+        raise DataError(f"{out}: its summary would replace that of {twin.name}; choose another --out")
+    rank, world = join_processes()
+    with locked(out):
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":     # torchrun started us again: go on
+            restart = False
+        if restart and rank == 0:
+            for path in _journals(out):
+                path.unlink()
+        meet()
+        found = _journals(out)
+        if out.exists() and not found and not restart:
+            refuse_other(_summary(out).get("settings"), settings, out)
+            return False
+        journal = Journal(Path(f"{out}.journal-{rank}"), settings, others=found)
+        meet()                                          # until all have read what there is
+        begun = time.monotonic()
+        try:
+            with journal:
+                work(journal, rank, world)
+        except (DataError, CheckpointError):
+            if not journal.done:                        # nothing is finished: leave nothing
+                journal.path.unlink()
+            raise
+        seconds = round(time.monotonic() - begun, 1)
+        failed = meet(len(journal.failed))
+        if rank == 0:
+            done = Journal(journal.path, settings, others=_journals(out)).done
+            rows, summary = collect(done)
+            if not rows:
+                if not done:
+                    for path in _journals(out):
+                        path.unlink()
+                why = f"; the first of {failed} that failed: {journal.failed[0]}" if journal.failed else ""
+                raise DataError(f"{out}: no row came of it, so it is not written{why}")
+            write_rows(out, rows)
+            write_rows(summary_path(out), [summary | {"seconds": seconds, "failed": failed, "settings": settings}])
+            for path in _journals(out) if not failed else []:
+                path.unlink()
+        meet()                                          # until `out` is there
+    return True
+
+
+def meet(number: int = 0) -> int:
+    """Wait until all processes are here; the sum of their numbers."""
+    total = torch.tensor(number)
+    if dist.is_initialized():
+        dist.all_reduce(total, group=_patient_group(dist.group.WORLD))
+    return int(total)
+
+
+@functools.cache
+def _patient_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Sampling is uneven: here the processes may wait longer for each other than between the updates of a model."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=7))
+
+
+def _journals(out: Path) -> list[Path]:
+    found = out.parent.glob(f"{glob.escape(out.name)}.journal-*")
+    return sorted(path for path in found if path.suffix.removeprefix(".journal-").isdecimal())
+
+
+def _summary(out: Path) -> dict:
+    path = summary_path(out)
+    if not path.is_file():
+        raise DataError(f"{out}: exists, without {path.name} that would say how it was made; "
+                        "choose another --out, or begin anew with --restart")
+    return read_json(path)
+
+
+def check_out(out: str | Path, source: str | Path) -> None:
+    """DataError where `out` is no name for a new file, before any work is done for it."""
+    if Path(out).resolve() == Path(source).resolve():
+        raise DataError(f"--out {out}: is the input; give another name")
+    if Path(out).is_dir():
+        raise DataError(f"--out {out}: is a folder; name a file in it, such as {Path(out) / 'out.jsonl'}")
+
+
+def progress(total: int, done: int, unit: str, quiet: bool = False) -> tqdm:
+    """A bar with rate and time left; in a log file a line every half minute."""
+    return tqdm(total=total, initial=done, unit=f" {unit}", disable=quiet, dynamic_ncols=True,
+                mininterval=0.5 if sys.stderr.isatty() else 30)
+
+
+def digest(value) -> str:
+    """12 hex digits that tell this JSON value from others."""
+    return hashlib.blake2b(json.dumps(value, ensure_ascii=False).encode(), digest_size=6).hexdigest()
+
+
+COSTLY = ("endpoint", "ask")                            # judges whose verdicts are kept for good
+
+
+def judge_all(rows: dict[tuple, dict], name: str, args: argparse.Namespace,
+              bad: list[DataError]) -> tuple[dict[tuple, int | str | None], bool]:
+    """(a verdict for every row, whether an earlier command had left some out).
+
+    A verdict is the index of the first wrong step, None (nothing wrong), or the text of Unclear. Rows on which the judge
+    fails are left out and named in `bad`; so are those that the person at the terminal did not come to (Stop is passed
+    on). What is decided is in OUT.verdicts, from which the same command goes on.
+    """
+    judge, path, out = make_judge(name, args), Path(f"{args.out}.verdicts"), Path(args.out)
+    begun = path.exists() and not args.restart
+    if name in COSTLY and out.exists() and not begun and not args.restart:
+        raise DataError(f"{out}: exists, without {path.name} that would say how it was made; choose another "
                         "--out, or begin anew with --restart")
-    digest = hashlib.sha256(json.dumps([[*key, row["steps"]] for key, row in rows.items()]).encode()).hexdigest()
-    verdicts = Verdicts(path, {"solutions": digest, "judge": name})
-    todo = [key for key in rows if key not in verdicts.done]
-    args.completes = begun and bool(todo)
+    solutions = digest([[*key, row["question"], row["answer"], row["steps"]] for key, row in rows.items()])
+    journal = Journal(path, judge_identity(name, args) | {"solutions": solutions}, args.restart)
+    todo = [key for key in rows if key not in journal.done]
 
     def verdict(key: tuple) -> int | str | None | DataError:
         try:
             return judge(rows[key])
-        except Unclear as reason:
-            return str(reason)
+        except Unclear as reason:                       # a model may answer better next time
+            return DataError(f"{rows[key]['where']}: {reason}") if name == "endpoint" else str(reason)
         except EndpointError:
             raise
         except DataError as error:
@@ -1123,17 +1258,35 @@ def judge_all(rows: dict[tuple, dict], name: str, args: argparse.Namespace,
                 pool.shutdown(cancel_futures=True)      # after an error: wait for what is under way, begin nothing new
 
     try:
-        for key, found in tqdm(as_they_fall(), f"judge: {name}", len(todo), disable=True if name == "ask" else None):
-            if isinstance(found, DataError):
-                bad.append(found)
-            else:
-                verdicts.add(key, found)
+        with journal, progress(len(rows), len(rows) - len(todo), "verdicts", quiet=name in ("ask", "values")) as bar:
+            for key, found in as_they_fall():
+                if isinstance(found, DataError):
+                    bad.append(found)
+                else:
+                    journal.add(key, found)
+                bar.update()
     finally:
-        with writing(verdicts.path):
-            verdicts.file.close()
-        if name == "values" or not rows or name not in COSTLY and len(verdicts.done) == len(rows):
-            path.unlink()                               # what can be had again at no cost
-    return {key: verdicts.done[key] for key in rows if key in verdicts.done}
+        if name == "values" or not rows or name not in COSTLY and len(journal.done) == len(rows):
+            path.unlink(missing_ok=True)                # what can be had again at no cost
+    return {key: journal.done[key] for key in rows if key in journal.done}, begun and bool(todo)
+
+
+def judge_identity(name: str, args: argparse.Namespace) -> dict:
+    """What a verdict depends on besides the solution: another judge's is not taken for this one's."""
+    server = {"api_model": args.api_model, "endpoint": args.endpoint} if name == "endpoint" else {}
+    return {"judge": name} | server
+
+
+def write_out(args: argparse.Namespace, rows: list[dict], bad: list[DataError], continued: bool) -> int:
+    """Write OUT and return the exit status. An OUT with other rows in it is not overwritten, unless by --restart or
+    where it was `continued`: the same command had left it incomplete."""
+    out, made = Path(args.out), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    if out.exists() and not (args.restart or continued or out.read_bytes() == made):
+        kept = Path(f"{out}.verdicts").exists()
+        raise DataError(f"{out}: exists and holds other rows; choose another --out, or " + (
+            "delete it, and the same command makes it again from the verdicts" if kept else "begin anew with --restart"))
+    write_rows(out, rows)
+    return 1 if bad else 0
 
 
 def read_attempts(file: str, bad: list[DataError], *stages: str) -> Iterator[tuple[tuple[str, int], dict]]:
@@ -1205,7 +1358,7 @@ def localize(args: argparse.Namespace) -> int:
             continue
         wrong[key] = row | {"steps": steps}
     try:
-        verdicts = judge_all(wrong, args.judge, args, bad)
+        verdicts, continued = judge_all(wrong, args.judge, args, bad)
     except Stop:
         print(f"stopped; {args.out}.verdicts holds what was decided, and the same command goes on", file=sys.stderr)
         return 1
@@ -1232,12 +1385,12 @@ def localize(args: argparse.Namespace) -> int:
                   *((f"    {reason}", count) for reason, count in reasons.most_common()), ("located", len(errors))]))
     if not errors:
         raise DataError(f"{args.file}: no first wrong step was located, nothing to write to {args.out}")
-    return write_out(args, list(errors.values()), bad)
+    return write_out(args, list(errors.values()), bad, continued)
 
 
 def pairs(args: argparse.Namespace) -> int:
     """rectified attempts -> pairs in the columns of Math-Step-DPO-10K."""
-    bad, stages = [], Counter()
+    bad, stages, continued = [], Counter(), False
     if args.whole and args.verify:
         raise DataError("--verify judges a chosen step; whole answers (--whole) are right by their final answer")
     stages_taken = ("attempts", "valued attempts", "rectified attempts") if args.whole else ("rectified attempts",)
@@ -1247,7 +1400,7 @@ def pairs(args: argparse.Namespace) -> int:
         solutions = {key: {"id": key[0], "where": key[0], "question": pair["prompt"], "answer": pair["answer"],
                            "steps": split_steps(pair["initial_reason_steps"] + pair["full_chosen"], args.steps)}
                      for key, pair in candidates.items()}
-        verdicts = judge_all(solutions, args.verify, args, bad)
+        verdicts, continued = judge_all(solutions, args.verify, args, bad)
         before = len(candidates)
         for key, pair in list(candidates.items()):      # right, or wrong only after the chosen step
             first = verdicts.get(key, "no verdict")
@@ -1266,7 +1419,7 @@ def pairs(args: argparse.Namespace) -> int:
     print(funnel([*stages.items(), ("pairs", len(kept))]))
     if not kept:
         raise DataError(f"{args.file}: no pair came of it, nothing to write to {args.out}")
-    return write_out(args, kept, bad)
+    return write_out(args, kept, bad, continued)
 
 
 def step_pairs(rows: list[tuple[tuple, dict]], style: str, stages: Counter, bad: list[DataError]) -> dict[tuple, dict]:
@@ -1721,7 +1874,7 @@ class _Meter(NodeTransformer):
 # Command line
 # ----------------------------------------------------------------------------------------------------------------------
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 on")
     return int(text)
@@ -1751,8 +1904,8 @@ def arguments() -> argparse.ArgumentParser:
     command.add_argument("--prompt", choices=PROMPT_STYLES, default="chat",
                          help="prompt style; chat is the checkpoint's own template (default: %(default)s)")
     command.add_argument("--method", choices=METHODS, help="what would train on it (default: what the columns suggest)")
-    command.add_argument("--row", type=_positive, metavar="I", help="1 = the first row (default: the first kept one)")
-    command.add_argument("--max_length", type=_positive, default=1024, metavar="N",
+    command.add_argument("--row", type=positive, metavar="I", help="1 = the first row (default: the first kept one)")
+    command.add_argument("--max_length", type=positive, default=1024, metavar="N",
                          help="longer rows are dropped, in tokens (default: %(default)s)")
     command.set_defaults(run=show)
 
@@ -1772,7 +1925,7 @@ def arguments() -> argparse.ArgumentParser:
         description="Make preference pairs: the distinct first steps of those continuations whose final answer is "
                     "right, each against the wrong step that it replaces.")
     command.add_argument("file", metavar="F", help="graded continuations of errors, by eval.py (--whole: any attempts)")
-    command.add_argument("--per_error", type=_positive, metavar="N",
+    command.add_argument("--per_error", type=positive, metavar="N",
                          help="at most N pairs from one error (with --whole: one problem); default: all")
     command.add_argument("--whole", action="store_true",
                          help="pair independently sampled right and wrong whole answers instead: plain DPO's data")
@@ -1785,11 +1938,10 @@ def arguments() -> argparse.ArgumentParser:
         command = commands.choices[name]
         command.add_argument("--out", required=True, metavar="F", help="JSONL file to write")
         command.add_argument("--restart", action="store_true", help="begin anew, whatever an earlier run has left at F")
-        command.set_defaults(completes=False)
         command.add_argument("--endpoint", metavar="URL", help="the judge's OpenAI-compatible server, such as "
                              "http://localhost:8000/v1; the key is read from OPENAI_API_KEY")
         command.add_argument("--api_model", metavar="NAME", help="name of the judge model on that server")
-        command.add_argument("--concurrency", type=_positive, default=8, metavar="N",
+        command.add_argument("--concurrency", type=positive, default=8, metavar="N",
                              help="requests at a time (default: %(default)s)")
     for command in commands.choices.values():
         command.add_argument("--steps", choices=STEP_STYLES, default="auto",
@@ -1801,10 +1953,22 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def run_command(run: Callable[[], int], debug: bool = False) -> int:
-    """The exit status of `run`, a command of this project: its own, or 2 behind one line that says what is wrong and what to do; 130 where it was
-    interrupted. debug: the traceback instead. Under torchrun one process of a machine speaks."""
+    """The exit status of `run`, a command of this project: its own, or 2 behind one line that says what is wrong and
+    what to do; 130 where it was interrupted, 143 where it was terminated. debug: the traceback instead.
+
+    Under torchrun one process of a machine speaks. SIGTERM ends a command as Ctrl-C does: files are left whole."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")        # a terminal that has no "·" shows "?"
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+    terminated = False
+
+    def terminate(*_):
+        nonlocal terminated
+        terminated = True
+        raise KeyboardInterrupt
+
+    in_main_thread = threading.current_thread() is threading.main_thread()          # no other may set a handler
+    before = signal.signal(signal.SIGTERM, terminate) if in_main_thread else None
     try:
         status = run()
         sys.stdout.flush()
@@ -1813,22 +1977,27 @@ def run_command(run: Callable[[], int], debug: bool = False) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        return 130
+        if speaks:
+            print(f"{'terminated' if terminated else 'interrupted'}; the same command continues", file=sys.stderr)
+        return 143 if terminated else 130
     except Exception as error:
-        lost = isinstance(error, RuntimeError) and torch.distributed.is_initialized() and "onnection" in str(error)
+        lost = isinstance(error, RuntimeError) and dist.is_initialized() and "onnection" in str(error)
         expected = (DataError, CheckpointError, FloatingPointError, OSError, torch.OutOfMemoryError)
         if debug or not (lost or isinstance(error, expected)):
             raise
         message = str(error)
         if isinstance(error, torch.OutOfMemoryError):
-            message = (f"out of GPU memory ({message.splitlines()[0]}); what is finished is kept: go on with a lower --micro_batch_tokens or "
-                       "--max_length, or with --gradient_checkpointing (stepdpo.py); with a lower --batch_size (eval.py)")
+            message = (f"out of GPU memory ({message.splitlines()[0]}); what is finished is kept: go on with a lower "
+                       "--batch_size (eval.py), with a lower --micro_batch_tokens or --max_length, or with "
+                       "--gradient_checkpointing (stepdpo.py)")
         elif lost:
             message = "another process of this run has ended; if it failed, it says why. The same command continues"
-        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, OSError):      # a disk may be full for one process only
+        if speaks or isinstance(error, OSError):        # a disk may be full for one process only
             print(f"error: {message}", file=sys.stderr)
         return 2
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -1838,8 +2007,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run() -> int:
         if args.command == "show":
             return args.run(args)
-        if Path(args.out).resolve() == Path(args.file).resolve():
-            raise DataError(f"--out {args.out}: is the input; give another name")
+        check_out(args.out, args.file)
         with locked(args.out):
             return args.run(args)
     return run_command(run, args.debug)

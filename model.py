@@ -26,11 +26,13 @@ import sys
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -896,7 +898,8 @@ def pick_tokens(logits: torch.Tensor, temperature: float, top_p: float, uniform:
 @torch.inference_mode()
 def generate(model: Llama, prompts: list[list[int]], *, n: int = 1, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
              eos_ids: tuple[int, ...] = (), stop: tuple[str, ...] = (), decode: Callable[[list[int]], str] | None = None, seed: int = 0,
-             on_finish: Callable[[int, int, Sample], None] | None = None) -> list[list[Sample]]:
+             on_finish: Callable[[int, int, Sample], None] | None = None,
+             ended: Callable[[int, list[int]], bool] | None = None) -> list[list[Sample]]:
     """Continue every prompt (a list of token ids, of any lengths) n times; result[i][j] is sample j of prompt i.
 
     Greedy at temperature 0, otherwise temperature and top-p. A sample ends at any of `eos_ids`, at any of the `stop` strings in its decoded text, or after
@@ -947,6 +950,8 @@ def generate(model: Llama, prompts: list[list[int]], *, n: int = 1, max_new_toke
                 if stop and any(s in decode(new[r][-tail:]) for s in stop):
                     reason, text = "stop", decode(new[r])
                     text = text[:min(at for s in stop if (at := text.find(s)) >= 0)]
+                elif ended and ended(i, new[r]):
+                    reason = "stop"
                 elif len(new[r]) == room[r]:
                     reason = "length"
             if reason:
@@ -971,9 +976,45 @@ def generate(model: Llama, prompts: list[list[int]], *, n: int = 1, max_new_toke
     return result
 
 
+def samples(model, prompts, **how):      # until branch `checkpoints` brings its own
+    found = []
+    generate(model, prompts, on_finish=lambda *one: found.append(one), **how)
+    yield from found
+
+
 def stable_key(seed: int, prompt: list[int], sample: int) -> int:
     """128 bits from (seed, prompt, sample), the same on every machine: Python's own hash() is neither stable nor wide."""
     return int.from_bytes(hashlib.blake2b(json.dumps([seed, sample, prompt]).encode(), digest_size=16).digest(), "little")
+
+
+def join_processes() -> tuple[int, int]:
+    """(rank, world size) of this process: (0, 1), or what torchrun says.
+
+    The first call joins torchrun's processes to one group, which stays for all that this program does afterwards:
+    a second group would find the first one's addresses in torchrun's store. Tensors on a CPU go by gloo, on a GPU by nccl.
+    """
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        # torchrun --max-restarts keeps one store for all starts, where new processes would find the addresses of dead
+        # ones. So each start puts a prefix of its own before its keys. (On one machine only: the agents of several may
+        # count starts differently. There, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each start a new store.)
+        store, starts = None, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
+        if starts != "0" and one_machine and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            agent = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+            store = dist.PrefixStore(f"start {starts}", agent)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(hours=2))
+    return rank, world
+
+
+def leave_processes(status: int) -> int:
+    """The end of a program: goodbye to the others. After an error (status 2) they may not be there to say it to."""
+    if dist.is_initialized() and status != 2:
+        dist.destroy_process_group()
+    return status
 
 
 def choose_device(wanted: str | None) -> torch.device:

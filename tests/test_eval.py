@@ -147,7 +147,7 @@ def test_a_prefix_is_continued_exactly(checkpoint, tmp_path):
 def test_killed_and_started_again_gives_the_same_bytes(checkpoint, tmp_path, monkeypatch, after):
     file = problems(tmp_path / "p.jsonl")
     ev.main(command(checkpoint, file, tmp_path / "whole.jsonl", *SAMPLED))
-    out, add, written = tmp_path / "o.jsonl", ev.Journal.add, []
+    out, add, written = tmp_path / "o.jsonl", data.Journal.add, []
 
     def dies(self, key, value):
         if len(written) == after:
@@ -155,7 +155,7 @@ def test_killed_and_started_again_gives_the_same_bytes(checkpoint, tmp_path, mon
         written.append(key)
         add(self, key, value)
     with monkeypatch.context() as patch:
-        patch.setattr(ev.Journal, "add", dies)
+        patch.setattr(data.Journal, "add", dies)
         assert ev.main(command(checkpoint, file, out, *SAMPLED)) == 130
     assert not out.exists()
     with (tmp_path / "o.jsonl.journal-0").open("ab") as journal:
@@ -251,19 +251,18 @@ class Slips:
         self.cases, self.rng, self.drawn = cases, random.Random(1), 0
 
     def prepare(self, problem, text, cut=None):
-        return (problem.id, text[:cut].count("\nStep")), text[:cut]
+        return ev.Prompt((problem.id, text[:cut].count("\nStep")), text[:cut], False)
 
-    def batches(self, prompts, n):
-        return [list(range(len(prompts)))]
-
-    def run(self, prompts, n, seed, done, on_finish):
-        for i, (case, steps) in enumerate(prompts):
+    def draw(self, prompts, n, seed, temperature, *, done, **_):
+        for i, prompt in enumerate(prompts):
+            case, steps = prompt.content
             wrong, right = self.cases[case]
             for j in range(n):
                 self.drawn += 1
                 good = [self.rng.random() < p for p in right]
                 text = "".join(f"\nStep {k + 1}: it is {k if good[k] else 90}" for k in range(steps, len(right)))
-                on_finish(i, j, text + f"\nThe answer is {int(steps <= wrong and all(good[steps:]))}", 3, "eos")
+                answer = int(steps <= wrong and all(good[steps:]))
+                yield i, j, ev.Drawn(f"{text}\nThe answer is {answer}", 3, "eos")
 
 
 def test_rollouts_locate_the_first_error_better_than_the_plain_rule(tmp_path, monkeypatch):
@@ -281,11 +280,11 @@ def test_rollouts_locate_the_first_error_better_than_the_plain_rule(tmp_path, mo
             cases.append((wrong, right))
     rows, drawn = {}, {}
     for every_step in (False, True):
-        journal = ev.Journal(tmp_path / f"v{every_step}.jsonl", {}, 0)
-        journal.open()
         policy = Slips(cases)
-        args = SimpleNamespace(rollouts=8, every_step=every_step, steps="step", seed=0)
-        ev.value_steps(attempts, ev.Work(args, policy, journal, []))
+        args = SimpleNamespace(rollouts=8, every_step=every_step, steps="step", seed=0, temperature=1.0, top_p=1.0,
+                               max_new_tokens=99, stop=[])
+        with data.Journal(tmp_path / f"v{every_step}.journal", {}) as journal:
+            ev.value_steps(attempts, ev.Work(args, policy, [], journal))
         rows[every_step], drawn[every_step] = [journal.done[a,] for a in range(len(cases))], policy.drawn
     for row, (_, right) in zip(rows[True], cases):
         assert len(row["values"]) == len(right) and row["values"][-1] == [0, 8]
@@ -321,7 +320,7 @@ def test_valued_rows_hold_the_attempt_and_survive_a_kill(checkpoint, tmp_path, m
     assert ev.main(command(checkpoint, attempts, tmp_path / "every.jsonl", *more, "--every_step")) == 0
     assert all(value and value[1] == 4 for row in rows_of(tmp_path / "every.jsonl") for value in row["values"])
 
-    add, left = ev.Journal.add, [2]
+    add, left = data.Journal.add, [2]
 
     def dies(self, key, value):
         left[0] -= 1
@@ -329,7 +328,7 @@ def test_valued_rows_hold_the_attempt_and_survive_a_kill(checkpoint, tmp_path, m
             raise KeyboardInterrupt
         add(self, key, value)
     with monkeypatch.context() as patch:
-        patch.setattr(ev.Journal, "add", dies)
+        patch.setattr(data.Journal, "add", dies)
         assert ev.main(command(checkpoint, attempts, out, *more)) == 130
     assert ev.main(command(checkpoint, attempts, out, *more)) == 0
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
@@ -337,8 +336,7 @@ def test_valued_rows_hold_the_attempt_and_survive_a_kill(checkpoint, tmp_path, m
 
 def test_a_prefix_ends_at_a_token_of_the_attempt(checkpoint):
     """What the model reads when it continues from a step is a beginning of what it would read of the whole attempt."""
-    args = ev.arguments().parse_args(command(checkpoint, "p", "o"))
-    sampler = ev.Local(args)
+    sampler = ev.Sampler(checkpoint, prompt="raw", device="cpu")
     problem, text = ev.Problem("f:1", 1, "1 + 1\n", "2", "", {}), "Step 1: a .\n\nStep 2: b"
     whole = sampler.prepare(problem, text)[0]
     ids, reasoning, _ = sampler.prepare(problem, text, len("Step 1: a ."))
@@ -348,7 +346,7 @@ def test_a_prefix_ends_at_a_token_of_the_attempt(checkpoint):
 @pytest.mark.parametrize("name", ("qwen2.5", "tinyllama"))
 def test_a_prompt_is_sampled_from_as_it_was_trained(checkpoint, assets, name):
     """A prompt that ends in a space ("Assistant: "): what is sampled from is the beginning of the trained tokens, and the space is not in the answer twice."""
-    sampler = ev.Local(ev.arguments().parse_args(command(checkpoint, "p", "o") + ["--prompt", "deepseek-math"]))
+    sampler = ev.Sampler(checkpoint, prompt="deepseek-math", device="cpu")
     sampler.tokenizer = data.Tokenizer.from_pretrained(assets / "tokenizers" / name)
     sampler.model.config.vocab_size = 2**20
     sampler.model.config.max_position_embeddings = 2**10
