@@ -1234,19 +1234,17 @@ def judge_all(rows: dict[tuple, dict], name: str, args: argparse.Namespace,
                         "--out, or begin anew with --restart")
     solutions = digest([[*key, row["question"], row["answer"], row["steps"]] for key, row in rows.items()])
     journal = Journal(path, judge_identity(name, args) | {"solutions": solutions}, args.restart)
-    todo = [key for key in rows if key not in journal.done]
+    todo, unclear = [key for key in rows if key not in journal.done], {}
 
-    def verdict(key: tuple) -> int | str | None | DataError:
+    def verdict(key: tuple) -> int | None | Unclear | DataError:
         try:
             return judge(rows[key])
-        except Unclear as reason:                       # a model may answer better next time
-            return DataError(f"{rows[key]['where']}: {reason}") if name == "endpoint" else str(reason)
         except EndpointError:
             raise
-        except DataError as error:
-            return DataError(f"{rows[key]['where']}: {error}")
+        except (Unclear, DataError) as error:
+            return error
 
-    def as_they_fall() -> Iterator[tuple[tuple, int | str | None | DataError]]:
+    def as_they_fall() -> Iterator[tuple[tuple, int | None | Unclear | DataError]]:
         if name != "endpoint":
             yield from ((key, verdict(key)) for key in todo)
             return
@@ -1260,15 +1258,19 @@ def judge_all(rows: dict[tuple, dict], name: str, args: argparse.Namespace,
     try:
         with journal, progress(len(rows), len(rows) - len(todo), "verdicts", quiet=name in ("ask", "values")) as bar:
             for key, found in as_they_fall():
-                if isinstance(found, DataError):
-                    bad.append(found)
-                else:
+                failed = isinstance(found, DataError) or isinstance(found, Unclear) and name == "endpoint"
+                if failed:
+                    bad.append(DataError(f"{rows[key]['where']}: {found}"))
+                if isinstance(found, Unclear):
+                    found = unclear[key] = str(found)
+                if not failed:                          # a model may give a readable verdict next time
                     journal.add(key, found)
                 bar.update()
     finally:
         if name == "values" or not rows or name not in COSTLY and len(journal.done) == len(rows):
             path.unlink(missing_ok=True)                # what can be had again at no cost
-    return {key: journal.done[key] for key in rows if key in journal.done}, begun and bool(todo)
+    verdicts = unclear | journal.done
+    return {key: verdicts[key] for key in rows if key in verdicts}, begun and bool(todo)
 
 
 def judge_identity(name: str, args: argparse.Namespace) -> dict:

@@ -160,7 +160,7 @@ def read_file(args: argparse.Namespace, bad: list[DataError]) -> list:
         wrong = [item for item in items if args.all or not item[0].carried["correct"]]
         items = [item for item in wrong if item[0].carried.get("stop_reason") != "length"]     # localize judges no others
         if cut := len(wrong) - len(items):
-            notes.append(f"{args.problems}: {cut} of {len(wrong)} attempts were cut off by the length limit and are left out")
+            notes.append(f"{args.problems}: {cut} of {len(wrong)} {'' if args.all else 'wrong '}attempts were cut off by the length limit and are left out")
     renamed = make_distinct([item[0] for item in items] if args.rollouts else items)
     notes += renamed[:1] + ([f"{args.problems}: {len(renamed) - 1} more rows likewise"] if renamed[1:] else [])
     if notes and os.environ.get("RANK", "0") == "0":
