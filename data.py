@@ -411,7 +411,7 @@ class Tokenizer:
         self._control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, system=None, template_args=None) -> "Tokenizer":    # until branch `chat`
+    def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
         """Read tokenizer.json and, where they are, tokenizer_config.json, special_tokens_map.json, chat_template.jinja,
         config.json and generation_config.json. DataError or CheckpointError where a file is damaged, or disagrees
         with another. The file is obeyed by Rust code that executes nothing of it, but may be made to take its time."""

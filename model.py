@@ -898,8 +898,7 @@ def pick_tokens(logits: torch.Tensor, temperature: float, top_p: float, uniform:
 @torch.inference_mode()
 def generate(model: Llama, prompts: list[list[int]], *, n: int = 1, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
              eos_ids: tuple[int, ...] = (), stop: tuple[str, ...] = (), decode: Callable[[list[int]], str] | None = None, seed: int = 0,
-             on_finish: Callable[[int, int, Sample], None] | None = None,
-             ended: Callable[[int, list[int]], bool] | None = None) -> list[list[Sample]]:
+             on_finish: Callable[[int, int, Sample], None] | None = None) -> list[list[Sample]]:
     """Continue every prompt (a list of token ids, of any lengths) n times; result[i][j] is sample j of prompt i.
 
     Greedy at temperature 0, otherwise temperature and top-p. A sample ends at any of `eos_ids`, at any of the `stop` strings in its decoded text, or after
@@ -950,8 +949,6 @@ def generate(model: Llama, prompts: list[list[int]], *, n: int = 1, max_new_toke
                 if stop and any(s in decode(new[r][-tail:]) for s in stop):
                     reason, text = "stop", decode(new[r])
                     text = text[:min(at for s in stop if (at := text.find(s)) >= 0)]
-                elif ended and ended(i, new[r]):
-                    reason = "stop"
                 elif len(new[r]) == room[r]:
                     reason = "length"
             if reason:
@@ -974,12 +971,6 @@ def generate(model: Llama, prompts: list[list[int]], *, n: int = 1, max_new_toke
         cache.positions = cache.positions + 1
     model.train(was_training)
     return result
-
-
-def samples(model, prompts, **how):      # until branch `checkpoints` brings its own
-    found = []
-    generate(model, prompts, on_finish=lambda *one: found.append(one), **how)
-    yield from found
 
 
 def stable_key(seed: int, prompt: list[int], sample: int) -> int:
