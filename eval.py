@@ -42,7 +42,7 @@ from tqdm import tqdm
 from data import (BOXED, LONGEST_TOKEN, PROMPT_STYLES, STEP_STYLES, DataError, Endpoint, RequestRefused, Tokenizer,
                   complain, expect, first_error_from_values, next_prefix, read_rows, render_prompt, same_step, split_steps,
                   text_field, writable, write_rows)
-from model import (CheckpointError, Llama, choose_device, fingerprint, generate, keep_freed_memory, read_json, resolve,
+from model import (CheckpointError, Llama, choose_device, fingerprint, keep_freed_memory, read_json, resolve, samples,
                    stable_key, writing)
 
 
@@ -238,8 +238,10 @@ class Local:
                 text = text[:min((at for stop in a.stop if (at := text.find(stop)) >= 0), default=len(text))]
             on_finish(i, j, text, len(sample.token_ids), sample.stop_reason)
         a = self.args
-        generate(self.model, prompts, n=n, max_new_tokens=a.max_new_tokens, temperature=a.temperature, top_p=a.top_p,
-                 eos_ids=self.stop_ids, stop=tuple(a.stop), decode=self.tokenizer.decode, seed=seed, on_finish=finished)
+        for i, j, sample in samples(self.model, prompts, n=n, max_new_tokens=a.max_new_tokens, temperature=a.temperature,
+                                    top_p=a.top_p, eos_ids=self.stop_ids, stop=tuple(a.stop),
+                                    decode=self.tokenizer.decode, seed=seed):
+            finished(i, j, sample)
 
 
 class Remote:
