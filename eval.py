@@ -203,14 +203,15 @@ class Local:
         found = self.tokenizer.control_token_in(text if self.args.prompt == "raw" else problem.question) or self.tokenizer.control_token_in(text)
         if found:
             raise DataError(f"{problem.where}: it contains the control token {found}, which is no text; remove it")
-        rendered = render_prompt(self.args.prompt, problem.question, self.tokenizer)
+        rendered = render_prompt(self.args.prompt, problem.question, self.tokenizer, text)
         most = self.model.config.max_position_embeddings - 1
         if len(rendered + text) > LONGEST_TOKEN * most:
             raise DataError(f"{problem.where}: prompt and prefix have {len(rendered + text)} characters; the model takes "
                             f"1 to {most} tokens")
         whole = rendered + text
         spaces = cut is None and whole.strip(" ") != "" and whole.endswith(" ")
-        ids, offsets = self.tokenizer.encode(whole.rstrip(" ") if spaces else whole)
+        ids, offsets = self.tokenizer.encode(whole.rstrip(" ") if spaces else whole,
+                                            bos=self.args.prompt != "chat")
         if cut is not None:
             cut = len(rendered) + len(text) - len(text[cut:].lstrip())
             kept = sum(1 for _, end in offsets if end <= cut)
@@ -265,7 +266,7 @@ class Remote:
             return (where, "chat/completions", {"messages": messages}), text, False
         if style == "chat" and self.tokenizer is None:
             raise DataError(f"{where}: --prompt chat needs the checkpoint's template for a prefix: give --model")
-        whole = render_prompt(style, question, self.tokenizer) + text
+        whole = render_prompt(style, question, self.tokenizer, text) + text
         return (where, "completions", {"prompt": whole.rstrip(" ") or whole}), text, whole.endswith(" ")
 
     def batches(self, prompts: list, n: int) -> list[list[int]]:
