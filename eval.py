@@ -34,11 +34,11 @@ from typing import Callable, Container, Iterable, Iterator, NamedTuple, Sequence
 import torch
 
 from data import (BOXED, LONGEST_TOKEN, PROMPT_STYLES, STEP_STYLES, DataError, Endpoint, Journal, RequestRefused,
-                  Tokenizer, check_out, complain, digest, expect, first_error_from_values, next_prefix, positive, progress,
+                  Tokenizer, add_chat_options, check_out, complain, digest, expect, first_error_from_values, next_prefix, positive, progress,
                   read_rows, render_prompt, run_command, same_step, split_steps, stage, step_starts, summary_path,
                   text_field, writable)
 from model import (CheckpointError, Llama, choose_device, fingerprint, keep_freed_memory, leave_processes, read_json,
-                   resolve, samples, stable_key, strict_json)
+                   resolve, samples, stable_key)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,13 +217,13 @@ class Sampler:
         asked = "" if self.style == "raw" else problem.question         # a raw prompt is rendered already
         if found := self.tokenizer.control_token_in(asked) or self.tokenizer.control_token_in(text):
             raise DataError(f"{problem.where}: it contains the control token {found}, which is no text; remove it")
-        rendered = render_prompt(self.style, problem.question, self.tokenizer)
+        rendered = render_prompt(self.style, problem.question, self.tokenizer, text)
         full, most = rendered + text, self.model.config.max_position_embeddings - 1
         if len(full) > LONGEST_TOKEN * most:                            # known without waiting for its tokens
             raise DataError(f"{problem.where}: prompt and prefix have {len(full)} characters; the model takes "
                             f"1 to {most} tokens")
         spaces = cut is None and full.strip(" ") != "" and full.endswith(" ")
-        ids, offsets = self.tokenizer.encode(full.rstrip(" ") if spaces else full)
+        ids, offsets = self.tokenizer.encode(full.rstrip(" ") if spaces else full, bos=self.style != "chat")
         if cut is not None:
             cut = len(rendered) + len(text) - len(text[cut:].lstrip())
             kept = sum(1 for _, end in offsets if end <= cut)
@@ -300,7 +300,7 @@ class Remote:
             return Prompt((where, "chat/completions", {"messages": messages}), text, False)
         if style == "chat" and self.tokenizer is None:
             raise DataError(f"{where}: --prompt chat needs the checkpoint's template for a prefix: give --model")
-        whole = render_prompt(style, question, self.tokenizer) + text
+        whole = render_prompt(style, question, self.tokenizer, text) + text
         return Prompt((where, "completions", {"prompt": whole.rstrip(" ") or whole}), text, whole.endswith(" "))
 
     def batches(self, prompts: Sequence[Prompt], n: int) -> list[list[int]]:
@@ -684,12 +684,11 @@ def arguments() -> argparse.ArgumentParser:
     add("--limit", metavar="K", type=positive, help="only the first K rows")
     add("--restart", action="store_true", help="begin anew, whatever an earlier run has left at OUT")
     add("--debug", action="store_true", help="show the traceback of an error")
-    add = parser.add_argument_group("sampling").add_argument
+    sampling = parser.add_argument_group("sampling")
+    add = sampling.add_argument
     add("--prompt", choices=PROMPT_STYLES, default="chat",
         help="how a question becomes a prompt, as in training (default: %(default)s, the checkpoint's own template)")
-    add("--system", metavar="TEXT", help="a system message in front of the question (default: the template's own)")
-    add("--template_args", metavar="JSON", type=json_object,
-        help="more arguments of the chat template, such as '{\"enable_thinking\": false}'")
+    add_chat_options(sampling)
     add("--samples", metavar="N", type=positive, default=1,
         help="samples a problem (default: 1; the paper: 1 to score, 2 to collect errors, 20 to rectify)")
     add("--temperature", metavar="T", type=float, help="0 is greedy (default: 0; with --rollouts the paper's 0.8)")
@@ -717,16 +716,6 @@ def arguments() -> argparse.ArgumentParser:
     add("--api_model", metavar="NAME", help="the name that the server knows the model by")
     add("--concurrency", metavar="N", type=positive, default=32, help="requests under way at a time (default: 32)")
     return parser
-
-
-def json_object(text: str) -> dict:
-    try:
-        value = strict_json(text.encode())
-    except (ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a JSON object, such as '{{\"enable_thinking\": false}}'")
-    return value
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,6 +29,7 @@ import sys
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, Sequence
 
@@ -1083,14 +1084,15 @@ def samples(model: Llama, prompts: Sequence[Sequence[int]], *, n: int = 1, max_n
             temperature: float | Callable[[list[int]], float] = 0.0, top_p: float = 1.0,
             eos_ids: Sequence[int] = (), stop: Sequence[str] = (),
             decode: Callable[[list[int]], str] | None = None,
+            ended: Callable[[int, list[int]], bool] | None = None,
             seed: int = 0) -> Iterator[tuple[int, int, Sample]]:
     """Continue every prompt (token ids, of any lengths) n times; yields (i, j, sample j of prompt i) as each
     ends.
 
     Greedy at temperature 0, otherwise temperature and top-p. A temperature may also be a function of a
     sample's new token ids so far: exploration in its first tokens alone, say. A sample ends at any of
-    `eos_ids`, at any of the `stop` strings in its decoded text, or after `max_new_tokens` (at the model's
-    max_position_embeddings at the latest); finished rows leave the batch. What prompts have in common at
+    `eos_ids`, at any of the `stop` strings in its decoded text, where ended(i, its new token ids) says so, or
+    after `max_new_tokens` (at the model's max_position_embeddings at the latest); finished rows leave the batch. What prompts have in common at
     their beginnings is computed once. Randomness comes from (seed, prompt ids, j) alone: what a prompt yields
     does not depend on its neighbours, but for the rounding of matrix products of another shape. Raises
     ValueError (at the first sample) for arguments that cannot be."""
@@ -1146,6 +1148,8 @@ def samples(model: Llama, prompts: Sequence[Sequence[int]], *, n: int = 1, max_n
                 if stop and any(s in decode(new[r][-tail:]) for s in stop):
                     reason, text = "stop", decode(new[r])
                     text = text[:min(at for s in stop if (at := text.find(s)) >= 0)]
+                elif ended and ended(r // n, new[r]):
+                    reason = "stop"
                 elif len(new[r]) == room[r]:
                     reason = "length"
             if reason:
