@@ -36,12 +36,13 @@ import os
 import random
 import re
 import signal
+import socket
+import ssl
 import sys
 import threading
 import time
 import unicodedata
 import urllib.error
-import urllib.parse
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -1255,28 +1256,37 @@ def _right_solution(row: dict) -> str:
 def endpoint_judge(endpoint: Endpoint) -> Judge:
     """A judge model reads problem, right solution and attempt, as the paper asks GPT-4 to."""
     def judge(row: dict) -> int | None:
+        count = len(row["steps"])
         steps = "\n".join(f"[Step {i}] {step.strip()}" for i, step in enumerate(row["steps"], 1))
-        fields = {"question": row["question"], "solution": _right_solution(row), "count": str(len(row["steps"])),
-                  "steps": steps}
-        # one pass, so that braces inside the texts stay what they are
-        prompt = re.sub(r"\{(\w+)\}", lambda name: fields[name[1]], JUDGE_PROMPT)
-        replies = endpoint.chat([{"role": "user", "content": prompt}], temperature=0.0,
-                                max_tokens=1024 + 16 * len(row["steps"]))
-        return parse_verdicts(replies[0].text if replies else "", len(row["steps"]))
+        prompt = JUDGE_PROMPT.format(question=row["question"], solution=_right_solution(row), count=count,
+                                     steps=steps)
+        asked = {"messages": [{"role": "user", "content": prompt}], "temperature": 0.0}
+        reply, _, end = endpoint.ask(asked | {"max_tokens": 1024 + 16 * count})
+        if end == "length":                         # it was enough for the verdicts, not for thinking first
+            reply, _, _ = endpoint.ask(asked)
+        return parse_verdicts(reply, count)
     return judge
 
 
+# How models end a thought, and begin one: what stands in it is not what they say.
+THOUGHT_ENDS = re.compile(r"(?i)</(?:seed:)?(?:think|thinking|thought|reasoning)>|\[/think\]|◁/think▷")
+THOUGHT_BEGINS = re.compile(r"(?i)\s*(<(seed:)?(think|thinking|thought|reasoning)>|\[think\]|◁think▷)")
+
+
 def parse_verdicts(reply: str, count: int) -> int | None:
-    """Index of the first step called incorrect; None if all are called correct or neutral. Otherwise Unclear."""
+    """Index of the first of `count` steps that is called incorrect; None if all are correct or neutral.
+    DataError if the reply, behind its thought, says neither."""
+    said = THOUGHT_ENDS.split(reply)[-1]
     line = r"^\W*(?:step\W*)?(\d{1,4})\W+(correct|incorrect|neutral)\b"
-    for i, (number, verdict) in enumerate(re.findall(line, reply, flags=re.IGNORECASE | re.MULTILINE)):
+    lines = [] if THOUGHT_BEGINS.match(said) else re.findall(line, said, flags=re.IGNORECASE | re.MULTILINE)
+    for i, (number, verdict) in enumerate(lines):
         if int(number) != i + 1 or i >= count:
             break
         if verdict.lower() == "incorrect":
             return i
         if i + 1 == count:
             return None
-    raise Unclear("the judge's reply could not be read")
+    raise DataError(f"the judge's reply could not be read: {_quote(said.strip(), 200)}")
 
 
 def ask(row: dict) -> int | None:
@@ -1324,6 +1334,14 @@ def function_judge(name: str) -> Judge:
                             "of one (from 0), or None")
         return first
     return judge
+
+
+def judge_identity(name: str, args: argparse.Namespace) -> dict[str, str]:
+    """What a verdict belongs to besides its solution: no other judge's verdict is taken for it."""
+    if name != "endpoint":
+        return {"judge": name}
+    url = Endpoint(args.endpoint, args.api_model).url
+    return {"judge": name, "endpoint": url, "api_model": args.api_model}
 
 
 def make_judge(name: str, args: argparse.Namespace) -> Judge:
@@ -1541,17 +1559,19 @@ def judge_all(rows: dict[tuple, dict], name: str, args: argparse.Namespace,
                         "--out, or begin anew with --restart")
     solutions = digest([[*key, row["question"], row["answer"], row["steps"]] for key, row in rows.items()])
     journal = Journal(path, judge_identity(name, args) | {"solutions": solutions}, args.restart)
-    todo, unclear = [key for key in rows if key not in journal.done], {}
+    todo = [key for key in rows if key not in journal.done]
 
-    def verdict(key: tuple) -> int | None | Unclear | DataError:
+    def verdict(key: tuple) -> int | str | None | DataError:
         try:
             return judge(rows[key])
+        except Unclear as reason:
+            return str(reason)
         except EndpointError:
             raise
-        except (Unclear, DataError) as error:
-            return error
+        except DataError as error:
+            return DataError(f"{rows[key]['where']}: {error}")
 
-    def as_they_fall() -> Iterator[tuple[tuple, int | None | Unclear | DataError]]:
+    def as_they_fall() -> Iterator[tuple[tuple, int | str | None | DataError]]:
         if name != "endpoint":
             yield from ((key, verdict(key)) for key in todo)
             return
@@ -1565,25 +1585,15 @@ def judge_all(rows: dict[tuple, dict], name: str, args: argparse.Namespace,
     try:
         with journal, progress(len(rows), len(rows) - len(todo), "verdicts", quiet=name in ("ask", "values")) as bar:
             for key, found in as_they_fall():
-                failed = isinstance(found, DataError) or isinstance(found, Unclear) and name == "endpoint"
-                if failed:
-                    bad.append(DataError(f"{rows[key]['where']}: {found}"))
-                if isinstance(found, Unclear):
-                    found = unclear[key] = str(found)
-                if not failed:                          # a model may give a readable verdict next time
+                if isinstance(found, DataError):
+                    bad.append(found)
+                else:
                     journal.add(key, found)
                 bar.update()
     finally:
         if name == "values" or not rows or name not in COSTLY and len(journal.done) == len(rows):
             path.unlink(missing_ok=True)                # what can be had again at no cost
-    verdicts = unclear | journal.done
-    return {key: verdicts[key] for key in rows if key in verdicts}, begun and bool(todo)
-
-
-def judge_identity(name: str, args: argparse.Namespace) -> dict:
-    """What a verdict depends on besides the solution: another judge's is not taken for this one's."""
-    server = {"api_model": args.api_model, "endpoint": args.endpoint} if name == "endpoint" else {}
-    return {"judge": name} | server
+    return {key: journal.done[key] for key in rows if key in journal.done}, begun and bool(todo)
 
 
 def write_out(args: argparse.Namespace, rows: list[dict], bad: list[DataError], continued: bool) -> int:
@@ -1792,97 +1802,240 @@ def whole_pairs(rows: list[tuple[tuple, dict]], stages: Counter) -> dict[tuple, 
             for id, (right, wrong) in sides.items() for i, (a, b) in enumerate(zip(right.values(), wrong.values()))}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # An OpenAI-compatible server
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class EndpointError(DataError):
-    """The server cannot be used: it is not there, or refuses every request. What is finished is kept."""
+    """The server cannot be used: it is not there, or no request can succeed. What is finished is kept."""
 
 
 class RequestRefused(DataError):
-    """The server refuses this one request (too long, say); others may go through."""
+    """This one request was refused or failed; others may go through, and the same command asks it again."""
 
 
-class Reply(NamedTuple):
-    text: str
-    finish_reason: str                                  # "stop", "length", ...
+# What servers call the end of a text that is whole, and of one that was cut off. Under any other name
+# ("error", "content_filter", "abort") a text is no answer of the model.
+WHOLE = ("stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete", "completed", "finished")
+CUT_OFF = ("length", "max_tokens", "max_output_tokens", "model_length")
+SPARED = ("seed", "stop", "top_p", "temperature", "max_tokens")  # what some refuse, the least missed first
+LOST_IN_A_ROW = 32                  # so many failed requests without a good one between: the server is down
+NO_MONEY = re.compile(r"(?i)insufficient[ _](quota|balance|credit|fund)|credit balance|current[ _]quota"
+                      r"|your plan and billing|billing[ _](hard[ _])?limit|arrearage|余额不足|欠费")
+LATER = re.compile(r"(?i)rate.?limit|too many|overload|capacity|throttl|(try|retry) (again|in|after)"
+                   r"|retry.?delay|per.minute|busy|unavailable|timed? ?out|稍后|繁忙")
+# Addresses of this machine and of private networks, to which no proxy leads.
+NEAR = re.compile(r"localhost$|127\.|10\.|192\.168\.|172\.(1[6-9]|2\d|3[01])\.|::1$|f[cd].*:")
 
 
 class Endpoint:
-    """A server that speaks OpenAI's protocol (vLLM, llama.cpp, transformers serve, ...). Safe to use from many threads.
+    """A server that speaks OpenAI's protocol (vLLM, llama.cpp, transformers serve). Threads may share it.
 
-    url: "http://host:8000" or ".../v1"; model: the name that the server knows it by; key: by default OPENAI_API_KEY of
-    the environment.
+    url     "http://host:8000", ".../v1", or all of ".../v1/chat/completions", with a query as Azure has it
+    model   the name that the server knows it by
+    key     by default OPENAI_API_KEY of the environment; no message ever shows it
     """
-    BUSY = (408, 409, 425, 429)                         # and every 5xx: the same request may succeed a little later
 
     def __init__(self, url: str, model: str, key: str | None = None, timeout: float = 600, attempts: int = 8,
                  pause: float = 1.0):
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise DataError(f"--endpoint {url}: expected an address such as http://localhost:8000/v1")
-        self.url = url.rstrip("/") + ("/v1" if parts.path in ("", "/") else "")
-        self.model, self.key = model, key or os.environ.get("OPENAI_API_KEY")
-        self.timeout, self.attempts, self.pause, self.warned = timeout, attempts, pause, False
-        self.opener = urllib.request.build_opener(_NoRedirect)
+        self.model, self.timeout, self.attempts, self.pause = model, timeout, attempts, pause
+        parts = r"(https?://(\[[\da-f:]+\]|[\w.-]+)(?::\d{1,5})?)(/[!-~]*?)??(\?[!-~]*)?"
+        found = re.fullmatch(parts, url.strip())
+        if not found:
+            shown = url.partition("?")[0].rpartition("@")[2]
+            raise DataError(f"--endpoint {shown}: expected an address such as http://localhost:8000/v1, "
+                            "without a password: the key is read from OPENAI_API_KEY")
+        server, host, path, self.query = found.groups(default="")
+        host = host.strip("[]")
+        self.url = server + (re.sub(r"(/(chat/)?completions)?/*$", "", path) if path.strip("/") else "/v1")
+        key = (key or os.environ.get("OPENAI_API_KEY", "")).strip()
+        if not re.fullmatch("[!-~]*", key):
+            raise DataError("OPENAI_API_KEY: holds a space, a line end or another character that no key has")
+        self.secrets = [secret for secret in (key, self.query) if secret]
+        # urllib's own User-Agent is often blocked
+        self.headers = {"Content-Type": "application/json", "User-Agent": "step-dpo"}
+        if key and (host.endswith(".azure.com") or "api-version=" in self.query):
+            self.headers["api-key"] = key
+        elif key:
+            self.headers["Authorization"] = f"Bearer {key}"
+        direct = NEAR.match(host) or urllib.request.proxy_bypass(host)
+        proxies = {} if direct else urllib.request.getproxies()
+        proxy = proxies.get(server.partition(":")[0], "").rpartition("@")[2]            # without its password
+        self.via = f" (through the proxy {proxy}; no_proxy={host} goes without)" if proxy else ""
+        self.opener = urllib.request.build_opener(_EveryStatus, urllib.request.ProxyHandler(proxies))
+        self.changes: dict[str, str | None] = {}    # field that it refuses -> its other name; None: left out
+        self.answered, self.failed, self.warned = False, 0, False
+        self.over, self.lock = threading.Event(), threading.Lock()
 
-    def chat(self, messages: list[dict[str, str]], **settings) -> list[Reply]:
-        """POST chat/completions with max_tokens, temperature, n, stop, ... as given; one Reply for each choice."""
-        answer = self.post("chat/completions", {"messages": messages} | settings)
-        try:
-            return [Reply(choice["message"].get("content") or "", choice.get("finish_reason") or "stop")
-                    for choice in answer["choices"]]
-        except (AttributeError, KeyError, TypeError):
-            found = _quote(json.dumps(answer), 200)
-            raise RequestRefused(f"{self.url}: an answer that is no chat completion: {found}") from None
+    def ask(self, body: dict) -> tuple[str, int | None, str]:
+        """(text, number of tokens or None, stop reason) of the reply to {"messages": ..., ...}, which goes to
+        chat/completions, or {"prompt": ..., ...}, to completions. Stop reasons: "eos", "stop" (a stop string),
+        "length".
+
+        A thought that the server keeps apart stands before the text, as models write it: <think>...</think>.
+        """
+        reply = self.post("chat/completions" if "messages" in body else "completions", body)
+        choice, usage = reply["choices"][0], reply.get("usage")
+        message, finish = choice.get("message") or choice, _finish_reason(choice)
+        content = message.get("content") or message.get("refusal") or message.get("text")
+        thought, text = _thought_and_text(content)
+        thought += "".join(_thought_and_text(message.get("reasoning_content") or message.get("reasoning")))
+        if thought.strip() and "</think>" not in text:
+            thinking = finish in CUT_OFF and not text.strip()           # cut off before the thought ended
+            text = f"<think>\n{thought.strip()}" + ("" if thinking else f"\n</think>\n\n{text.lstrip()}")
+        # "stop" is said of both; vLLM and SGLang give the stop string, if it was one
+        string = isinstance(choice.get("stop_reason") or choice.get("matched_stop"), str)
+        reason = "length" if finish in CUT_OFF else "stop" if string or finish == "stop_sequence" else "eos"
+        tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
+        return text, tokens if type(tokens) is int else None, reason
 
     def post(self, path: str, body: dict) -> dict:
-        """POST {url}/{path} with {"model": ...} | body; the reply's JSON object.
+        """POST {url}/{path} with {"model": ...} | body; the reply's JSON object, with a completion in it.
 
-        A busy server (429, 5xx), a broken or silent connection and a reply cut short are tried again, `attempts` times
-        in all, after pauses of 1, 2, 4, ... seconds with jitter, or what Retry-After asks for, at most a minute. Raises
-        RequestRefused where the server refuses just this request, EndpointError where none can succeed (wrong key,
-        wrong address, gone).
+        What may pass is tried again, after 1, 2, 4, ... seconds with jitter, or what Retry-After asks for, at
+        most a minute: a busy or absent server `attempts` times in all, other faults half as often. A field
+        that a refusal names is left out, or renamed, where that helps. Raises RequestRefused where this
+        request is refused or fails, EndpointError where none can succeed.
         """
-        where = f"{self.url}/{path}"
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        request = urllib.request.Request(where, json.dumps({"model": self.model} | body).encode(), headers)
-        for attempt in range(self.attempts):
-            wait = self.pause * 2 ** attempt * random.uniform(0.5, 1.0)
-            try:
-                with self.opener.open(request, timeout=self.timeout) as response:
-                    reply = json.loads(response.read(2**26))
-                if isinstance(reply, dict):
-                    return reply
-                trouble = "the reply is not a JSON object"
-            except urllib.error.HTTPError as error:
-                trouble = f"HTTP {error.code} {error.reason}"
-                try:
-                    said = _quote(_one_line(error.read(2000).decode("utf-8", "replace")), 200)
-                except (OSError, http.client.HTTPException):
-                    said = "(the explanation was cut off)"
-                if error.code in (400, 413, 422):
-                    raise RequestRefused(f"{where}: {trouble}: {said}") from None
-                if error.code not in self.BUSY and error.code < 500:
-                    check = "check --endpoint, --api_model and the key in OPENAI_API_KEY"
-                    raise EndpointError(f"{where}: {trouble}: {said}; {check}") from None
-                asked = error.headers.get("Retry-After", "")
-                wait = float(asked) if asked.isdecimal() else wait
-            except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
-                trouble = f"{type(error).__name__}: {_one_line(error)}"        # refused, reset, timed out, cut short
-            if attempt + 1 < self.attempts:
+        where, attempt, changes = f"{self.url}/{path}{self.via}", 0, dict(self.changes)
+        tries = {"busy": self.attempts, "away": self.attempts, "failed": self.attempts // 2}
+        while True:
+            renamed = {changes.get(name, name): value for name, value in body.items()}
+            kind, said, wait = self._send(path, {name: value for name, value in renamed.items() if name})
+            if kind == "ok":
+                break
+            named = lambda field: re.search(rf"(?i)\b{field.replace('_', '[_ -]?')}\b", said)
+            field = next((field for field in SPARED if field in renamed and named(field)), None)
+            if field and kind in ("refused", "failed"):
+                changes[field] = "max_completion_tokens" if field == "max_tokens" else None
+                continue
+            attempt += 1
+            if attempt >= tries.get(kind, 1):
+                raise self._error(kind, f"{where}: {said:.300}", attempt)
+            with self.lock:
                 if not self.warned:
-                    self.warned = True
-                    print(f"{where}: {trouble}; trying again, up to {self.attempts} times a request", file=sys.stderr)
-                time.sleep(min(wait, 60))
-        raise EndpointError(f"{where}: no answer after {self.attempts} attempts (last: {trouble}); is the server up? "
-                            "What is finished is kept: the same command continues")
+                    print(f"{where}: {said:.300}; trying again, {tries[kind]} times at most", file=sys.stderr)
+                self.warned = True
+            if self.over.wait(min(wait or self.pause * 2 ** (attempt - 1) * random.uniform(0.5, 1.0), 60)):
+                raise EndpointError(f"{where}: given up: another request has shown that none can succeed")
+        self.answered, self.failed = True, 0
+        with self.lock:                             # what has helped is done from the start from now on
+            for field in changes.keys() - self.changes.keys():
+                how = f"sent as {changes[field]}" if changes[field] else "left out"
+                print(f"{where}: the server refuses {field}; it is {how} from here on", file=sys.stderr)
+            self.changes |= changes
+        return said
+
+    def _error(self, kind: str, said: str, attempts: int) -> DataError:
+        """What a request ends with that has not succeeded."""
+        if kind == "refused":
+            return RequestRefused(said)
+        if kind != "final":
+            self.failed += 1
+            said += f"; no answer after {attempts} attempts"
+            if self.failed < LOST_IN_A_ROW and (kind == "failed" or kind == "busy" and self.answered):
+                return RequestRefused(said)
+            said += "; is the server up? What is finished is kept: the same command continues"
+        self.over.set()                             # the other threads stop waiting
+        return EndpointError(said)
+
+    def _send(self, path: str, body: dict) -> tuple[str, dict | str, float]:
+        """(kind, the reply or what is wrong, the seconds that Retry-After asks for). Kinds: "ok"; "refused",
+        this request; "failed" and "busy", which may pass; "away", nobody answers; "final", none can succeed."""
+        content = json.dumps({"model": self.model} | body).encode()
+        request = urllib.request.Request(f"{self.url}/{path}{self.query}", content, self.headers)
+        try:
+            with self.opener.open(request, timeout=self.timeout) as response:
+                status, headers, raw = response.status, response.headers, response.read(2**26)
+        except (OSError, OverflowError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            broken = reason is error or isinstance(reason, (BrokenPipeError, ConnectionResetError))
+            nowhere = isinstance(reason, socket.gaierror) and reason.errno != socket.EAI_AGAIN
+            kind = "failed" if broken else "final" if nowhere or isinstance(reason, ssl.SSLError) else "away"
+            return kind, self._safe(f"{type(reason).__name__}: {reason}"), 0.0
+        text = raw.decode("utf-8-sig", "replace").strip()
+        try:
+            reply = json.loads(text)
+        except (ValueError, RecursionError):
+            reply = None
+        words = self._safe(text)
+        if status >= 300:
+            redirect = f" to {headers['Location']}" if "Location" in headers else ""
+            kind, said = _kind(status), f"HTTP {status}{redirect}: {words!r}"
+            if kind == "final":
+                said += "; check --endpoint, --api_model and the key in OPENAI_API_KEY"
+            if kind == "final" and path == "completions":
+                said += ". Prefixes and rollouts need a server that has /completions"
+        elif isinstance(reply, dict):
+            kind, found = _inside(reply)
+            said = reply if kind == "ok" else f"HTTP {status}, but in it: {self._safe(found)!r}"
+        elif text.startswith("{") or not text:
+            kind, said = "failed", f"a reply cut short: {words!r}"
+        else:
+            stream = "event-stream" in headers.get("Content-Type", "") or text.startswith("data:")
+            found = "a stream" if stream else "a web page" if text.startswith("<") else "plain text"
+            kind, said = "final", f"{found} came, not a JSON object: {words!r}; check --endpoint"
+        if kind != "ok" and NO_MONEY.search(said) and not LATER.search(said):
+            kind = "final"
+        asked = re.fullmatch(r"\d{1,9}(\.\d+)?", headers.get("Retry-After", ""))
+        return kind, said, float(asked[0]) if asked else 0.0
+
+    def _safe(self, text: str) -> str:
+        """A server's words as one line, without the key, which it may have quoted."""
+        for secret in self.secrets:
+            text = text.replace(secret, "***")
+        return " ".join(text.split())[:2000]
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_):                     # it would resend the key to wherever the answer points
-        return None
+class _EveryStatus(urllib.request.HTTPErrorProcessor):
+    def http_response(self, request, response):     # no exception for an error; and no redirect is followed:
+        return response                             # the key would go along to wherever it points
+    https_response = http_response
+
+
+def _kind(status: int) -> str:
+    """What an HTTP status means, as in Endpoint._send."""
+    if status in (408, 409, 425, 429, 502, 503, 504, 529):
+        return "busy"
+    if status >= 500:
+        return "failed"
+    return "final" if status < 400 or status in (401, 402, 404, 405, 407) else "refused"
+
+
+def _inside(reply: dict) -> tuple[str, str]:
+    """(kind, what it says) of a reply with status 200, in which some servers put their errors."""
+    choices = reply.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+    error = choice.get("error") or reply.get("error")
+    if not error and not isinstance(choice.get("message"), dict) and "text" not in choice:
+        error = reply
+    if error:
+        said = json.dumps(error, ensure_ascii=False)
+        code = re.search(r'"(?:code|status|status_code)": "?([45]\d\d)\b', said)
+        return _kind(int(code[1]) if code else 429 if LATER.search(said) else 400), said
+    finish = _finish_reason(choice)
+    if finish in WHOLE + CUT_OFF:
+        return "ok", ""
+    passing = re.search("error|abort|cancel|resource|time", finish)
+    return "failed" if passing else "refused", f"finish_reason {finish}"
+
+
+def _finish_reason(choice: dict) -> str:
+    return str(choice.get("finish_reason") or "stop").lower()
+
+
+def _thought_and_text(content) -> tuple[str, str]:
+    """A message's content, text or chunks {"type": ..., "text" or "thinking": ...}, as (thought, text)."""
+    if isinstance(content, list):
+        parts = [_thought_and_text(chunk) for chunk in content]
+        return "".join(thought for thought, _ in parts), "".join(text for _, text in parts)
+    if isinstance(content, dict):
+        inner = content.get("text") or content.get("thinking") or content.get("reasoning")
+        thought, text = _thought_and_text(inner)
+        return (thought + text, "") if content.get("type") in ("thinking", "reasoning") else (thought, text)
+    if not isinstance(content, str | None):
+        raise RequestRefused(f"a completion that is {_shown(content)}; expected text")
+    return "", content or ""
 
 
 # ======================================================================================================================

@@ -200,7 +200,7 @@ class Sampler:
                  batch_size: int = 64, system: str | None = None, template_args: dict | None = None):
         folder, device = resolve(folder), choose_device(device)
         dtype = dtype or ("fp32" if device.type == "cpu" else "bf16")
-        self.style, self.batch_size = prompt, batch_size
+        self.prompt, self.batch_size = prompt, batch_size
         self.tokenizer = Tokenizer.from_pretrained(folder, system=system, template_args=template_args)
         self.stop_ids = self.tokenizer.stop_ids(prompt)
         self.model = Llama.from_pretrained(folder, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], device)
@@ -214,16 +214,16 @@ class Sampler:
         token that the model never saw there. With a cut, the prompt ends at a token of the whole text, so that the
         model reads on from the very tokens that it would have written; line ends after the step belong to it where
         they are one token with its full stop. Raises DataError where the model cannot take it."""
-        asked = "" if self.style == "raw" else problem.question         # a raw prompt is rendered already
+        asked = "" if self.prompt == "raw" else problem.question         # a raw prompt is rendered already
         if found := self.tokenizer.control_token_in(asked) or self.tokenizer.control_token_in(text):
             raise DataError(f"{problem.where}: it contains the control token {found}, which is no text; remove it")
-        rendered = render_prompt(self.style, problem.question, self.tokenizer, text)
+        rendered = render_prompt(self.prompt, problem.question, self.tokenizer, text)
         full, most = rendered + text, self.model.config.max_position_embeddings - 1
         if len(full) > LONGEST_TOKEN * most:                            # known without waiting for its tokens
             raise DataError(f"{problem.where}: prompt and prefix have {len(full)} characters; the model takes "
                             f"1 to {most} tokens")
         spaces = cut is None and full.strip(" ") != "" and full.endswith(" ")
-        ids, offsets = self.tokenizer.encode(full.rstrip(" ") if spaces else full, bos=self.style != "chat")
+        ids, offsets = self.tokenizer.encode(full.rstrip(" ") if spaces else full, bos=self.prompt != "chat")
         if cut is not None:
             cut = len(rendered) + len(text) - len(text[cut:].lstrip())
             kept = sum(1 for _, end in offsets if end <= cut)
@@ -278,30 +278,47 @@ class Sampler:
 
 
 class Remote:
-    """Samples from an OpenAI-compatible server: /chat/completions where it can render the prompt itself, that is
-    for a chat without a prefix, else /completions with the rendered text."""
+    """Samples from an OpenAI-compatible server: by /chat/completions where it can render the prompt itself,
+    that is a chat without a prefix, else by /completions with the rendered text.
+
+    endpoint, api_model    as for data.Endpoint
+    model                  the checkpoint whose chat template renders the prompts that have a prefix
+    system, template_args  of a chat: a system prompt; what its template takes, as {"enable_thinking": False}
+    """
 
     def __init__(self, endpoint: str, api_model: str, *, model: str | None = None, prompt: str = "chat",
                  concurrency: int = 32, system: str | None = None, template_args: dict | None = None):
-        self.endpoint, self.style, self.concurrency = Endpoint(endpoint, api_model), prompt, concurrency
-        self.tokenizer = Tokenizer.from_pretrained(resolve(model)) if model else None
-        self.settings = {"endpoint": endpoint, "api_model": api_model}
+        self.endpoint, self.prompt, self.concurrency = Endpoint(endpoint, api_model), prompt, concurrency
+        self.tokenizer = None
+        if model:
+            self.tokenizer = Tokenizer.from_pretrained(resolve(model), system=system, template_args=template_args)
+        self.rendering = {"system": system, "template_args": template_args}
+        self.rendering = {name: value for name, value in self.rendering.items() if value}
+        self.alike = 0                           # samples just like the first of their prompt; -inf: not all
+        self.settings = {"endpoint": self.endpoint.url, "api_model": api_model, "prompt": prompt,
+                         "system": system, "template_args": template_args}
 
     def prepare(self, problem: Problem, text: str, cut: int | None = None) -> Prompt:
-        where, question, style = problem.where, problem.question, self.style
+        """As Sampler.prepare; the prompt's content is (where, the body of its request)."""
+        where, question = problem.where, problem.question
         text = text if cut is None else text[:cut].rstrip()
-        if found := re.search(r"<\|[\w-]{1,40}\|>", question + text):
-            raise DataError(f"{where}: it contains the control token {found[0]}, which is no text; remove it")
-        if style in ("chat", "qwen2-boxed") and not text:
-            messages = [{"role": "user", "content": question}]
-            if style == "qwen2-boxed":
-                messages = [{"role": "system", "content": "You are a helpful assistant."},
-                            {"role": "user", "content": question + BOXED}]
-            return Prompt((where, "chat/completions", {"messages": messages}), text, False)
-        if style == "chat" and self.tokenizer is None:
-            raise DataError(f"{where}: --prompt chat needs the checkpoint's template for a prefix: give --model")
-        whole = render_prompt(style, question, self.tokenizer, text) + text
-        return Prompt((where, "completions", {"prompt": whole.rstrip(" ") or whole}), text, whole.endswith(" "))
+        found = re.search(r"<\|[\w-]{1,40}\|>", question + text)
+        if found := found and found[0] or self.tokenizer and self.tokenizer.control_token_in(question + text):
+            raise DataError(f"{where}: it contains the control token {found}, which is no text; remove it")
+        if self.prompt in ("chat", "qwen2-boxed") and not text:
+            boxed = self.prompt == "qwen2-boxed"
+            system = self.rendering.get("system", "You are a helpful assistant." if boxed else None)
+            body = {"messages": [{"role": "system", "content": system}] if system else []}
+            body["messages"].append({"role": "user", "content": question + BOXED if boxed else question})
+            if "template_args" in self.rendering:
+                body["chat_template_kwargs"] = self.rendering["template_args"]
+            return Prompt((where, body), text, False)
+        if self.prompt == "chat" and self.tokenizer is None:
+            raise DataError(f"{where}: a prefix needs the checkpoint's chat template: give --model too")
+        whole = render_prompt(self.prompt, question, self.tokenizer, text) + text
+        if self.tokenizer is not None and self.tokenizer.bos_id is not None:     # the server adds it
+            whole = whole.removeprefix(self.tokenizer.decode([self.tokenizer.bos_id]))
+        return Prompt((where, {"prompt": whole.rstrip(" ") or whole}), text, whole.endswith(" "))
 
     def batches(self, prompts: Sequence[Prompt], n: int) -> list[list[int]]:
         return [list(range(len(prompts)))]       # the server makes its own batches: keep it busy to the end
@@ -309,33 +326,39 @@ class Remote:
     def draw(self, prompts: Sequence[Prompt], n: int, seed: int, temperature: float = 0.0, *, top_p: float = 1.0,
              max_new_tokens: int = 2048, stop: Sequence[str] = (),
              done: Container = frozenset()) -> Iterator[tuple[int, int, Drawn | DataError]]:
-        def ask(i, j):
-            where, path, body = prompts[i].content
-            body = body | {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
-                           "seed": stable_key(seed, body, j) % 2**31} | ({"stop": list(stop)} if stop else {})
+        """(i, j, the j-th sample of prompt i) as each ends; those in `done` are not asked for. A DataError
+        stands for a sample that the server refused or failed to give. EndpointError: it gives none at all."""
+        how = {"max_tokens": max_new_tokens, "temperature": temperature}
+        how |= {"top_p": top_p} if temperature else {}          # some servers refuse a top_p of 1
+        how |= {"stop": list(stop)} if stop else {}
+
+        def ask(i: int, j: int) -> tuple[int, int, Drawn | DataError]:
+            where, body = prompts[i].content
+            own = {"seed": stable_key(seed, body, j) % 2**31} if temperature else {}
             try:
-                reply = self.endpoint.post(path, body)
-                choice, usage = reply["choices"][0], reply.get("usage")
-                text = choice["message"]["content"] if path.startswith("chat") else choice["text"]
-                if not isinstance(text, str | None):
-                    raise TypeError
+                text, tokens, reason = self.endpoint.ask(body | how | own)
             except RequestRefused as error:
                 return i, j, DataError(f"{where}: {error}")
-            except (LookupError, TypeError):
-                return i, j, DataError(f"{where}: the server's reply has no completion in it ({str(reply)[:200]!r})")
-            tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
-            reason = choice.get("finish_reason")
-            if reason == "stop":                 # says both; vLLM gives the stop string, if it was one, in stop_reason
-                reason = "stop" if isinstance(choice.get("stop_reason"), str) else "eos"
-            text = printable((text or "").lstrip(" ") if prompts[i].spaces else text or "")
-            return i, j, Drawn(text, tokens if type(tokens) is int else None, str(reason))
+            end = min((at for string in stop if (at := text.find(string)) >= 0), default=None)
+            text = text[:end].lstrip(" ") if prompts[i].spaces else text[:end]
+            return i, j, Drawn(printable(text), tokens, reason if end is None else "stop")
 
+        wanted = [(i, j) for i in range(len(prompts)) for j in range(n) if (i, j) not in done]
+        first: dict[int, str] = {}               # the first text of each prompt
         with ThreadPoolExecutor(self.concurrency) as pool:
             try:
-                wanted = [(i, j) for i in range(len(prompts)) for j in range(n) if (i, j) not in done]
                 for future in as_completed([pool.submit(ask, i, j) for i, j in wanted]):
-                    yield future.result()
+                    i, j, outcome = future.result()
+                    if temperature and isinstance(outcome, Drawn):
+                        if i in first:
+                            self.alike = self.alike + 1 if outcome.text == first[i] else -math.inf
+                        first.setdefault(i, outcome.text)
+                        if self.alike == 3:
+                            print(f"{self.endpoint.url}: the samples of a prompt are all the same; does the "
+                                  f"server heed temperature {temperature}?", file=sys.stderr)
+                    yield i, j, outcome
             except BaseException:
+                self.endpoint.over.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
@@ -615,7 +638,7 @@ def evaluate(args: argparse.Namespace) -> int:
         return rows, summary | {"model": args.api_model or args.model, "bad_rows": len(bad),
                                 "tokens_per_second": round(speed, 1)}
 
-    settings = sampler.settings | common | settings_of(args, items)
+    settings = sampler.settings | settings_of(args, items)
     made = stage(args.out, settings, sample, collected, args.restart)
     if work.rank > 0:
         return 0

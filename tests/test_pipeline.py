@@ -512,8 +512,8 @@ def test_reading_a_judges_reply(reply, verdict):
 
 
 def test_localize_with_a_judge_model(tmp_path, capsys):
-    """The judge sees problem, right answer and numbered steps; an unreadable reply is counted and skipped; a refused
-    request is named."""
+    """The judge sees problem, right answer and numbered steps; an unreadable reply and a refused
+    request are named."""
     def judge(body):
         text = body["messages"][0]["content"]
         assert "Twice 3 + 4?" in text and "14" in text
@@ -540,7 +540,7 @@ def test_localize_with_a_judge_model(tmp_path, capsys):
         assert data.main(command) == 1
         assert [row["step"] for row in read(tmp_path / "e.jsonl")] == [1, 2]
         captured = capsys.readouterr()
-        assert "1      the judge's reply could not be read" in captured.out
+        assert "a.jsonl:3: the judge's reply could not be read" in captured.err
         assert "a.jsonl:4: " in captured.err and "HTTP 400" in captured.err
         asked = len(server.requests)
         # only those without a verdict are asked again
