@@ -1,5 +1,5 @@
-"""eval.py: problem files, sampling that survives a kill, step values by rollouts, servers that misbehave, the summary.
-(The grader has test_grading.py.)"""
+"""eval.py: problem files, sampling that survives a kill, step values by rollouts, the summary.
+(The grader has test_grading.py, servers have test_servers.py.)"""
 import itertools
 import json
 import os
@@ -7,9 +7,7 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -147,7 +145,7 @@ def test_a_prefix_is_continued_exactly(checkpoint, tmp_path):
 def test_killed_and_started_again_gives_the_same_bytes(checkpoint, tmp_path, monkeypatch, after):
     file = problems(tmp_path / "p.jsonl")
     ev.main(command(checkpoint, file, tmp_path / "whole.jsonl", *SAMPLED))
-    out, add, written = tmp_path / "o.jsonl", ev.Journal.add, []
+    out, add, written = tmp_path / "o.jsonl", data.Journal.add, []
 
     def dies(self, key, value):
         if len(written) == after:
@@ -155,7 +153,7 @@ def test_killed_and_started_again_gives_the_same_bytes(checkpoint, tmp_path, mon
         written.append(key)
         add(self, key, value)
     with monkeypatch.context() as patch:
-        patch.setattr(ev.Journal, "add", dies)
+        patch.setattr(data.Journal, "add", dies)
         assert ev.main(command(checkpoint, file, out, *SAMPLED)) == 130
     assert not out.exists()
     with (tmp_path / "o.jsonl.journal-0").open("ab") as journal:
@@ -251,19 +249,18 @@ class Slips:
         self.cases, self.rng, self.drawn = cases, random.Random(1), 0
 
     def prepare(self, problem, text, cut=None):
-        return (problem.id, text[:cut].count("\nStep")), text[:cut]
+        return ev.Prompt((problem.id, text[:cut].count("\nStep")), text[:cut], False)
 
-    def batches(self, prompts, n):
-        return [list(range(len(prompts)))]
-
-    def run(self, prompts, n, seed, done, on_finish):
-        for i, (case, steps) in enumerate(prompts):
+    def draw(self, prompts, n, seed, temperature, *, done, **_):
+        for i, prompt in enumerate(prompts):
+            case, steps = prompt.content
             wrong, right = self.cases[case]
             for j in range(n):
                 self.drawn += 1
                 good = [self.rng.random() < p for p in right]
                 text = "".join(f"\nStep {k + 1}: it is {k if good[k] else 90}" for k in range(steps, len(right)))
-                on_finish(i, j, text + f"\nThe answer is {int(steps <= wrong and all(good[steps:]))}", 3, "eos")
+                answer = int(steps <= wrong and all(good[steps:]))
+                yield i, j, ev.Drawn(f"{text}\nThe answer is {answer}", 3, "eos")
 
 
 def test_rollouts_locate_the_first_error_better_than_the_plain_rule(tmp_path, monkeypatch):
@@ -281,11 +278,11 @@ def test_rollouts_locate_the_first_error_better_than_the_plain_rule(tmp_path, mo
             cases.append((wrong, right))
     rows, drawn = {}, {}
     for every_step in (False, True):
-        journal = ev.Journal(tmp_path / f"v{every_step}.jsonl", {}, 0)
-        journal.open()
         policy = Slips(cases)
-        args = SimpleNamespace(rollouts=8, every_step=every_step, steps="step", seed=0)
-        ev.value_steps(attempts, ev.Work(args, policy, journal, []))
+        args = SimpleNamespace(rollouts=8, every_step=every_step, steps="step", seed=0, temperature=1.0, top_p=1.0,
+                               max_new_tokens=99, stop=[])
+        with data.Journal(tmp_path / f"v{every_step}.journal", {}) as journal:
+            ev.value_steps(attempts, ev.Work(args, policy, [], journal))
         rows[every_step], drawn[every_step] = [journal.done[a,] for a in range(len(cases))], policy.drawn
     for row, (_, right) in zip(rows[True], cases):
         assert len(row["values"]) == len(right) and row["values"][-1] == [0, 8]
@@ -321,7 +318,7 @@ def test_valued_rows_hold_the_attempt_and_survive_a_kill(checkpoint, tmp_path, m
     assert ev.main(command(checkpoint, attempts, tmp_path / "every.jsonl", *more, "--every_step")) == 0
     assert all(value and value[1] == 4 for row in rows_of(tmp_path / "every.jsonl") for value in row["values"])
 
-    add, left = ev.Journal.add, [2]
+    add, left = data.Journal.add, [2]
 
     def dies(self, key, value):
         left[0] -= 1
@@ -329,7 +326,7 @@ def test_valued_rows_hold_the_attempt_and_survive_a_kill(checkpoint, tmp_path, m
             raise KeyboardInterrupt
         add(self, key, value)
     with monkeypatch.context() as patch:
-        patch.setattr(ev.Journal, "add", dies)
+        patch.setattr(data.Journal, "add", dies)
         assert ev.main(command(checkpoint, attempts, out, *more)) == 130
     assert ev.main(command(checkpoint, attempts, out, *more)) == 0
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
@@ -337,8 +334,7 @@ def test_valued_rows_hold_the_attempt_and_survive_a_kill(checkpoint, tmp_path, m
 
 def test_a_prefix_ends_at_a_token_of_the_attempt(checkpoint):
     """What the model reads when it continues from a step is a beginning of what it would read of the whole attempt."""
-    args = ev.arguments().parse_args(command(checkpoint, "p", "o"))
-    sampler = ev.Local(args)
+    sampler = ev.Sampler(checkpoint, prompt="raw", device="cpu")
     problem, text = ev.Problem("f:1", 1, "1 + 1\n", "2", "", {}), "Step 1: a .\n\nStep 2: b"
     whole = sampler.prepare(problem, text)[0]
     ids, reasoning, _ = sampler.prepare(problem, text, len("Step 1: a ."))
@@ -348,7 +344,7 @@ def test_a_prefix_ends_at_a_token_of_the_attempt(checkpoint):
 @pytest.mark.parametrize("name", ("qwen2.5", "tinyllama"))
 def test_a_prompt_is_sampled_from_as_it_was_trained(checkpoint, assets, name):
     """A prompt that ends in a space ("Assistant: "): what is sampled from is the beginning of the trained tokens, and the space is not in the answer twice."""
-    sampler = ev.Local(ev.arguments().parse_args(command(checkpoint, "p", "o") + ["--prompt", "deepseek-math"]))
+    sampler = ev.Sampler(checkpoint, prompt="deepseek-math", device="cpu")
     sampler.tokenizer = data.Tokenizer.from_pretrained(assets / "tokenizers" / name)
     sampler.model.config.vocab_size = 2**20
     sampler.model.config.max_position_embeddings = 2**10
@@ -356,104 +352,3 @@ def test_a_prompt_is_sampled_from_as_it_was_trained(checkpoint, assets, name):
     (example,), _ = data.encode_dataset([("f:1", {"prompt": "1 + 1", "response": "Let us add."})], sampler.tokenizer, "sft", "deepseek-math")
     assert spaces and example.chosen[:len(ids)].tolist() == ids
     assert sampler.tokenizer.continuation(ids, example.chosen[len(ids):-1].tolist()) == " Let us add."
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# servers
-
-class Server(BaseHTTPRequestHandler):
-    """An OpenAI-compatible server that is busy, broken, hangs up or is cut short by turns, and refuses "refuse me"."""
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
-
-    def do_POST(self):
-        state = self.server.state
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with state.lock:
-            state.requests.append((self.path, body, self.headers.get("Authorization")))
-            trouble = state.troubles.pop(0) if state.troubles else None
-            if isinstance(state.down_after, int) and len(state.requests) > state.down_after:
-                trouble = 401
-        prompt = body.get("prompt") or body["messages"][-1]["content"]
-        if trouble is None and "refuse me" in prompt:
-            trouble = 400
-        if isinstance(trouble, int):
-            return self.answer(trouble, b'{"error": "no"}')
-        if trouble == "hang up":
-            self.close_connection = True
-            return self.connection.close()
-        text = f"\\boxed{{{prompt.split()[0]}}} \0 {body['seed']}"
-        choice = ({"text": text} if "prompt" in body else {"message": {"content": text}}) | {"finish_reason": "stop"}
-        reply = json.dumps({"choices": [choice], "usage": {"completion_tokens": 5}}).encode()
-        self.answer(200, reply[:20] if trouble == "cut" else reply, len(reply))
-
-    def answer(self, code, content, length=None):
-        self.send_response(code)
-        self.send_header("Content-Length", str(length or len(content)))
-        if code == 429:
-            self.send_header("Retry-After", "0")
-        self.end_headers()
-        self.wfile.write(content)
-        self.close_connection = True
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(ev, "Endpoint", lambda *args: data.Endpoint(*args, timeout=10, pause=0.01))
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    http.state = SimpleNamespace(requests=[], troubles=[], down_after=None, lock=threading.Lock())
-    threading.Thread(target=http.serve_forever, daemon=True).start()
-    http.state.url = f"http://127.0.0.1:{http.server_address[1]}"
-    yield http.state
-    http.shutdown()
-
-
-def remote(server, file, out, *more) -> list[str]:
-    return ["--endpoint", server.url, "--api_model", "m", "--problems", str(file), "--out", str(out),
-            "--concurrency", "4", *map(str, more)]
-
-
-def test_a_flaky_server_loses_nothing(server, tmp_path):
-    server.troubles = [429, 500, "hang up", "cut", 503, "cut", 429, "hang up", 502]
-    out = tmp_path / "o.jsonl"
-    assert ev.main(remote(server, problems(tmp_path / "p.jsonl"), out, *SAMPLED, "--prompt", "qwen2-boxed")) == 0
-    rows = rows_of(out)
-    assert [(row["id"], row["sample"]) for row in rows] == [(i, j) for i in range(1, 8) for j in range(3)]
-    assert all(row["correct"] and row["tokens"] == 5 and row["stop_reason"] == "eos" for row in rows)
-    assert not any("\0" in row["completion"] for row in rows)
-    assert len({row["completion"] for row in rows}) == 21                # every sample has a seed of its own
-    assert len(server.requests) == 21 + 9
-    path, body, key = server.requests[-1]
-    assert path == "/v1/chat/completions" and key == "Bearer secret"
-    assert body["messages"][0]["role"] == "system" and body["top_p"] == 0.9
-
-
-def test_a_prefix_goes_to_completions_with_the_rendered_text(server, tmp_path):
-    file = tmp_path / "p.jsonl"
-    file.write_text(json.dumps({"question": "Q", "answer": "1", "prefix": "Step 1:"}) + "\n")
-    for style in ("qwen2-boxed", "alpaca", "raw"):
-        assert ev.main(remote(server, file, tmp_path / f"{style}.jsonl", "--prompt", style)) == 0
-        path, body, _ = server.requests[-1]
-        assert path == "/v1/completions" and body["prompt"] == data.render_prompt(style, "Q", None) + "Step 1:"
-    assert ev.main(remote(server, file, tmp_path / "chat.jsonl", "--prompt", "chat")) == 2
-
-
-def test_one_refused_problem_is_named_and_the_rest_goes_on(server, tmp_path, capsys):
-    file, out = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
-    file.write_text("".join(json.dumps({"question": q, "answer": "1"}) + "\n" for q in ("1 a", "refuse me", "1 b")))
-    assert ev.main(remote(server, file, out)) == 1
-    assert [row["id"] for row in rows_of(out)] == [1, 3] and "p.jsonl:2: " in capsys.readouterr().err
-
-
-def test_a_server_that_goes_away_costs_only_what_it_had_not_answered(server, tmp_path, capsys):
-    server.down_after, file, out = 8, problems(tmp_path / "p.jsonl"), tmp_path / "o.jsonl"
-    assert ev.main(remote(server, file, out, *SAMPLED)) == 2 and "401" in capsys.readouterr().err
-    kept = (tmp_path / "o.jsonl.journal-0").read_bytes().count(b"\n") - 1
-    assert 0 < kept <= 8
-    server.down_after, server.requests = None, []
-    assert ev.main(remote(server, file, out, *SAMPLED)) == 0
-    assert len(rows_of(out)) == 21 and len(server.requests) == 21 - kept

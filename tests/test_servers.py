@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, byte_tokenizer, write_json, write_rows
+from conftest import ROOT, tiny_checkpoint, write_json, write_rows
 
 import data
 import eval as ev
@@ -325,7 +325,7 @@ def test_when_none_can_succeed_nobody_waits():
         busy = pool.submit(endpoint.ask, {"messages": "busy"})
         with pytest.raises(EndpointError, match="HTTP 401"):
             endpoint.ask({"messages": "wrong key"})
-        with pytest.raises(EndpointError, match="given up"):
+        with pytest.raises(EndpointError, match="HTTP 401"):
             busy.result()
         assert len(server.requests) == 2
 
@@ -431,7 +431,7 @@ def problem(question="1 + 1", where="f:1"):
 
 
 def draw(remote, *questions, n=1, seed=0, temperature=0.0, **how):
-    prompts = [remote.prepare(problem(question, f"f:{i}"), "")[0] for i, question in enumerate(questions, 1)]
+    prompts = [remote.prepare(problem(question, f"f:{i}"), "") for i, question in enumerate(questions, 1)]
     return {(i, j): outcome for i, j, outcome in remote.draw(prompts, n, seed, temperature, **how)}
 
 
@@ -480,19 +480,19 @@ def test_equal_samples_at_a_temperature_are_warned_of_once(capsys):
 
 def test_a_prefix_goes_to_completions_as_the_tokens_that_a_local_run_reads(tmp_path):
     """The server's tokenizer puts BOS in front, as ours does: a template that writes it too must not double it."""
-    byte_tokenizer(tmp_path)
+    tiny_checkpoint(tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
     write_json(tmp_path / "tokenizer_config.json", settings | {"chat_template": template})
     tokenizer = data.Tokenizer.from_pretrained(tmp_path)
+    local = lambda style: ev.Sampler(tmp_path, prompt=style, device="cpu")
     with Server(echo) as server:
         for style in ("chat", "alpaca", "raw"):
             remote = ev.Remote(server.url, "m", model=str(tmp_path), prompt=style)
-            (where, body), text, _ = remote.prepare(problem(), "Step 1:")
-            local = tokenizer.encode(data.render_prompt(style, "1 + 1", tokenizer) + "Step 1:").ids
-            added = [tokenizer.bos_id] + tokenizer.backend.encode(body["prompt"], add_special_tokens=False).ids
-            assert local == added and text == "Step 1:"
-            list(remote.draw([(where, body)], 1, 0))
+            prompt = remote.prepare(problem(), "Step 1:")
+            sent = tokenizer.backend.encode(prompt.content[1]["prompt"], add_special_tokens=False).ids
+            assert [tokenizer.bos_id] + sent == local(style).prepare(problem(), "Step 1:").content
+            list(remote.draw([prompt], 1, 0))
             assert server.requests[-1][0] == "/v1/completions"
     with pytest.raises(DataError, match="give --model"):
         ev.Remote("http://h", "m").prepare(problem(), "Step 1:")
@@ -503,15 +503,17 @@ def test_a_server_without_completions_says_what_needs_it():
     with Server((404, {"detail": "Not Found"})) as server:
         remote = ev.Remote(server.url, "m", prompt="alpaca")
         with pytest.raises(EndpointError, match="Prefixes and rollouts need a server that has /completions"):
-            list(remote.draw([remote.prepare(problem(), "Step 1:")[0]], 1, 0))
+            list(remote.draw([remote.prepare(problem(), "Step 1:")], 1, 0))
 
 
 def test_a_system_prompt_and_template_arguments_go_along():
     remote = ev.Remote("http://h", "m", system="Be brief.", template_args={"enable_thinking": False})
-    (_, body), _, _ = remote.prepare(problem(), "")
+    _, body = remote.prepare(problem(), "").content
     assert body == {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1"}],
                     "chat_template_kwargs": {"enable_thinking": False}}
     assert {"system": "Be brief.", "template_args": {"enable_thinking": False}}.items() <= remote.settings.items()
+    with pytest.raises(DataError, match="--prompt alpaca has no place for them"):
+        ev.Remote("http://h", "m", prompt="alpaca", system="Be brief.")
 
 
 # ----------------------------------------------------------------------------------------------------- the whole command
