@@ -1865,18 +1865,19 @@ class Endpoint:
         self.opener = urllib.request.build_opener(_EveryStatus, urllib.request.ProxyHandler(proxies))
         self.changes: dict[str, str | None] = {}    # field that it refuses -> its other name; None: left out
         self.answered, self.failed, self.warned = False, 0, False
-        self.over, self.lock = threading.Event(), threading.Lock()
+        self.over, self.end, self.lock = threading.Event(), "interrupted", threading.Lock()
 
     def ask(self, body: dict) -> tuple[str, int | None, str]:
         """(text, number of tokens or None, stop reason) of the reply to {"messages": ..., ...}, which goes to
-        chat/completions, or {"prompt": ..., ...}, to completions. Stop reasons: "eos", "stop" (a stop string),
-        "length".
+        chat/completions, or to {"prompt": ..., ...}, which goes to completions. The stop reason is "eos",
+        "stop" (a stop string) or "length".
 
         A thought that the server keeps apart stands before the text, as models write it: <think>...</think>.
         """
         reply = self.post("chat/completions" if "messages" in body else "completions", body)
         choice, usage = reply["choices"][0], reply.get("usage")
-        message, finish = choice.get("message") or choice, _finish_reason(choice)
+        finish = _finish_reason(choice)
+        message = choice["message"] if isinstance(choice.get("message"), dict) else choice
         content = message.get("content") or message.get("refusal") or message.get("text")
         thought, text = _thought_and_text(content)
         thought += "".join(_thought_and_text(message.get("reasoning_content") or message.get("reasoning")))
@@ -1900,6 +1901,8 @@ class Endpoint:
         where, attempt, changes = f"{self.url}/{path}{self.via}", 0, dict(self.changes)
         tries = {"busy": self.attempts, "away": self.attempts, "failed": self.attempts // 2}
         while True:
+            if self.over.is_set():
+                raise EndpointError(self.end)
             renamed = {changes.get(name, name): value for name, value in body.items()}
             kind, said, wait = self._send(path, {name: value for name, value in renamed.items() if name})
             if kind == "ok":
@@ -1911,13 +1914,12 @@ class Endpoint:
                 continue
             attempt += 1
             if attempt >= tries.get(kind, 1):
-                raise self._error(kind, f"{where}: {said:.300}", attempt)
+                raise self._error(kind, f"{where}: {said}", attempt)
             with self.lock:
                 if not self.warned:
-                    print(f"{where}: {said:.300}; trying again, {tries[kind]} times at most", file=sys.stderr)
+                    print(f"{where}: {said}; trying again, {tries[kind]} times at most", file=sys.stderr)
                 self.warned = True
-            if self.over.wait(min(wait or self.pause * 2 ** (attempt - 1) * random.uniform(0.5, 1.0), 60)):
-                raise EndpointError(f"{where}: given up: another request has shown that none can succeed")
+            self.over.wait(min(wait or self.pause * 2 ** (attempt - 1) * random.uniform(0.5, 1.0), 60))
         self.answered, self.failed = True, 0
         with self.lock:                             # what has helped is done from the start from now on
             for field in changes.keys() - self.changes.keys():
@@ -1936,12 +1938,14 @@ class Endpoint:
             if self.failed < LOST_IN_A_ROW and (kind == "failed" or kind == "busy" and self.answered):
                 return RequestRefused(said)
             said += "; is the server up? What is finished is kept: the same command continues"
-        self.over.set()                             # the other threads stop waiting
+        self.end = said
+        self.over.set()                             # the other threads stop waiting and asking
         return EndpointError(said)
 
     def _send(self, path: str, body: dict) -> tuple[str, dict | str, float]:
         """(kind, the reply or what is wrong, the seconds that Retry-After asks for). Kinds: "ok"; "refused",
-        this request; "failed" and "busy", which may pass; "away", nobody answers; "final", none can succeed."""
+        just this request; "failed" and "busy", which may pass; "away", nobody answers; "final", all refused.
+        """
         content = json.dumps({"model": self.model} | body).encode()
         request = urllib.request.Request(f"{self.url}/{path}{self.query}", content, self.headers)
         try:
@@ -1960,8 +1964,9 @@ class Endpoint:
             reply = None
         words = self._safe(text)
         if status >= 300:
-            redirect = f" to {headers['Location']}" if "Location" in headers else ""
-            kind, said = _kind(status), f"HTTP {status}{redirect}: {words!r}"
+            kind, said = _kind_of(status), f"HTTP {status}: {words!r}"
+            if status < 400:
+                said += f", and sends us to {self._safe(headers.get('Location', 'nowhere'))!r}"
             if kind == "final":
                 said += "; check --endpoint, --api_model and the key in OPENAI_API_KEY"
             if kind == "final" and path == "completions":
@@ -1975,8 +1980,8 @@ class Endpoint:
             stream = "event-stream" in headers.get("Content-Type", "") or text.startswith("data:")
             found = "a stream" if stream else "a web page" if text.startswith("<") else "plain text"
             kind, said = "final", f"{found} came, not a JSON object: {words!r}; check --endpoint"
-        if kind != "ok" and NO_MONEY.search(said) and not LATER.search(said):
-            kind = "final"
+        if kind != "ok" and status != 422 and NO_MONEY.search(said) and not LATER.search(said):
+            kind = "final"                          # (a 422 may quote the prompt)
         asked = re.fullmatch(r"\d{1,9}(\.\d+)?", headers.get("Retry-After", ""))
         return kind, said, float(asked[0]) if asked else 0.0
 
@@ -1984,7 +1989,7 @@ class Endpoint:
         """A server's words as one line, without the key, which it may have quoted."""
         for secret in self.secrets:
             text = text.replace(secret, "***")
-        return " ".join(text.split())[:2000]
+        return " ".join(text.split())[:400]
 
 
 class _EveryStatus(urllib.request.HTTPErrorProcessor):
@@ -1993,7 +1998,7 @@ class _EveryStatus(urllib.request.HTTPErrorProcessor):
     https_response = http_response
 
 
-def _kind(status: int) -> str:
+def _kind_of(status: int) -> str:
     """What an HTTP status means, as in Endpoint._send."""
     if status in (408, 409, 425, 429, 502, 503, 504, 529):
         return "busy"
@@ -2012,7 +2017,7 @@ def _inside(reply: dict) -> tuple[str, str]:
     if error:
         said = json.dumps(error, ensure_ascii=False)
         code = re.search(r'"(?:code|status|status_code)": "?([45]\d\d)\b', said)
-        return _kind(int(code[1]) if code else 429 if LATER.search(said) else 400), said
+        return _kind_of(int(code[1]) if code else 429 if LATER.search(said) else 400), said
     finish = _finish_reason(choice)
     if finish in WHOLE + CUT_OFF:
         return "ok", ""

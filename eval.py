@@ -292,8 +292,11 @@ class Remote:
         self.tokenizer = None
         if model:
             self.tokenizer = Tokenizer.from_pretrained(resolve(model), system=system, template_args=template_args)
-        self.rendering = {"system": system, "template_args": template_args}
-        self.rendering = {name: value for name, value in self.rendering.items() if value}
+        if prompt != "chat" and (system or template_args):
+            raise DataError("--system and --template_args belong to the chat template; --prompt "
+                            f"{prompt} has no place for them: choose --prompt chat")
+        self.system = "You are a helpful assistant." if prompt == "qwen2-boxed" else system
+        self.template_args = template_args
         self.alike = 0                           # samples just like the first of their prompt; -inf: not all
         self.settings = {"endpoint": self.endpoint.url, "api_model": api_model, "prompt": prompt,
                          "system": system, "template_args": template_args}
@@ -302,22 +305,22 @@ class Remote:
         """As Sampler.prepare; the prompt's content is (where, the body of its request)."""
         where, question = problem.where, problem.question
         text = text if cut is None else text[:cut].rstrip()
-        found = re.search(r"<\|[\w-]{1,40}\|>", question + text)
-        if found := found and found[0] or self.tokenizer and self.tokenizer.control_token_in(question + text):
+        checked = text if self.prompt == "raw" and self.tokenizer else question + text
+        found = re.search(r"<\|[\w-]{1,40}\|>", checked)
+        if found := found and found[0] or self.tokenizer and self.tokenizer.control_token_in(checked):
             raise DataError(f"{where}: it contains the control token {found}, which is no text; remove it")
         if self.prompt in ("chat", "qwen2-boxed") and not text:
-            boxed = self.prompt == "qwen2-boxed"
-            system = self.rendering.get("system", "You are a helpful assistant." if boxed else None)
-            body = {"messages": [{"role": "system", "content": system}] if system else []}
-            body["messages"].append({"role": "user", "content": question + BOXED if boxed else question})
-            if "template_args" in self.rendering:
-                body["chat_template_kwargs"] = self.rendering["template_args"]
+            body = {"messages": [{"role": "system", "content": self.system}] if self.system else []}
+            asked = question if self.prompt == "chat" else question + BOXED
+            body["messages"].append({"role": "user", "content": asked})
+            if self.template_args:
+                body["chat_template_kwargs"] = self.template_args       # as vLLM, SGLang and llama.cpp call them
             return Prompt((where, body), text, False)
         if self.prompt == "chat" and self.tokenizer is None:
             raise DataError(f"{where}: a prefix needs the checkpoint's chat template: give --model too")
         whole = render_prompt(self.prompt, question, self.tokenizer, text) + text
-        if self.tokenizer is not None and self.tokenizer.bos_id is not None:     # the server adds it
-            whole = whole.removeprefix(self.tokenizer.decode([self.tokenizer.bos_id]))
+        if self.tokenizer and self.tokenizer.bos_id is not None:                # the server adds it
+            whole = whole.removeprefix(self.tokenizer.backend.id_to_token(self.tokenizer.bos_id))
         return Prompt((where, {"prompt": whole.rstrip(" ") or whole}), text, whole.endswith(" "))
 
     def batches(self, prompts: Sequence[Prompt], n: int) -> list[list[int]]:

@@ -1,5 +1,5 @@
-"""eval.py: problem files, sampling that survives a kill, step values by rollouts, servers that misbehave, the summary.
-(The grader has test_grading.py.)"""
+"""eval.py: problem files, sampling that survives a kill, step values by rollouts, the summary.
+(The grader has test_grading.py, servers have test_servers.py.)"""
 import itertools
 import json
 import os
@@ -7,9 +7,7 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +17,7 @@ from conftest import ROOT, byte_tokenizer, tiny_model, write_json
 
 import data
 import eval as ev
-from data import DataError, first_error_from_values, read_rows
+from data import first_error_from_values, read_rows
 from model import locked
 
 WORDS = ["<s>", "</s>", "\n", " ", "Step", ":", ".", "+", "=", "The answer is", *"0123456789abc"]
@@ -583,104 +581,3 @@ def test_programs_in_one_process(processes, work, tmp_path):
         processes.run(script, folder, work / "model", world=world)
     for name in ("before.jsonl", "after.jsonl", "trained/config.json"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# servers
-
-class Server(BaseHTTPRequestHandler):
-    """An OpenAI-compatible server that is busy, broken, hangs up or is cut short by turns, and refuses "refuse me"."""
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
-
-    def do_POST(self):
-        state = self.server.state
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with state.lock:
-            state.requests.append((self.path, body, self.headers.get("Authorization")))
-            trouble = state.troubles.pop(0) if state.troubles else None
-            if isinstance(state.down_after, int) and len(state.requests) > state.down_after:
-                trouble = 401
-        prompt = body.get("prompt") or body["messages"][-1]["content"]
-        if trouble is None and "refuse me" in prompt:
-            trouble = 400
-        if isinstance(trouble, int):
-            return self.answer(trouble, b'{"error": "no"}')
-        if trouble == "hang up":
-            self.close_connection = True
-            return self.connection.close()
-        text = f"\\boxed{{{prompt.split()[0]}}} \0 {body['seed']}"
-        choice = ({"text": text} if "prompt" in body else {"message": {"content": text}}) | {"finish_reason": "stop"}
-        reply = json.dumps({"choices": [choice], "usage": {"completion_tokens": 5}}).encode()
-        self.answer(200, reply[:20] if trouble == "cut" else reply, len(reply))
-
-    def answer(self, code, content, length=None):
-        self.send_response(code)
-        self.send_header("Content-Length", str(length or len(content)))
-        if code == 429:
-            self.send_header("Retry-After", "0")
-        self.end_headers()
-        self.wfile.write(content)
-        self.close_connection = True
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(ev, "Endpoint", lambda *args: data.Endpoint(*args, timeout=10, pause=0.01))
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    http.state = SimpleNamespace(requests=[], troubles=[], down_after=None, lock=threading.Lock())
-    threading.Thread(target=http.serve_forever, daemon=True).start()
-    http.state.url = f"http://127.0.0.1:{http.server_address[1]}"
-    yield http.state
-    http.shutdown()
-
-
-def remote(server, file, out, *more) -> list[str]:
-    return ["--endpoint", server.url, "--api_model", "m", "--problems", str(file), "--out", str(out),
-            "--concurrency", "4", *map(str, more)]
-
-
-def test_a_flaky_server_loses_nothing(server, tmp_path):
-    server.troubles = [429, 500, "hang up", "cut", 503, "cut", 429, "hang up", 502]
-    out = tmp_path / "o.jsonl"
-    assert ev.main(remote(server, problems(tmp_path / "p.jsonl"), out, *SAMPLED, "--prompt", "qwen2-boxed")) == 0
-    rows = rows_of(out)
-    assert [(row["id"], row["sample"]) for row in rows] == [(i, j) for i in range(1, 8) for j in range(3)]
-    assert all(row["correct"] and row["tokens"] == 5 and row["stop_reason"] == "eos" for row in rows)
-    assert not any("\0" in row["completion"] for row in rows)
-    assert len({row["completion"] for row in rows}) == 21                # every sample has a seed of its own
-    assert len(server.requests) == 21 + 9
-    path, body, key = server.requests[-1]
-    assert path == "/v1/chat/completions" and key == "Bearer secret"
-    assert body["messages"][0]["role"] == "system" and body["top_p"] == 0.9
-
-
-def test_a_prefix_goes_to_completions_with_the_rendered_text(server, tmp_path):
-    file = tmp_path / "p.jsonl"
-    file.write_text(json.dumps({"question": "Q", "answer": "1", "prefix": "Step 1:"}) + "\n")
-    for style in ("qwen2-boxed", "alpaca", "raw"):
-        assert ev.main(remote(server, file, tmp_path / f"{style}.jsonl", "--prompt", style)) == 0
-        path, body, _ = server.requests[-1]
-        assert path == "/v1/completions" and body["prompt"] == data.render_prompt(style, "Q", None) + "Step 1:"
-    assert ev.main(remote(server, file, tmp_path / "chat.jsonl", "--prompt", "chat")) == 2
-
-
-def test_one_refused_problem_is_named_and_the_rest_goes_on(server, tmp_path, capsys):
-    file, out = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
-    file.write_text("".join(json.dumps({"question": q, "answer": "1"}) + "\n" for q in ("1 a", "refuse me", "1 b")))
-    assert ev.main(remote(server, file, out)) == 1
-    assert [row["id"] for row in rows_of(out)] == [1, 3] and "p.jsonl:2: " in capsys.readouterr().err
-
-
-def test_a_server_that_goes_away_costs_only_what_it_had_not_answered(server, tmp_path, capsys):
-    server.down_after, file, out = 8, problems(tmp_path / "p.jsonl"), tmp_path / "o.jsonl"
-    assert ev.main(remote(server, file, out, *SAMPLED)) == 2 and "401" in capsys.readouterr().err
-    kept = (tmp_path / "o.jsonl.journal-0").read_bytes().count(b"\n") - 1
-    assert 0 < kept <= 8
-    server.down_after, server.requests = None, []
-    assert ev.main(remote(server, file, out, *SAMPLED)) == 0
-    assert len(rows_of(out)) == 21 and len(server.requests) == 21 - kept

@@ -2,19 +2,16 @@
 machine, no model."""
 import json
 import random
-import threading
 import time
 from datetime import datetime
 from decimal import Decimal
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from hypothesis import given, strategies as st
 
 import data
 import eval as ev
-from data import (DataError, Endpoint, EndpointError, RequestRefused, error_posterior, first_error_from_values,
-                  split_steps, step_starts)
+from data import DataError, error_posterior, first_error_from_values, split_steps, step_starts
 
 GOOD = "Let's think step by step.\nStep 1: 3 + 4 = 7.\nStep 2: 7 * 2 = 14.\nThe answer is: 14"
 BAD = "Let's think step by step.\nStep 1: 3 + 4 = 8.\nStep 2: 8 * 2 = 16.\nThe answer is: 16"
@@ -420,145 +417,6 @@ def test_a_journal_of_another_command_is_not_continued(tmp_path, capsys):
         assert again.done == {("p", 0): 3}
         again.add(("p", 1), None)
     assert data.Journal(tmp_path / "j", {"a": (1, 2)}).done == {("p", 0): 3, ("p", 1): None}
-
-
-# -------------------------------------------------------------------------------------------------- a server of judges
-
-class Server:
-    """An OpenAI-like server on this machine that plays a script: a list of (status, body) or functions, one for each
-    request, then the last."""
-
-    def __init__(self, *script):
-        self.script, self.requests, lock = list(script), [], threading.Lock()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    outer.requests.append((self.path, self.headers.get("Authorization"), body))
-                    step = outer.script.pop(0) if len(outer.script) > 1 else outer.script[0]
-                status, answer = step(body) if callable(step) else step
-                if status == "hang up":
-                    self.connection.close()
-                    return
-                answer = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(answer)))
-                self.send_header("Location", "http://elsewhere.invalid/")
-                self.end_headers()
-                self.wfile.write(answer)
-
-            def log_message(self, *_):
-                pass
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.http.shutdown()
-        self.http.server_close()
-
-
-def says(text):
-    return 200, {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}]}
-
-
-def test_busy_servers_and_broken_connections_are_tried_again(monkeypatch):
-    """429, 500, a connection closed without a word, and half an answer: the fifth try succeeds, with the key in the
-    header each time."""
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    with Server((429, {}), (500, b"oops"), ("hang up", b""), (200, b'{"choices": ['), says("hello")) as server:
-        endpoint = Endpoint(server.url, "m", pause=0.001)
-        assert endpoint.chat([{"role": "user", "content": "?"}], temperature=0.5) == [data.Reply("hello", "stop")]
-        asked = {"model": "m", "messages": [{"role": "user", "content": "?"}], "temperature": 0.5}
-        assert server.requests == [("/v1/chat/completions", "Bearer secret", asked)] * 5
-
-
-@pytest.mark.parametrize("status, error, tries", [(400, RequestRefused, 1), (401, EndpointError, 1),
-                                                  (404, EndpointError, 1), (302, EndpointError, 1),
-                                                  (503, EndpointError, 3)])
-def test_what_is_final_and_what_is_not(status, error, tries):
-    """A refused request concerns that request; a wrong key, a wrong address and a redirect (the key would go along)
-    concern all of them."""
-    with Server((status, {"error": {"message": "no such\nmodel"}})) as server:
-        with pytest.raises(error, match=f"HTTP {status}") as raised:
-            Endpoint(server.url + "/v1/", "m", attempts=3, pause=0.001).post("chat/completions", {})
-        assert len(server.requests) == tries and "\n" not in str(raised.value)
-
-
-def test_no_server_at_all():
-    with pytest.raises(EndpointError, match="no answer after 2 attempts .*refused"):
-        Endpoint("http://127.0.0.1:9/v1", "m", attempts=2, pause=0.001).post("chat/completions", {})
-
-
-@pytest.mark.parametrize("reply, verdict", [("Step 1: correct\nStep 2: incorrect", 1), ("1. **Incorrect**", 0),
-                                            ("Step 1: neutral\nStep 2: correct", None),
-                                            ("**Step 1:** correct\n- Step 2 - INCORRECT, as 7*2=14", 1),
-                                            ("Step 1: correct", "unclear"), ("I think it is fine.", "unclear"),
-                                            ("Step 2: incorrect", "unclear"), ("", "unclear"),
-                                            ("step 1: correct\nstep 3: incorrect", "unclear")])
-def test_reading_a_judges_reply(reply, verdict):
-    """A verdict needs every step up to the first incorrect one; "neutral" is no error; anything else is no verdict, not
-    a guess."""
-    if verdict == "unclear":
-        with pytest.raises(data.Unclear):
-            data.parse_verdicts(reply, 2)
-    else:
-        assert data.parse_verdicts(reply, 2) == verdict
-
-
-def test_localize_with_a_judge_model(tmp_path, capsys):
-    """The judge sees problem, right answer and numbered steps; an unreadable reply and a refused
-    request are named."""
-    def judge(body):
-        text = body["messages"][0]["content"]
-        assert "Twice 3 + 4?" in text and "14" in text
-        if "= 8" in text:
-            assert "[Step 1] Let's think step by step.\nStep 1: 3 + 4 = 8." in text
-            return says("Step 1: incorrect")
-        if "= 99" in text:
-            return 400, {"error": "too long"}
-        return says("Step 1: correct\nStep 2: incorrect" if "= 15" in text else "Well...")
-
-    rows = [
-        attempt(BAD),
-        attempt(LATE, id="p2"),
-        attempt(LATE.replace("15", "77"), id="p3"),
-        attempt(LATE.replace("15", "99"), id="p4")
-    ]
-    with Server(judge) as server:
-        command = [
-            "localize",
-            write(tmp_path / "a.jsonl", *rows), "--judge", "endpoint", "--endpoint", server.url, "--api_model", "m",
-            "--out",
-            str(tmp_path / "e.jsonl")
-        ]
-        assert data.main(command) == 1
-        assert [row["step"] for row in read(tmp_path / "e.jsonl")] == [1, 2]
-        captured = capsys.readouterr()
-        assert "a.jsonl:3: the judge's reply could not be read" in captured.err
-        assert "a.jsonl:4: " in captured.err and "HTTP 400" in captured.err
-        asked = len(server.requests)
-        # only those without a verdict are asked again
-        assert data.main(command) == 1 and len(server.requests) == asked + 2
-
-
-def test_a_server_that_goes_away_loses_nothing(tmp_path, capsys):
-    """Wrong key after two verdicts: the command ends with an error; run again, it asks only for what is missing."""
-    rows = [attempt(BAD, id=f"p{i}", question=f"Twice 3 + 4? ({i})") for i in range(4)]
-    arguments = ["--judge", "endpoint", "--api_model", "m", "--concurrency", "1", "--out", str(tmp_path / "e.jsonl")]
-    file = write(tmp_path / "a.jsonl", *rows)
-    allowed = 2
-    with Server(lambda _: says("Step 1: incorrect") if len(server.requests) <= allowed else (401, {})) as server:
-        assert run("localize", file, "--endpoint", server.url, *arguments) == 2
-        assert "HTTP 401" in capsys.readouterr().err and not (tmp_path / "e.jsonl").exists()
-        before, allowed = len(server.requests), 99
-        assert run("localize", file, "--endpoint", server.url, *arguments) == 0
-        assert len(server.requests) == before + 2 and len(read(tmp_path / "e.jsonl")) == 4
 
 
 # -------------------------------------------------------------------------------------------------------------- pairs
