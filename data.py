@@ -55,7 +55,6 @@ from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
 import numpy as np
 import tokenizers
 import torch
-import torch
 import torch.distributed as dist
 from jinja2 import Template, TemplateError, meta, nodes
 from jinja2.ext import Extension

@@ -401,10 +401,13 @@ def _prepare_step(sampler: Sampler | Remote, problem: Problem, text: str, steps:
     """Many tokenizers write a full stop and the line break behind it as one token. Where the text ends in the full stop
     of a step, the model must read that token, or it would be where it never was: at a full stop without a line break."""
     prompt = sampler.prepare(problem, text)
-    label, words = step_starts(text, steps)[-1]
-    if isinstance(sampler, Sampler) and text[words:].strip() and not text[-1].isspace():
-        line_break = text[len(text[:label].rstrip()):len(text) - len(text[label:].lstrip())]     # as between its steps
-        joined = sampler.prepare(problem, text + (line_break or "\n") + "Step", len(text))
+    styles = STEP_STYLES[1:] if steps == "auto" else (steps,)
+    words = max(step_starts(text + " ", style)[-1][1] for style in styles)        # of the last step; behind its label
+    so_far = re.findall(r"\n\s*", text[:words])                                   # before labels, or of paragraphs
+    line_break = so_far[-1] if so_far else "\n" if words else "\n\n"
+    continued = text.rstrip() + line_break + "Step"
+    if isinstance(sampler, Sampler) and text[words:].strip() and continued.startswith(text):
+        joined = sampler.prepare(problem, continued, len(text))
         if joined.content[:len(prompt.content)] != prompt.content:
             return joined
     return prompt

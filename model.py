@@ -1018,7 +1018,8 @@ class KVCache:
         scores_prompt = (shared @ pk.transpose(-1, -2)).masked_fill_(self.padding[:, None, None], -math.inf)
         scores_prompt = scores_prompt.view(P, G, self.n, -1, Tp).transpose(1, 2).reshape(R, G, -1, Tp)
         scores_grown = q @ gk.transpose(-1, -2)                          # (R, G, H/G, t+1)
-        weights = torch.cat((scores_prompt, scores_grown), dim=-1).float().softmax(-1).to(q.dtype)
+        exact = torch.promote_types(q.dtype, torch.float32)
+        weights = torch.cat((scores_prompt, scores_grown), dim=-1).softmax(-1, dtype=exact).to(q.dtype)
         w_prompt, w_grown = weights.split([Tp, self.t + 1], dim=-1)
         y = w_prompt.reshape(P, self.n, G, -1, Tp).transpose(1, 2).reshape(P, G, -1, Tp) @ pv
         y = y.view(P, G, self.n, -1, D).transpose(1, 2).reshape(R, G, -1, D) + w_grown @ gv

@@ -13,11 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 import tokenizers
-from conftest import ROOT, tiny_model, write_json
+from conftest import ROOT, byte_tokenizer, tiny_model, write_json
 
 import data
 import eval as ev
-from data import DataError, first_error_from_values, read_rows
+from data import first_error_from_values, read_rows
+from model import locked
 
 WORDS = ["<s>", "</s>", "\n", " ", "Step", ":", ".", "+", "=", "The answer is", *"0123456789abc"]
 
@@ -352,3 +353,231 @@ def test_a_prompt_is_sampled_from_as_it_was_trained(checkpoint, assets, name):
     (example,), _ = data.encode_dataset([("f:1", {"prompt": "1 + 1", "response": "Let us add."})], sampler.tokenizer, "sft", "deepseek-math")
     assert spaces and example.chosen[:len(ids)].tolist() == ids
     assert sampler.tokenizer.continuation(ids, example.chosen[len(ids):-1].tolist()) == " Let us add."
+
+
+def test_right_attempts_are_valued_too(checkpoint, tmp_path, capsys):
+    """--all: of right attempts every step has its rollouts, and after the last one all of them are right by definition.
+    Without --every_step, which asks where an error is, it means nothing."""
+    texts = {"right": "Step 1: 1 + 1 = 2.\nStep 2: 2\nThe answer is 2", "wrong": "Step 1: 3.\nStep 2: 3"}
+    rows = [{"id": name, "question": "1 + 1\n", "answer": "2", "completion": text, "correct": name == "right"}
+            for name, text in texts.items()]
+    (file := tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    more = ("--rollouts", 3, "--temperature", 1, "--max_new_tokens", 4)
+    assert ev.main(command(checkpoint, file, tmp_path / "v.jsonl", *more, "--every_step", "--all")) == 0
+    valued = {row["id"]: row for row in rows_of(tmp_path / "v.jsonl")}
+    assert set(valued) == set(texts) and [valued[name]["values"][-1] for name in texts] == [[3, 3], [0, 3]]
+    assert all(counts[2] == 3 for row in valued.values() for counts in row["agreement"])
+    assert "1 wrong attempts of 2" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        ev.main(command(checkpoint, file, tmp_path / "w.jsonl", *more, "--all"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the sampler as a program uses it
+
+def prompts_of(*lengths_and_ids) -> list:
+    return [ev.Prompt(list(ids), "", False) for ids in lengths_and_ids]
+
+
+def test_prompts_that_begin_alike_are_computed_together(checkpoint):
+    """Prefixes of two attempts, given in turns: each batch of four holds those of one attempt, the longer one's first.
+    Whatever the order in which they are given, the same prompts stand together."""
+    sampler = ev.Sampler(checkpoint, prompt="raw", device="cpu", batch_size=8)
+    long, short = [[first, *range(10, 10 + 5 * k)] for first in (1,) for k in (4, 5, 6, 7)], [[2, *range(k)] for k in (9, 3, 5, 7)]
+    prompts = prompts_of(*(ids for pair in zip(short, long) for ids in pair))
+    batches = sampler.batches(prompts, 2)
+    assert [{prompts[i].content[0] for i in batch} for batch in batches] == [{1}, {2}]
+    turned = prompts[::-1]
+    as_texts = lambda prompts, batches: [sorted(prompts[i].content for i in batch) for batch in batches]
+    assert as_texts(turned, sampler.batches(turned, 2)) == as_texts(prompts, batches)
+    assert sorted(i for batch in sampler.batches(prompts, 3) for i in batch) == list(range(8))
+    assert [len(batch) for batch in sampler.batches(prompts, 99)] == [1] * 8         # a prompt's samples stay together
+
+
+def test_draw_gives_what_is_not_done_and_the_same_with_less_asked(checkpoint):
+    """A sample does not depend on which others are asked for along with it."""
+    sampler = ev.Sampler(checkpoint, prompt="raw", device="cpu", batch_size=4)
+    prompts = [sampler.prepare(ev.Problem("f:1", 1, f"{i} + 1\n", "2", "", {}), "") for i in range(3)]
+    how = dict(n=2, seed=5, temperature=1.0, max_new_tokens=8)
+    whole = {(i, j): drawn for i, j, drawn in sampler.draw(prompts, **how)}
+    assert set(whole) == {(i, j) for i in range(3) for j in range(2)}
+    rest = {(i, j): drawn for i, j, drawn in sampler.draw(prompts, **how, done={(0, 0), (1, 1)})}
+    assert rest == {key: drawn for key, drawn in whole.items() if key not in {(0, 0), (1, 1)}}
+    hot = {(i, j): drawn for i, j, drawn in sampler.draw(prompts, **how | {"temperature": lambda new: 1.0})}
+    assert hot == whole                                                 # a temperature may be a function
+
+
+SOLUTIONS = {
+    "step": "Let's think step by step.\nStep 1: 3 + 4 = 7.\nStep 2: 7 * 2 = 14.\nStep 3: So it is 14.\nThe answer is: 14",
+    "heading": "I will add first.\n\n**Step 1:** 3 + 4 = 7.\nThat is a sum.\n\n**Step 2:** 7 * 2 = 14.",
+    "number": "We go on like this:\n1. Add 3 and 4.\n2. Double it.\n3. So 14.",
+    "paragraph": "First we add, which gives 7.\n\nThen we double it.\n\nSo the answer is 14."}
+
+
+class Knows:
+    """In place of model.samples: a policy that writes one solution, token by token, from wherever a prompt is in it. It
+    knows nothing else: a prompt that is not made of the solution's own tokens is an error."""
+
+    def __init__(self, tokens: list[int], eos: int):
+        self.tokens, self.eos, self.written = tokens, eos, 0
+
+    def __call__(self, model, prompts, *, n, max_new_tokens, eos_ids, ended, **_):
+        for i, ids in enumerate(prompts):
+            assert ids == self.tokens[:len(ids)], "the model never was here"
+            for j in range(n):
+                new, reason = [], "length"
+                for token in self.tokens[len(ids):len(ids) + max_new_tokens]:
+                    new.append(token)
+                    if ended and ended(i, new):
+                        reason = "stop"
+                        break
+                self.written += len(new)
+                ends = len(ids) + len(new) == len(self.tokens) and reason == "length"
+                yield i, j, SimpleNamespace(token_ids=new, stop_reason="eos" if ends else reason)
+
+
+@pytest.mark.parametrize("style", SOLUTIONS)
+@pytest.mark.parametrize("name", ("bytes", "qwen2.5", "tinyllama"))
+def test_next_steps_write_a_solution_step_by_step(request, checkpoint, monkeypatch, name, style):
+    """From nothing, from a label, and from a whole step whose full stop is one token with the line break behind it: the
+    step is the one that data.split_steps finds, and little is sampled beyond it."""
+    sampler = ev.Sampler(checkpoint, prompt="raw", device="cpu")
+    if name == "bytes":
+        folder = request.getfixturevalue("tmp_path")
+        byte_tokenizer(folder)
+    else:
+        folder = request.getfixturevalue("assets") / "tokenizers" / name
+    sampler.tokenizer = data.Tokenizer.from_pretrained(folder)
+    sampler.model.config.vocab_size, sampler.model.config.max_position_embeddings = 2**20, 2**10
+    problem, solution = ev.Problem("f:1", 1, "What is (3 + 4) * 2?\n", "14", "", {}), SOLUTIONS[style]
+    policy = Knows(sampler.prepare(problem, solution).content, 2)
+    monkeypatch.setattr(ev, "samples", policy)
+    steps, so_far = data.split_steps(solution), ""
+    for k, step in enumerate(steps):
+        (found,), = ev.next_steps(sampler, [(problem, so_far)], 1, 0.0)
+        last = k + 1 == len(steps)
+        assert found == (step, last)
+        words = data.step_starts(solution)[k][1]
+        rest = step[words - len(so_far):]
+        assert ev.next_steps(sampler, [(problem, solution[:words])], 2, 0.0) == [[(rest, last)] * 2]      # from the label
+        middle = solution.index(" ", words + 1)                            # behind its first word
+        assert ev.next_steps(sampler, [(problem, solution[:middle])], 1, 0.0)[0][0][0] == step[middle - len(so_far):]
+        so_far += step
+    assert so_far == solution
+    (cut,), = ev.next_steps(sampler, [(problem, "")], 1, 0.0, max_new_tokens=3)
+    assert cut[1] is None and solution.startswith(cut[0])
+    policy.written = 0
+    ev.next_steps(sampler, [(problem, "")], 1, 0.0)
+    beyond = len(steps[1]) if style == "paragraph" else 12                 # labels outrank blank lines, so those wait
+    assert policy.written <= len(sampler.tokenizer.encode(steps[0]).ids) + beyond
+
+
+def test_a_condition_ends_samples_early(assets):
+    """stories260K: what is drawn up to the first full stop is the beginning of what is drawn without the condition."""
+    sampler = ev.Sampler(assets / "weights" / "hf-stories260K", prompt="raw", device="cpu", batch_size=4)
+    prompts = [sampler.prepare(ev.Problem("f:1", 1, "Once upon a time", "", "", {}), text) for text in ("", ", a dog ran")]
+    how = dict(n=3, seed=3, temperature=1.0, max_new_tokens=100)
+    whole = {(i, j): drawn.text for i, j, drawn in sampler.draw(prompts, **how)}
+    asked = []
+
+    def ended(i, text):
+        asked.append(i)
+        return "." in text
+    for i, j, drawn in sampler.draw(prompts, **how, ended=ended):
+        assert whole[i, j].startswith(drawn.text) and drawn.text == whole[i, j].partition(".")[0] + "."
+        assert drawn.stop_reason == "stop" and drawn.tokens < 100
+    assert set(asked) == {0, 1} and len(asked) < 3 * 100
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# OUT: one command at a time, names, signals
+
+def test_two_commands_into_one_out(checkpoint, tmp_path, capsys):
+    """The second one says who holds it, and touches nothing."""
+    file, out = problems(tmp_path / "p.jsonl"), tmp_path / "o.jsonl"
+    with locked(out):
+        assert ev.main(command(checkpoint, file, out)) == 2
+        assert f"is being written by process {os.getpid()} on " in capsys.readouterr().err
+    assert not out.exists() and ev.main(command(checkpoint, file, out)) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["o.jsonl", "o.summary.json", "p.jsonl"]
+
+
+@pytest.mark.parametrize("names", [("qwen2.5-0.5B", "qwen2.5-0.6B"), ("a.jsonl", "a.json"), ("a.1.jsonl", "a.2.jsonl"),
+                                   ("a.jsonl", "a.txt"), ("a", "a.b")])
+def test_two_outs_have_two_summaries(checkpoint, tmp_path, capsys, names):
+    """Names with points in them: each result keeps its own summary, and both are complete afterwards."""
+    file = problems(tmp_path / "p.jsonl", 3)
+    for turn in range(2):
+        for name in names:
+            assert ev.main(command(checkpoint, file, tmp_path / name)) == 0
+            assert ("already complete" in capsys.readouterr().out) == (turn == 1)
+    summaries = {data.summary_path(tmp_path / name).name for name in names}
+    assert len(summaries) == 2 and summaries <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_an_out_that_cannot_be_is_refused_before_any_work(checkpoint, tmp_path, capsys):
+    file = problems(tmp_path / "p.jsonl", 3)
+    assert ev.main(command(checkpoint, file, tmp_path)) == 2 and "is a folder; name a file" in capsys.readouterr().err
+    assert ev.main(command(checkpoint, file, file)) == 2 and "is the input" in capsys.readouterr().err
+    assert ev.main(command(checkpoint, file, tmp_path / "a")) == 0
+    assert ev.main(command(checkpoint, file, tmp_path / "a.jsonl")) == 2      # a.summary.json would be both's
+    assert "would replace that of a;" in capsys.readouterr().err
+
+
+def test_sigterm_ends_in_a_line_and_the_same_command_continues(processes, checkpoint, tmp_path):
+    """What a scheduler sends before it kills: exit status 143, what is finished is kept."""
+    file, out = problems(tmp_path / "p.jsonl", 300), tmp_path / "o.jsonl"
+    argv = [str(ROOT / "eval.py"), *command(checkpoint, file, out, *SAMPLED)]
+    processes.start(argv, 1)
+    journal, deadline = tmp_path / "o.jsonl.journal-0", time.time() + 120
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 3) and time.time() < deadline:
+        time.sleep(0.01)
+    os.kill(processes.pids[0], signal.SIGTERM)
+    assert processes.wait() == [143] and "terminated; the same command continues" in processes.log.read_text()
+    assert not out.exists() and not (tmp_path / "o.jsonl.lock").exists() and len(journal.read_bytes().splitlines()) > 3
+    processes.run(*argv)
+    assert len(rows_of(out)) == 900 and not journal.exists()
+
+
+def test_bars_have_a_total_and_do_not_flood_a_log(checkpoint, tmp_path, capsys):
+    """Where stderr is no terminal: the bar's first and last line, also of rollouts, whose total grows by rounds."""
+    ev.main(command(checkpoint, problems(tmp_path / "p.jsonl"), tmp_path / "o.jsonl", *SAMPLED))
+    said = capsys.readouterr().err
+    assert "21/21" in said and said.count("\r") <= 3 and "accuracy" not in said
+    rows = [{"id": i, "question": "1 + 1\n", "answer": "2", "correct": False, "completion": "Step 1: a\nStep 2: b\nStep 3: c"}
+            for i in range(3)]
+    (file := tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    ev.main(command(checkpoint, file, tmp_path / "v.jsonl", "--rollouts", 4))
+    said = capsys.readouterr().err
+    summary = json.loads((tmp_path / "v.summary.json").read_text())
+    assert f"{summary['rollouts']}/{summary['rollouts']}" in said and "attempts open" in said
+
+
+PROGRAM = """
+import sys
+import eval as ev, stepdpo
+from model import leave_processes
+
+folder, model = sys.argv[1], sys.argv[2]
+
+def score(model, name):
+    return ev.main(["--model", model, "--problems", f"{folder}/p.jsonl", "--out", f"{folder}/{name}.jsonl", "--prompt", "raw",
+                    "--max_new_tokens", "6", "--device", "cpu", "--batch_size", "2"])
+
+status = score(model, "before") or stepdpo.main(
+    ["stepdpo", "--model", model, "--data", f"{folder}/pairs.jsonl", "--out", f"{folder}/trained", "--prompt", "raw",
+     "--epochs", "1", "--batch_size", "8", "--device", "cpu"]) or score(f"{folder}/trained", "after")
+sys.exit(leave_processes(status))
+"""
+
+
+def test_programs_in_one_process(processes, work, tmp_path):
+    """eval.main, stepdpo.main, eval.main under one torchrun: two processes give what one gives."""
+    (script := tmp_path / "program.py").write_text(PROGRAM)
+    for world in (1, 2):
+        (folder := tmp_path / str(world)).mkdir()
+        problems(folder / "p.jsonl", 9)
+        (folder / "pairs.jsonl").write_bytes((work / "pairs.jsonl").read_bytes())
+        processes.run(script, folder, work / "model", world=world)
+    for name in ("before.jsonl", "after.jsonl", "trained/config.json"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()

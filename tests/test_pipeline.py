@@ -1,10 +1,12 @@
 """data.py, second half: the pipeline's file-to-file steps, from graded attempts to pairs. No network beyond this
 machine, no model."""
 import json
+import os
 import random
 import time
 from datetime import datetime
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 from hypothesis import given, strategies as st
@@ -12,6 +14,7 @@ from hypothesis import given, strategies as st
 import data
 import eval as ev
 from data import DataError, error_posterior, first_error_from_values, split_steps, step_starts
+from model import locked
 
 GOOD = "Let's think step by step.\nStep 1: 3 + 4 = 7.\nStep 2: 7 * 2 = 14.\nThe answer is: 14"
 BAD = "Let's think step by step.\nStep 1: 3 + 4 = 8.\nStep 2: 8 * 2 = 16.\nThe answer is: 16"
@@ -417,6 +420,108 @@ def test_a_journal_of_another_command_is_not_continued(tmp_path, capsys):
         assert again.done == {("p", 0): 3}
         again.add(("p", 1), None)
     assert data.Journal(tmp_path / "j", {"a": (1, 2)}).done == {("p", 0): 3, ("p", 1): None}
+
+
+# -------------------------------------------------------------------------------------------------- a stage of one's own
+
+def squares(out, upto=6, *, restart=False, killed_after=99, fails=(), drop=()):
+    """A data-making command of a few lines: the squares below `upto`, shared by all processes. Returns what was worked on."""
+    worked = []
+
+    def work(journal, rank, world):
+        for i in range(rank, upto, world):
+            if (i,) in journal.done:
+                continue
+            if len(worked) == killed_after:
+                raise KeyboardInterrupt
+            worked.append(i)
+            if i in fails:
+                journal.failed.append(DataError(f"row {i}: no"))
+            else:
+                journal.add((i,), i * i)
+
+    def collect(done):
+        rows = [{"i": i, "square": done[i,]} for i in range(upto) if (i,) in done and i not in drop]
+        return rows, {"sum": sum(row["square"] for row in rows)}
+    made = data.stage(out, {"upto": upto, "range": (0, upto)}, work, collect, restart)
+    return worked if made else None
+
+
+@pytest.mark.parametrize("after", range(7))
+def test_a_stage_killed_and_continued(tmp_path, after):
+    """Nothing is done twice, and the bytes are those of an undisturbed run; complete, it does nothing more."""
+    squares(tmp_path / "whole.jsonl")
+    out = tmp_path / "o.jsonl"
+    try:
+        begun = squares(out, killed_after=after) or []
+        assert after == 6
+    except KeyboardInterrupt:
+        begun = list(range(after))
+        with (tmp_path / "o.jsonl.journal-0").open("ab") as journal:
+            journal.write(b'[[5], 2')                   # the line that was being written
+        assert not out.exists() and squares(out) == [i for i in range(6) if i not in begun]
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and squares(out) is None
+    assert json.loads((tmp_path / "o.summary.json").read_text())["sum"] == 55
+    assert sorted(path.name for path in tmp_path.glob("o.*")) == ["o.jsonl", "o.summary.json"]
+
+
+def test_a_stage_of_other_settings(tmp_path):
+    """Refused by name, whether it was finished or not; begun anew on request."""
+    out = tmp_path / "o.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        squares(out, killed_after=2)
+    for _ in range(2):
+        with pytest.raises(DataError, match="upto was 6, is 5; .*--restart"):
+            squares(out, 5)
+        if not out.exists():
+            squares(out)
+    assert squares(out, 5, restart=True) == [0, 1, 2, 3, 4] and len(read(out)) == 5
+    (tmp_path / "o.summary.json").unlink()
+    with pytest.raises(DataError, match="without o.summary.json that would say how it was made"):
+        squares(out, 5)
+
+
+def test_what_failed_is_tried_again(tmp_path):
+    """The rows that there are, are written, but the stage is not complete: the same call makes the missing ones."""
+    out = tmp_path / "o.jsonl"
+    assert squares(out, fails=[1, 4]) == list(range(6)) and [row["i"] for row in read(out)] == [0, 2, 3, 5]
+    assert json.loads((tmp_path / "o.summary.json").read_text())["failed"] == 2
+    assert squares(out, fails=[4]) == [1, 4] and squares(out) == [4] and squares(out) is None
+    assert [row["square"] for row in read(out)] == [0, 1, 4, 9, 16, 25]
+
+
+def test_a_stage_without_rows_leaves_no_out(tmp_path):
+    with pytest.raises(DataError, match="no row came of it, so it is not written; the first of 6 that failed: row 0"):
+        squares(tmp_path / "o.jsonl", fails=range(6))
+    assert not list(tmp_path.iterdir())
+    for _ in range(2):                                  # what was paid for is kept, and is not done again
+        with pytest.raises(DataError, match="no row came of it"):
+            squares(tmp_path / "o.jsonl", drop=range(6))
+        assert [path.name for path in tmp_path.iterdir()] == ["o.jsonl.journal-0"]
+
+
+def test_two_processes_share_a_stage(processes, tmp_path):
+    """Each does its share, process 0 writes, and both go on only when the file is there."""
+    (script := tmp_path / "program.py").write_text(
+        "import sys\nsys.path.insert(0, sys.argv[2])\nimport os\nfrom test_pipeline import squares\n"
+        "from model import leave_processes\n"
+        "for name in 'ab':\n"
+        "    worked = squares(sys.argv[1] + '/' + name + '.jsonl')\n"
+        "    assert worked == list(range(int(os.environ['RANK']), 6, 2)) and os.path.exists(sys.argv[1] + '/' + name + '.jsonl')\n"
+        "    assert squares(sys.argv[1] + '/' + name + '.jsonl') is None\n"
+        "leave_processes(0)\n")
+    processes.run(script, tmp_path, Path(__file__).parent, world=2)
+    squares(tmp_path / "one.jsonl")
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+
+
+def test_two_localize_into_one_out(tmp_path, capsys):
+    """The second says who holds it, and writes nothing."""
+    file, out = write(tmp_path / "a.jsonl", attempt(BAD)), tmp_path / "e.jsonl"
+    with locked(out):
+        assert run("localize", file, "--judge", JUDGE, "--out", out) == 2
+    assert f"is being written by process {os.getpid()} on " in capsys.readouterr().err and not out.exists()
+    assert run("localize", file, "--judge", JUDGE, "--out", tmp_path) == 2 and "is a folder" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------------------------- pairs
