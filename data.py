@@ -27,6 +27,7 @@ from __future__ import annotations      # the method stands first, what it is ma
 import argparse
 import bisect
 import functools
+import glob
 import hashlib
 import http.client
 import importlib
@@ -35,35 +36,37 @@ import math
 import os
 import random
 import re
+import signal
+import socket
+import ssl
 import sys
+import threading
 import time
 import unicodedata
 import urllib.error
-import urllib.parse
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from fractions import Fraction
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, MappingView, NamedTuple, Sequence
+from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import tokenizers
 import torch
-from jinja2 import TemplateError, nodes, pass_context
-from jinja2.exceptions import SecurityError
+import torch.distributed as dist
+from jinja2 import Template, TemplateError, meta, nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
-from jinja2.visitor import NodeTransformer
 from tqdm import tqdm
 
 if __name__ == "__main__":      # python -P does not search a script's own folder
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from model import CheckpointError, common_length, lay_out, locked, read_json, resolve, strict_json, writing, written
+from model import (CheckpointError, common_length, join_processes, lay_out, locked, read_json, resolve,
+                   strict_json, writing, written)
 
 
 class DataError(ValueError):
@@ -123,45 +126,140 @@ class Report:
     rows: int = 0
     kept: int = 0
     dropped: dict[str, list[str]] = field(default_factory=dict)     # reason -> "file:line" of each row dropped for it
+    notes: dict[str, list[str]] = field(default_factory=dict)       # what to know of rows -> "file:line" of each
+    details: dict[str, str] = field(default_factory=dict)           # note -> more about its first row
 
     def drop(self, reason: str, where: str) -> None:
         self.dropped.setdefault(reason, []).append(where)
 
+    def note(self, remark: str, where: str, detail: str = "") -> None:
+        self.notes.setdefault(remark, []).append(where)
+        self.details.setdefault(remark, detail and ": " + detail)
+
     def __str__(self) -> str:
         lines = [f"{self.source}: {self.rows:,} rows, {self.kept:,} kept, {self.rows - self.kept:,} dropped"]
-        for reason, rows in sorted(self.dropped.items(), key=lambda item: -len(item[1])):
-            lines.append(f"  {len(rows):>7,}  {reason}  (first: {Path(rows[0]).name})")
+        for title, found in (("", self.dropped), ("note: ", self.notes)):
+            for reason, rows in sorted(found.items(), key=lambda item: -len(item[1])):
+                first = Path(rows[0]).name + self.details.get(reason, "")
+                lines.append(f"  {len(rows):>7,}  {title}{reason}  (first: {first})")
         return "\n".join(lines)
 
 
-def texts_of(row: dict, method: str, where: str) -> tuple[str, str, list[str]]:
+class Unfit(DataError):
+    """A row that is well formed and cannot be trained on: it is dropped, under this reason."""
+
+
+def texts_of(row: dict, method: str, where: str) -> tuple[str | list[dict], str, list[str]]:
     """(question, reasoning that is context, the one or two responses) of a row, as `method` trains it.
 
-    A whole answer is initial_reason_steps + full_*; where full_* already begins with those steps, it is the whole
-    answer itself. Rows without initial_reason_steps and full_* (ordinary preference data) hold whole answers in
-    chosen/rejected.
+    The question is text, or, where there is more to it (a system prompt, earlier turns), the conversation up to the
+    answer: [{"role": ..., "content": ...}, ...]. Rows may be laid out as
+      - Math-Step-DPO-10K. A whole answer is initial_reason_steps + full_*; where full_* already begins with those
+        steps, it is the whole answer itself. Rows without these columns hold whole answers in chosen/rejected;
+      - TRL's data sets: prompt with chosen/rejected, or with completion; any of them text or messages; messages alone;
+      - Alpaca's and LLaMA-Factory's: instruction, input, output; conversations; system and history beside any of these.
+    Of a conversation the last turn is the answer. Raises DataError where a row is malformed, Unfit where it is dropped.
     """
-    if method == "sft" and "response" in row:
-        return text_field(row, "prompt", where), "", [text_field(row, "response", where)]
-    sides = ("chosen",) if method == "sft" else ("chosen", "rejected")
     of_steps = any(name in row for name in ("initial_reason_steps", "full_chosen", "full_rejected"))
-    plain = method != "stepdpo" and not of_steps
-    whole = method != "stepdpo" and of_steps
-    responses = [f"full_{side}" if whole else side for side in sides]
-    needed = ["prompt", *responses] if plain else ["prompt", "initial_reason_steps", *responses]
+    sides = ["full_chosen", "full_rejected"] if of_steps and method != "stepdpo" else ["chosen", "rejected"]
+    talk = next((name for name in ("messages", "conversations") if name in row), None)
+    if method == "sft":
+        answers = ("response", sides[0], "completion", "output", talk)
+        sides = [next((name for name in answers if name in row), sides[0])]
+    whole = sides[0] == "full_chosen"
+    needed = ["initial_reason_steps", *sides] if whole or method == "stepdpo" else sides
     missing = [name for name in needed if name not in row]
-    if missing:
+    asked = next((name for name in ("prompt", "instruction", "question") if name in row), None)
+    if not asked and not talk and not all(isinstance(row.get(name), (list, dict)) for name in sides):
+        missing.insert(0, "prompt")
+    if missing or asked == "question":                  # as the pipeline's other files call it
         expect(row, where, "pairs", "problems")
+    if missing:
         also = " (or prompt, response)" if method == "sft" else ""
-        raise DataError(f"{where}: {method} needs the columns {', '.join(needed)}{also}; found "
+        raise DataError(f"{where}: {method} needs the columns {', '.join(['prompt', *needed])}{also}; found "
                         f"{', '.join(row) or 'none'}; missing {', '.join(missing)}: rename them or change method")
-    question, *texts = [text_field(row, name, where) for name in needed]
-    if plain:
-        return question, "", texts
-    steps, *texts = texts
+
+    question = _turns_before(row, where, asked, talk if talk not in sides else None)
+    turns, texts = zip(*(_answer(row, name, where) for name in sides))
+    if any(other != turns[0] for other in turns):
+        raise Unfit("chosen and rejected differ before their last turn; only the last one can be trained")
+    if turns[0] and turns[0][0]["role"] in ("system", "user"):       # the conversation from its beginning: it
+        told = [turn["content"].strip() for turn in turns[0]]        # repeats the prompt, if there is one
+        if any(turn["content"].strip() not in told for turn in question if turn["role"] != "system"):
+            raise Unfit(f"the prompt is not among the turns of {sides[0]}")
+        question = [turn for turn in question if turn["role"] == "system" and turn not in turns[0]]
+    question += turns[0]
+    if [turn["role"] for turn in question].count("system") > 1:
+        raise Unfit("more than one system prompt")
+    if not question or question[-1]["role"] in ("assistant", "system"):
+        raise Unfit("no turn of the user stands before the answer")
+    if len(question) == 1:
+        question = question[0]["content"]
+
+    steps = text_field(row, "initial_reason_steps", where) if "initial_reason_steps" in needed else ""
     if whole:                                           # an empty answer stays empty, and is counted as such
-        return question, "", [text if text.startswith(steps) or not text.strip() else steps + text for text in texts]
-    return question, steps, texts
+        texts = [text if text.startswith(steps) or not text.strip() else steps + text for text in texts]
+        steps = ""
+    return question, steps, list(texts)
+
+
+def _turns_before(row: dict, where: str, asked: str | None, talk: str | None) -> list[dict]:
+    """The turns up to the answer that stand in columns of their own: system, history, the prompt with its parts."""
+    system = next((name for name in ("system", "system_prompt") if row.get(name)), None)
+    turns = [{"role": "system", "content": text_field(row, system, where)}] if system else []
+    history = row.get("history") or []
+    if isinstance(history, list) and all(isinstance(turn, dict) for turn in history):
+        turns += messages_field(row, "history", where) if history else []
+    else:                                               # LLaMA-Factory's [[question, answer], ...]
+        for pair in history if isinstance(history, list) else [history]:
+            if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+                raise Unfit("history is neither messages nor [[question, answer], ...]")
+            turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    if asked is None:
+        return turns + (messages_field(row, talk, where) if talk else [])
+    if isinstance(row[asked], list):
+        return turns + messages_field(row, asked, where)
+    text = text_field(row, asked, where)
+    for name in ("context", "passage", "input"):
+        if row.get(name) and not isinstance(row[name], str):
+            raise Unfit(f"{name} belongs to the {asked}, and is no text")
+        if (part := (row.get(name) or "").strip()) and part not in text:
+            text = f"{text}\n{part}" if name == "input" else f"{part}\n{text}"
+    return turns + [{"role": "user", "content": text}]
+
+
+def _answer(row: dict, name: str, where: str) -> tuple[list[dict], str]:
+    """(the turns before it, the answer): a text, or of messages the last."""
+    if not isinstance(row.get(name), (list, dict)):
+        return [], text_field(row, name, where)
+    *turns, last = messages_field(row, name, where)
+    if last["role"] != "assistant":
+        raise Unfit(f"the last turn of {name} is not the assistant's")
+    return turns, last["content"]
+
+
+def messages_field(row: dict, name: str, where: str) -> list[dict]:
+    """row[name], messages [{"role": ..., "content": ...}, ...] or a single one, also as ShareGPT spells them (from,
+    value; human, gpt); DataError otherwise."""
+    given = row[name] if isinstance(row[name], list) else [row[name]]
+    messages = []
+    for number, message in enumerate(given, 1):
+        if not isinstance(message, dict):
+            raise DataError(f"{where}: field {name!r}: found {_kind(row[name])} {_shown(row[name])}; expected text or "
+                            'messages, [{"role": ..., "content": ...}, ...]')
+        here = f"{where}: field {name!r}, message {number}"
+        role = text_field(message, "role" if "role" in message else "from", here)
+        content = "content" if "content" in message else "value"
+        if message.get("tool_calls"):
+            raise DataError(f"{here}: field 'tool_calls': calls of tools are not rendered; remove the row")
+        if isinstance(message.get(content), list):      # [{"type": "text", "text": ...}]
+            pieces = [piece if isinstance(piece, dict) else {} for piece in message[content]]
+            message = {content: "".join(text_field(piece, "text", here) for piece in pieces)}
+        messages.append({"role": {"human": "user", "gpt": "assistant"}.get(role, role),
+                         "content": text_field(message, content, here)})
+    if not messages:
+        raise DataError(f"{where}: field {name!r}: an empty list; expected messages")
+    return messages
 
 
 def encode_dataset(source: str | Path | Iterable[tuple[str, dict]], tokenizer: Tokenizer, method: str, style: str,
@@ -181,12 +279,11 @@ def encode_dataset(source: str | Path | Iterable[tuple[str, dict]], tokenizer: T
         taken = []
         for where, row in chunk:
             report.rows += 1
-            question, steps, responses = texts_of(row, method, where)
-            if reason := _unfit(question, steps, responses, tokenizer, style):
-                report.drop(reason, where)
-            else:
-                taken.append(Texts(where, row, question, render_prompt(style, question, tokenizer), steps, responses))
-        examples += to_examples(taken, tokenizer, end, max_length, report)
+            try:
+                taken.append(_render(where, row, tokenizer, method, style, report))
+            except Unfit as reason:
+                report.drop(str(reason), where)
+        examples += to_examples(taken, tokenizer, end, max_length, report, bos=style != "chat")
     for example in examples:
         example.reference = method != "sft"
         if method == "sft":                             # the mean over all answer tokens, not over answers
@@ -209,8 +306,9 @@ class Texts(NamedTuple):
 
 
 def to_examples(rows: Sequence[Texts], tokenizer: Tokenizer, end: int | None, max_length: int | None,
-                report: Report) -> list[Example]:
-    """Tokenise rows of any number of responses; `end`, if any, follows each response. What is dropped goes to `report`."""
+                report: Report, bos: bool = True) -> list[Example]:
+    """Tokenise rows of any number of responses; `end`, if any, follows each response. bos: whether the tokenizer puts
+    its BOS in front (a chat template writes its own). What is dropped goes to `report`."""
     fitting = []
     for row in rows:
         longest = len(row.prompt) + len(row.steps) + max(map(len, row.responses))
@@ -219,7 +317,7 @@ def to_examples(rows: Sequence[Texts], tokenizer: Tokenizer, end: int | None, ma
         else:
             fitting.append(row)
     texts = [row.prompt + row.steps + response for row in fitting for response in row.responses]
-    encoded = iter(tokenizer.encode_batch(texts))
+    encoded = iter(tokenizer.encode_batch(texts, bos=bos))
     examples = []
     for row in fitting:
         made = _example(row, [next(encoded) for _ in row.responses], end, max_length)
@@ -240,19 +338,47 @@ def _chunks(items: Iterable, size: int) -> Iterator[list]:
     yield chunk
 
 
-def _unfit(question: str, steps: str, responses: list[str], tokenizer: Tokenizer, style: str) -> str | None:
-    """Why the texts of a row cannot be trained on, or None."""
+def _render(where: str, row: dict, tokenizer: Tokenizer, method: str, style: str,
+            report: Report) -> tuple[list[str], int]:
+    """(the whole text of each side but for its end token, the character where the responses begin) of a row. Raises
+    Unfit with the reason where it cannot be trained on; what is worth knowing goes into the report's notes."""
+    question, steps, responses = texts_of(row, method, where)
+    if method != "stepdpo":                             # the end token is put there once, by us
+        ends = "|".join(re.escape(tokenizer.backend.id_to_token(id)) for id in tokenizer.stop_ids(style))
+        plain = [re.sub(rf"\s*(?:(?:{ends})\s*)+\Z", "", response) for response in responses]
+        if plain != responses:
+            report.note("an end token at the end of the answer is taken for the one that is put there", where)
+        responses = plain
+    conversation = [{"role": "user", "content": question}] if isinstance(question, str) else question
+    problem = question if isinstance(question, str) else json.dumps(question)
+
     names = ("chosen", "rejected") if len(responses) == 2 else ("response",)
-    for name, text in zip(("prompt", *names), (question, *responses)):
+    for name, text in zip(("prompt", *names), (conversation[-1]["content"], *responses)):
         if not text.strip():
-            return f"empty {name}"
+            raise Unfit(f"empty {name}")
     if len(responses) == 2 and responses[0].strip() == responses[1].strip():
-        return "chosen and rejected are the same"
-    asked = () if style == "raw" else (question,)            # `raw` is for prompts that are rendered already, control tokens and all
+        raise Unfit("chosen and rejected are the same")
+    if len(conversation) > 1 and style != "chat":
+        raise Unfit(f"a system prompt or earlier turns, for which --prompt {style} has no place (chat has)")
+    asked = [turn["content"] for turn in conversation]
     for text in (*asked, *(steps + response for response in responses)):        # a token may be spelled across the seam
+        if style == "raw" and text in asked:            # `raw` is for prompts that are rendered already
+            continue
         if token := tokenizer.control_token_in(text):
-            return f"the text contains the control token {token}"
-    return None
+            raise Unfit(f"the text contains the control token {token}")
+        if mark := tokenizer.foreign_mark_in(text):
+            raise Unfit(f"the text contains {mark}, a mark of another model's chats that this tokenizer spells in "
+                        "letters: take it out")
+        if mark := tokenizer.special_token_in(text):
+            report.note(f"the special token {mark} in the text is trained as that token", where)
+
+    if style == "chat" and method != "stepdpo":
+        texts, boundary, remarks = tokenizer.render_answers(question, responses)
+        for remark, detail in remarks.items():
+            report.note(remark, where, detail)
+        return Texts(where, row, problem, texts[0][:boundary], "", [text[boundary:] for text in texts])
+    prompt = render_prompt(style, question, tokenizer, steps + responses[0])
+    return Texts(where, row, problem, prompt, steps, responses)
 
 
 def _example(row: Texts, encoded: list[Encoded], end: int | None, max_length: int | None) -> Example | str:
@@ -455,12 +581,23 @@ BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{
 PROMPT_STYLES = ("qwen2-boxed", "alpaca", "deepseek-math", "chat", "raw")
 
 
-def render_prompt(style: str, question: str, tokenizer: Tokenizer) -> str:
-    """The text up to the first character of the reasoning. The first three are the paper's, for models it trained."""
+def render_prompt(style: str, question: str | list[dict], tokenizer: Tokenizer, begun: str = "") -> str:
+    """The text up to the first character of the reasoning. The first three styles are the paper's, for its models.
+
+    question: text; for `chat` also a conversation up to the answer, [{"role": ..., "content": ...}, ...].
+    begun: the reasoning as far as it is known. A thought that the prompt would open is not opened twice.
+    """
+    if style == "chat":
+        return tokenizer.chat_prompt(question, begun)
+    if tokenizer is not None and (tokenizer.system or tokenizer.template_args):
+        raise DataError(f"--system and --template_args belong to the chat template; --prompt {style} has no place for "
+                        "them: choose --prompt chat")
+    if not isinstance(question, str):
+        raise DataError(f"a conversation of several turns needs --prompt chat; --prompt {style} has one question")
     if style == "qwen2-boxed":
-        if tokenizer is not None and "<|im_start|>" not in tokenizer.control_tokens:
-            raise DataError(f"{tokenizer.source}: --prompt qwen2-boxed is written with <|im_start|>, which is no control token "
-                            "of this checkpoint; choose --prompt chat, alpaca or raw")
+        if tokenizer is not None and tokenizer.backend.token_to_id("<|im_start|>") is None:
+            raise DataError(f"{tokenizer.source}: --prompt qwen2-boxed is written with <|im_start|>, which is no "
+                            "control token of this checkpoint; choose --prompt chat, alpaca or raw")
         return ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
                 f"<|im_start|>user\n{question}{BOXED}<|im_end|>\n<|im_start|>assistant\n")
     if style == "alpaca":
@@ -469,8 +606,6 @@ def render_prompt(style: str, question: str, tokenizer: Tokenizer) -> str:
                 f"### Instruction:\n{question}\n\n### Response:\n")
     if style == "deepseek-math":
         return f"User: {question}{BOXED}\n\nAssistant: "
-    if style == "chat":
-        return tokenizer.render_chat([{"role": "user", "content": question}])
     if style == "raw":
         return question
     raise DataError(f"prompt style {style!r} is not known; choose one of {', '.join(PROMPT_STYLES)}")
@@ -480,40 +615,77 @@ def render_prompt(style: str, question: str, tokenizer: Tokenizer) -> str:
 # The tokenizer and the chat template
 # ----------------------------------------------------------------------------------------------------------------------
 
+# Marks of the common families' chats. One that a tokenizer has as a token would forge a turn; one that it lacks, in
+# rows that were made for another model, would be trained letter by letter. (<s> and </s> in mid-text may be HTML.)
+_MARKS = re.compile(r"<[|｜](?:im_(?:start|end|sep)|eo[stm](?:_id)?|(?:start|end)_header_id|end|return|user|assistant|"
+                    r"system|(?:begin|start|end)[_▁]?of[_▁]?(?:text|turn|turn_token|sentence|utterance))[|｜]>|"
+                    r"<(?:start|end)_of_turn>|<[be]os>|\[/?INST\]|\A\s*<s>|</s>\s*\Z", re.IGNORECASE)
+_THOUGHT = re.compile(r"think|thought|reason", re.IGNORECASE)
+_TAG = r"(?:<(?!/)[^<>|\s]{1,30}>|\[(?!/)[A-Z_]{1,30}\]|◁(?!/)\w{1,30}▷)"                 # <think>, [THINK], ◁think▷
+
+
 class Encoded(NamedTuple):
     ids: list[int]
     offsets: list[tuple[int, int]]                      # (begin, end) of each token, in characters of the text
 
 
+class Joints(NamedTuple):
+    """What a chat template writes around an answer; Vicuna's, for one: "USER: ... ASSISTANT: It is 7.</s>"."""
+    opening: str                                        # the generation prompt: "ASSISTANT:"
+    lead: str                                           # between it and the answer: " "
+    closing: str                                        # all that stands behind the answer: "</s>"
+    gap: str                                            # of this what comes before the end token: ""
+    end_id: int | None                                  # the end token; None where the template has none
+
+    @property
+    def opens_thought(self) -> bool:
+        return re.search(_TAG + r"\s*\Z", self.opening) is not None
+
+
 class Tokenizer:
     """A checkpoint's tokenizer: tokenizer.json run by `tokenizers`, and the conventions that stand in the files around.
 
-    bos_id           in front of every text, once; None where the checkpoint wants none (Qwen2)
+    bos_id           in front of every text, once; None where the checkpoint wants none (Qwen2). In chats the template
+                     decides
     eos_id, eos_ids  the tokenizer's own end token (or None); every id that ends a generation, by the folder's files
-    control_tokens   the strings of the special tokens: recognised anywhere in a text, so a row must not contain them
+    control_ids      the tokens that make up a chat (begin, end, turns): found anywhere in a text, so that rows must not
+                     contain them. Other special tokens (<step>, [THINK]) are words like any other
     chat_template    Jinja source, or None
+    system           the system prompt of every chat that brings none
+    template_args    further arguments of the template, such as {"enable_thinking": False}
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, *, bos_id: int | None = None, eos_ids: tuple[int, ...] = (),
-                 chat_template: str | None = None, names: dict[str, str] | None = None, source: str = "tokenizer"):
+                 chat_template: str | None = None, names: dict[str, str] | None = None, source: str = "tokenizer",
+                 system: str | None = None, template_args: dict | None = None):
         backend.no_truncation()                         # a tokenizer.json may ask for both, and would cut in silence
         backend.no_padding()
         backend.post_processor = None                   # `encode` adds BOS; and no offsets trimmed of white space
-        self.backend, self.source, self.chat_template, self._template = backend, source, chat_template, None
+        self.backend, self.source, self.chat_template = backend, source, chat_template
         self.names = names or {}                        # {"eos_token": "</s>", ...}, for the template
+        self.system, self.template_args = system, template_args or {}
         self.bos_id, self.eos_ids = bos_id, eos_ids
-        self.eos_id = backend.token_to_id(self.names["eos_token"]) if "eos_token" in self.names else (*eos_ids, None)[0]
+        self.other_templates: list[str] = []            # names of chat templates for other purposes
+        self.eos_id = next(iter(eos_ids), None)
+        if "eos_token" in self.names:
+            self.eos_id = backend.token_to_id(self.names["eos_token"])
+
+        ends = {backend.id_to_token(id): id for id in (bos_id, *eos_ids) if id is not None}
+        ends.pop(None, None)                            # of an id that is no token
         added = backend.get_added_tokens_decoder()
-        self.control_ids = {token.content: id for id, token in added.items() if token.special}
-        self.control_ids |= {backend.id_to_token(id): id for id in (bos_id, *eos_ids) if id is not None}
-        self.control_tokens = {token for token in self.control_ids if token}
-        longest_first = sorted(self.control_tokens, key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self.added_ids = {token.content: id for id, token in added.items()} | ends
+        special = {token.content for token in added.values() if token.special}
+        in_template = {token for token in special if token in (chat_template or "") and not _THOUGHT.search(token)}
+        control = {*ends, *in_template, *(special & set(self.names.values())), *filter(_MARKS.search, self.added_ids)}
+        self.control_ids = {token: id for token, id in self.added_ids.items() if token in control}
+        self.control_tokens = set(self.control_ids)
+        self._added, self._control, self._special = map(_any_of, (self.added_ids, control, special - control))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
-        """Read tokenizer.json and, where they are, tokenizer_config.json, special_tokens_map.json, chat_template.jinja,
-        config.json and generation_config.json. DataError or CheckpointError where a file is damaged, or disagrees
+    def from_pretrained(cls, folder: str | Path, *, system: str | None = None,
+                        template_args: dict | None = None) -> "Tokenizer":
+        """Read tokenizer.json and, where they are, tokenizer_config.json, special_tokens_map.json, config.json,
+        generation_config.json and the chat template. DataError or CheckpointError where a file is damaged, or disagrees
         with another. The file is obeyed by Rust code that executes nothing of it, but may be made to take its time."""
         folder = Path(folder)
         path, settings_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
@@ -526,12 +698,10 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
             opening = backend.encode("").ids            # what the post-processor puts around a text
-            largest = max(backend.get_vocab().values(), default=-1)
+            if max(backend.get_vocab().values(), default=0) >= 2**31:   # `Example` keeps ids as int32
+                raise OverflowError("a token id of 2**31 or more")
         except BaseException as error:
             raise _of_rust(error, str(path)) from None
-        if not 0 <= largest < 2**24:
-            raise DataError(f"{path}: the largest token id is {largest}; expected one from 0 to {2**24 - 1}: fetch the "
-                            "file again")
         config, generation = _settings(folder / "config.json"), _settings(folder / "generation_config.json")
         own = _settings(folder / "special_tokens_map.json") | _settings(settings_path)
         tokens = {key: value.get("content") if isinstance(value, dict) else value for key, value in own.items()}
@@ -543,38 +713,45 @@ class Tokenizer:
                 raise DataError(f"{settings_path}: added token {token!r} has id {id}, but tokenizer.json gives it "
                                 f"{backend.token_to_id(token)}; they are not of one checkpoint: fetch both again")
 
+        known = lambda id: type(id) is int and 0 <= id < 2**31 and backend.id_to_token(id) is not None
         bos_id = backend.token_to_id(names["bos_token"]) if "bos_token" in names else config.get("bos_token_id")
         wants_bos = own.get("add_bos_token")
         if not isinstance(wants_bos, bool):
             wants_bos = bos_id is not None and opening[:1] == [bos_id]
-        if wants_bos and bos_id is None:
+        if wants_bos and not known(bos_id):
             raise DataError(f"{settings_path}: add_bos_token is true, but bos_token {names.get('bos_token')!r} is not "
                             "in tokenizer.json; set one that is, or add_bos_token to false")
         eos_ids = [backend.token_to_id(names["eos_token"])] if "eos_token" in names else []
         for value in (generation.get("eos_token_id"), config.get("eos_token_id")):
             eos_ids += value if isinstance(value, list) else [value]
-        for id in (bos_id, *eos_ids):
-            if id is not None and (type(id) is not int or not 0 <= id <= largest):
-                raise DataError(f"{folder}: bos_token_id or eos_token_id is {id!r:.60}; expected an id of "
-                                f"tokenizer.json, 0 to {largest}: config.json or generation_config.json is another's")
-        eos_ids = tuple(dict.fromkeys(id for id in eos_ids if id is not None))
-        return cls(backend, bos_id=bos_id if wants_bos else None, eos_ids=eos_ids,
-                   chat_template=_chat_template(folder, own), names=names, source=str(folder))
+        unknown = [id for id in eos_ids if id is not None and not known(id)]
+        if unknown and os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{folder}: eos_token_id {unknown[0]!r:.60} is no token of tokenizer.json; it is ignored",
+                  file=sys.stderr)
+        template, others = _chat_template(folder, own)
+        tokenizer = cls(backend, bos_id=bos_id if wants_bos else None, names=names, source=str(folder),
+                        eos_ids=tuple(dict.fromkeys(filter(known, eos_ids))), chat_template=template, system=system,
+                        template_args=template_args)
+        tokenizer.other_templates = others
+        return tokenizer
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
-    def encode(self, text: str) -> Encoded:
-        """Ids and character offsets of a whole text; special tokens in it are recognised, BOS is there once."""
-        return self.encode_batch([text])[0]
+    def encode(self, text: str, bos: bool = True) -> Encoded:
+        """Ids and character offsets of a whole text; special tokens in it are recognised, BOS is there once. bos=False
+        for a text that a chat template has made: there BOS is the template's affair."""
+        return self.encode_batch([text], bos)[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
+    def encode_batch(self, texts: Sequence[str], bos: bool = True) -> list[Encoded]:
         try:
             encoded = [Encoded(e.ids, e.offsets) for e in self.backend.encode_batch(texts, add_special_tokens=False)]
         except BaseException as error:
             raise _of_rust(error, self.source) from None
-        bos = [] if self.bos_id is None else [self.bos_id]
-        return [e if e.ids[:1] == bos else Encoded(bos + e.ids, [(0, 0)] * len(bos) + e.offsets) for e in encoded]
+        if not bos or self.bos_id is None:
+            return encoded
+        return [e if e.ids[:1] == [self.bos_id] else Encoded([self.bos_id, *e.ids], [(0, 0), *e.offsets])
+                for e in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the tokens, special ones included."""
@@ -598,33 +775,136 @@ class Tokenizer:
         found = self._control.search(text)
         return found and found[0]
 
+    def special_token_in(self, text: str) -> str | None:
+        """The first special token in `text` that is no control token, if any."""
+        found = self._special.search(text)
+        return found and found[0]
+
+    def foreign_mark_in(self, text: str) -> str | None:
+        """The first mark in `text` that belongs to the chats of other models, if any."""
+        marks = (found[0].strip() for found in _MARKS.finditer(text))
+        return next((m for m in marks if m not in self.added_ids and m not in (self.chat_template or "")), None)
+
     def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The checkpoint's chat template, run on messages [{"role": ..., "content": ...}] as transformers runs it."""
-        if self.chat_template is None:
-            raise DataError(f"{self.source}: the checkpoint has no chat template; choose --prompt alpaca or raw")
+        template = self._template
         try:
-            if self._template is None:
-                self._template = _Sandbox(self.chat_template)
-            return self._template.render(messages, add_generation_prompt=add_generation_prompt, tools=None,
-                                         documents=None, **self.names)
+            values = {"tools": None, "documents": None, **self.names, **self.template_args}
+            return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **values)
         except Exception as error:                      # a stranger's program: it may fail in any way
-            file = Path(self.source) / "chat_template.jinja"
-            file = file if file.is_file() else file.with_name("tokenizer_config.json")
-            raise DataError(f"{file}: the chat template fails ({type(error).__name__}: {_one_line(error)}); choose "
-                            "--prompt alpaca or raw") from None
+            raise self._template_fails(error) from None
+
+    @functools.cached_property
+    def _template(self) -> Template:
+        """The chat template, ready to run, with the settings and helpers of transformers. It is a stranger's program:
+        jinja2's sandbox keeps it from Python's internals. How long it takes is not bounded."""
+        if self.chat_template is None:
+            others = f" called default, only {', '.join(self.other_templates)}" if self.other_templates else ""
+            raise DataError(f"{self.source}: the checkpoint has no chat template{others}; choose --prompt alpaca or raw"
+                            f"{', or save one of these as chat_template.jinja' if others else ''}")
+        jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                              extensions=["jinja2.ext.loopcontrols", _GenerationTag])
+        jinja.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)     # not HTML's escapes
+        # a fixed day, the one that Llama 3's templates fall back to: a prompt must not change overnight
+        jinja.globals |= {"strftime_now": datetime(2024, 7, 26).strftime, "raise_exception": _raise}
+        try:
+            template = jinja.from_string(self.chat_template)
+            known = meta.find_undeclared_variables(jinja.parse(self.chat_template))
+        except Exception as error:
+            raise self._template_fails(error) from None
+        for name in self.template_args.keys() - known:
+            raise DataError(f"{self.source}: the chat template has no argument {name!r} (it reads "
+                            f"{', '.join(sorted(known))}); correct --template_args")
+        return template
+
+    def _template_fails(self, error: Exception) -> Unfit:
+        file = Path(self.source) / "chat_template.jinja"
+        file = file if file.is_file() else file.with_name("tokenizer_config.json")
+        return Unfit(f"{file}: the chat template fails ({type(error).__name__}: {_one_line(error)}); choose "
+                     "--prompt alpaca or raw")
+
+    def conversation(self, question: str | list[dict]) -> list[dict]:
+        """The messages of a question, behind the system prompt if there is one."""
+        messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
+        if self.system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system}, *messages]
+        return messages
+
+    @functools.cached_property
+    def joints(self) -> Joints:
+        """Where an answer joins the template's text, from a conversation with a known one."""
+        asked, words = self.conversation("?"), "The answer is 42."
+        answered = [*asked, {"role": "assistant", "content": words}]
+        prompt, bare = self.render_chat(asked), self.render_chat(asked, add_generation_prompt=False)
+        opening = prompt[_alike(prompt, bare):]
+        before, _, closing = self.render_chat(answered, add_generation_prompt=False).rpartition(words)
+        lead = before[len(prompt):] if before.startswith(prompt) else ""
+        if end := self._added.search(closing):
+            return Joints(opening, lead, closing, closing[:end.start()], self.added_ids[end[0]])
+        if not closing.strip():                         # GLM-4: what begins the next turn ends this one
+            longer = self.render_chat([*answered, {"role": "user", "content": "?"}])
+            end = self._added.match(longer.rpartition(words)[2].lstrip())
+            if end and self.added_ids[end[0]] in self.eos_ids:
+                return Joints(opening, lead, closing, "", self.added_ids[end[0]])
+        return Joints(opening, lead, closing, "", None)
+
+    def chat_prompt(self, question: str | list[dict], begun: str = "") -> str:
+        """The template's text up to an answer, which may have `begun` already.
+
+        That is its generation prompt and the white space that it puts between this and an answer ("ASSISTANT:", " ").
+        A template that has no generation prompt writes the assistant's heading with the answer: then that.
+        """
+        messages = self.conversation(question)
+        prompt, joints = self.render_chat(messages), self.joints
+        if messages[0]["role"] == "system" and messages[0]["content"].strip() not in prompt:
+            raise Unfit(f"{self.source}: the chat template leaves out the system prompt; put it into the question")
+        tag = re.match(_TAG, begun.lstrip())
+        if tag and tag[0] in joints.opening:            # the answer brings the thought that the prompt would open
+            return prompt[:prompt.rindex(tag[0])]
+        if joints.opening == "" or joints.lead.strip() == "":
+            return prompt + joints.lead
+        # Qwen3's template: an empty thought stands before an answer without one. Sampling leaves that to the model.
+        if begun and not joints.opens_thought and not (tag and tag[0] in joints.lead):
+            return prompt + joints.lead
+        return prompt
+
+    def render_answers(self, question: str | list[dict],
+                       answers: list[str]) -> tuple[list[str], int, dict[str, str]]:
+        """Whole answers as the template has them: (texts from the first character to the last one before the end token,
+        the character up to which all of them are the prompt that answers are sampled from, remarks with a detail each).
+
+        Templates are written for a conversation that goes on. Where one takes something out of it (DeepSeek-R1's the
+        thought, Mistral-Nemo's the system prompt), the answer is trained as it would be sampled: whole, and right
+        behind the generation prompt. Only an answer without the thought that this opens cannot stand there.
+        """
+        messages, prompt, joints = self.conversation(question), self.chat_prompt(question), self.joints
+        texts, remarks = [], {}
+        if joints.end_id is None and joints.closing.strip():
+            remarks["the chat template's end of an answer is no token of this tokenizer: the answer ends with its "
+                    "end-of-text token instead"] = repr(joints.closing)
+        for answer in answers:
+            whole = self.render_chat([*messages, {"role": "assistant", "content": answer}], False)
+            text = whole.removesuffix(joints.closing)
+            intact = "".join(text.split()).endswith("".join(answer.split())) and whole.endswith(joints.closing)
+            if not (intact and (text.startswith(prompt) or joints.opens_thought)):
+                text = self.chat_prompt(question, answer) + answer
+            if text + joints.closing != whole:
+                remarks["the chat template alters this conversation; trained are the prompt that answers are sampled "
+                        "from and the whole answer"] = _difference(whole, text + joints.closing)
+            if not text.startswith(prompt):
+                remarks["this answer is trained behind another prompt than answers are sampled from "
+                        "(--template_args may help)"] = _difference(text, prompt)
+            texts.append(text + joints.gap)
+        return texts, min(_alike(prompt, text) for text in texts), remarks
 
     def end_of_turn_id(self, style: str) -> int:
         """What ends a whole answer: <|im_end|> in ChatML, for `chat` what its template puts there, else EOS."""
-        token = None
+        id = None
         if style == "qwen2-boxed":
-            token = "<|im_end|>"
+            id = self.backend.token_to_id("<|im_end|>")
         elif style == "chat":
-            marker = "The answer is 42."
-            text = self.render_chat([{"role": "user", "content": "?"}, {"role": "assistant", "content": marker}],
-                                    add_generation_prompt=False)
-            after = self._control.match(text.rpartition(marker)[2].lstrip())
-            token = after and after[0]
-        id = self.control_ids.get(token, self.eos_id)
+            id = self.joints.end_id
+        id = self.eos_id if id is None else id
         if id is None:
             raise DataError(f"{self.source}: no end-of-text token in tokenizer_config.json or config.json; whole "
                             "answers need one: set eos_token there")
@@ -633,6 +913,36 @@ class Tokenizer:
     def stop_ids(self, style: str) -> tuple[int, ...]:
         """Every id that ends a generated answer."""
         return tuple(dict.fromkeys((self.end_of_turn_id(style),) + self.eos_ids))
+
+
+class _GenerationTag(Extension):
+    """{% generation %}...{% endgeneration %}: in some templates, around the assistant's words. Its body as it is."""
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def _raise(message: str):
+    raise TemplateError(message)
+
+
+def _any_of(words: Iterable[str]) -> re.Pattern:
+    """Finds the first of the words, and of two that begin there the longer one."""
+    longest_first = sorted(filter(None, words), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _alike(a: str, b: str) -> int:
+    """How many characters two texts begin alike with."""
+    return len(os.path.commonprefix([a, b]))
+
+
+def _difference(one: str, other: str) -> str:
+    at = _alike(one, other)
+    behind = one[max(0, at - 20):at]
+    return f"behind {behind!r} stands {one[at:at + 20]!r} instead of {other[at:at + 20]!r}"
 
 
 def _of_rust(error: BaseException, source: str) -> BaseException:
@@ -647,18 +957,22 @@ def _settings(path: Path) -> dict:
     return read_json(path) if path.exists() else {}
 
 
-def _chat_template(folder: Path, own: dict) -> str | None:
+def _chat_template(folder: Path, own: dict) -> tuple[str | None, list[str]]:
+    """(the template, names of others) from chat_template.jinja, tokenizer_config.json (`own`) or chat_template.json. Of
+    several named ones it is `default`."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         try:
-            return file.read_text(encoding="utf-8")
+            return file.read_text(encoding="utf-8"), []
         except UnicodeDecodeError as error:
             raise DataError(f"{file}: is not UTF-8 ({_one_line(error)}); fetch the file again") from None
-    template = own.get("chat_template")
-    if isinstance(template, list):                      # several named ones
-        template = next((entry.get("template") for entry in template
-                         if isinstance(entry, dict) and entry.get("name") == "default"), None)
-    return template if isinstance(template, str) else None
+    template = own.get("chat_template") or _settings(folder / "chat_template.json").get("chat_template")
+    if not isinstance(template, list):
+        return (template, []) if isinstance(template, str) else (None, [])
+    named = {entry["name"]: entry.get("template") for entry in template
+             if isinstance(entry, dict) and isinstance(entry.get("name"), str)}
+    default = named.pop("default", None)
+    return default if isinstance(default, str) else None, list(named)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1048,28 +1362,37 @@ def _right_solution(row: dict) -> str:
 def endpoint_judge(endpoint: Endpoint) -> Judge:
     """A judge model reads problem, right solution and attempt, as the paper asks GPT-4 to."""
     def judge(row: dict) -> int | None:
+        count = len(row["steps"])
         steps = "\n".join(f"[Step {i}] {step.strip()}" for i, step in enumerate(row["steps"], 1))
-        fields = {"question": row["question"], "solution": _right_solution(row), "count": str(len(row["steps"])),
-                  "steps": steps}
-        # one pass, so that braces inside the texts stay what they are
-        prompt = re.sub(r"\{(\w+)\}", lambda name: fields[name[1]], JUDGE_PROMPT)
-        replies = endpoint.chat([{"role": "user", "content": prompt}], temperature=0.0,
-                                max_tokens=1024 + 16 * len(row["steps"]))
-        return parse_verdicts(replies[0].text if replies else "", len(row["steps"]))
+        prompt = JUDGE_PROMPT.format(question=row["question"], solution=_right_solution(row), count=count,
+                                     steps=steps)
+        asked = {"messages": [{"role": "user", "content": prompt}], "temperature": 0.0}
+        reply, _, end = endpoint.ask(asked | {"max_tokens": 1024 + 16 * count})
+        if end == "length":                         # it was enough for the verdicts, not for thinking first
+            reply, _, _ = endpoint.ask(asked)
+        return parse_verdicts(reply, count)
     return judge
 
 
+# How models end a thought, and begin one: what stands in it is not what they say.
+THOUGHT_ENDS = re.compile(r"(?i)</(?:seed:)?(?:think|thinking|thought|reasoning)>|\[/think\]|◁/think▷")
+THOUGHT_BEGINS = re.compile(r"(?i)\s*(<(seed:)?(think|thinking|thought|reasoning)>|\[think\]|◁think▷)")
+
+
 def parse_verdicts(reply: str, count: int) -> int | None:
-    """Index of the first step called incorrect; None if all are called correct or neutral. Otherwise Unclear."""
+    """Index of the first of `count` steps that is called incorrect; None if all are correct or neutral.
+    DataError if the reply, behind its thought, says neither."""
+    said = THOUGHT_ENDS.split(reply)[-1]
     line = r"^\W*(?:step\W*)?(\d{1,4})\W+(correct|incorrect|neutral)\b"
-    for i, (number, verdict) in enumerate(re.findall(line, reply, flags=re.IGNORECASE | re.MULTILINE)):
+    lines = [] if THOUGHT_BEGINS.match(said) else re.findall(line, said, flags=re.IGNORECASE | re.MULTILINE)
+    for i, (number, verdict) in enumerate(lines):
         if int(number) != i + 1 or i >= count:
             break
         if verdict.lower() == "incorrect":
             return i
         if i + 1 == count:
             return None
-    raise Unclear("the judge's reply could not be read")
+    raise DataError(f"the judge's reply could not be read: {_quote(said.strip(), 200)}")
 
 
 def ask(row: dict) -> int | None:
@@ -1119,6 +1442,14 @@ def function_judge(name: str) -> Judge:
     return judge
 
 
+def judge_identity(name: str, args: argparse.Namespace) -> dict[str, str]:
+    """What a verdict belongs to besides its solution: no other judge's verdict is taken for it."""
+    if name != "endpoint":
+        return {"judge": name}
+    url = Endpoint(args.endpoint, args.api_model).url
+    return {"judge": name, "endpoint": url, "api_model": args.api_model}
+
+
 def make_judge(name: str, args: argparse.Namespace) -> Judge:
     if name == "endpoint":
         if not (args.endpoint and args.api_model):
@@ -1144,66 +1475,197 @@ def write_rows(path: str | Path, rows: Iterable) -> int:
     return count
 
 
-COSTLY = ("endpoint", "ask")                            # judges whose verdicts are kept for good
+class Journal:
+    """What is finished, on disk the moment it is: a line of settings, then [key, value] lines; the last of a key counts.
 
-
-def write_out(args: argparse.Namespace, rows: list[dict], bad: list[DataError]) -> int:
-    """Write OUT and return the exit status. An OUT with other rows in it is not overwritten, unless by --restart or by
-    the command that had left it incomplete."""
-    out, made = Path(args.out), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    if out.exists() and not args.restart and not args.completes and out.read_bytes() != made:
-        kept = Path(f"{out}.verdicts").exists()
-        raise DataError(f"{out}: exists and holds other rows; choose another --out, or " + (
-            "delete it, and the same command makes it again from the verdicts" if kept else "begin anew with --restart"))
-    write_rows(out, rows)
-    return 1 if bad else 0
-
-
-class Verdicts:
-    """Verdicts on disk as they fall, one a line: hours of a judge's work survive a kill, and the same command goes on.
-
-    The first line says what they belong to (a digest of the solutions, the judge); others are refused, not mixed in.
+    `done`, {key (a tuple): value}, need not be made again. Errors of what failed go to `failed`: it is tried again.
+    A journal that was begun with other settings raises DataError, which names them.
     """
 
-    def __init__(self, path: Path, belongs_to: dict):
-        self.path, self.done = path, {}
-        # after the last line end stands nothing, or a line cut short by a kill
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-        try:
-            if lines and json.loads(lines[0]) != belongs_to:
-                raise ValueError("begun by a command with other solutions, another judge or other --steps")
-            self.done = {tuple(key): verdict for key, verdict in map(json.loads, lines[1:])}
-        except (ValueError, TypeError) as error:
-            raise DataError(f"{path}: cannot be continued ({_one_line(error)}); finish that command, choose another "
-                            "--out, or begin anew with --restart") from None
-        write_rows(path, [belongs_to, *([key, verdict] for key, verdict in self.done.items())])
-        self.file = path.open("a", encoding="utf-8", newline="\n")
+    def __init__(self, path: Path, settings: dict, restart: bool = False, others: Iterable[Path] = ()):
+        self.path, self.settings = path, json.loads(json.dumps(settings))
+        self.done: dict[tuple, object] = {}
+        self.failed: list[DataError] = []
+        for file in [] if restart else dict.fromkeys([*others, path]):
+            if file.exists():
+                self._read(file)
+        if restart:
+            path.unlink(missing_ok=True)
 
-    def add(self, key: tuple, verdict: int | str | None) -> None:
-        self.done[key] = verdict
+    def _read(self, file: Path) -> None:
+        for number, line in enumerate(file.read_bytes().split(b"\n")[:-1]):      # behind the last \n: a torn line
+            try:
+                entry = json.loads(line)
+                if number > 0:
+                    self.done[tuple(entry[0])] = entry[1]
+            except (ValueError, TypeError, LookupError):
+                entry = None                            # damaged: that one is made again
+            if number == 0:
+                refuse_other(entry, self.settings, file)
+
+    def __enter__(self) -> "Journal":
+        """Begin to write; under torchrun once all processes have read."""
         with writing(self.path):
-            self.file.write(json.dumps([key, verdict]) + "\n")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab+") as file:
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)             # a torn line goes away
+            self.file = self.path.open("a", encoding="utf-8", newline="\n")
+        if self.file.tell() == 0:
+            self.write(self.settings)
+        return self
+
+    def __exit__(self, *_) -> None:
+        with writing(self.path):
+            self.file.close()
+
+    def add(self, key: tuple, value) -> None:
+        if key not in self.done or self.done[key] != value:
+            self.done[key] = value
+            self.write([key, value])
+
+    def write(self, entry) -> None:
+        with writing(self.path):
+            self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
             self.file.flush()
 
 
-def judge_all(rows: dict[tuple, dict], name: str, args: argparse.Namespace,
-              bad: list[DataError]) -> dict[tuple, int | str | None]:
-    """A verdict for every row: index of the first wrong step, None (nothing wrong), or the text of Unclear.
+def refuse_other(old, new: dict, path: Path) -> None:
+    """DataError naming what differs between the settings of what lies at `path` and the present ones."""
+    old = old if isinstance(old, dict) else {}
+    changed = [f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in new | old if old.get(key) != new.get(key)]
+    if changed:
+        raise DataError(f"{path}: was made otherwise: {'; '.join(changed)}; "
+                        "choose another --out, or begin anew with --restart")
 
-    Rows on which the judge fails are left out and named in `bad`; so are those that the person at the terminal did not
-    come to (Stop is passed on). What is decided is in OUT.verdicts, from which the same command goes on.
+
+def summary_path(out: Path) -> Path:
+    """score.jsonl -> score.summary.json. Of any other name all is kept: "qwen2.5-0.5B" is no name with a suffix."""
+    return out.with_name(out.name.removesuffix(".jsonl") + ".summary.json")
+
+
+def stage(out: str | Path, settings: dict, work: Callable[[Journal, int, int], None],
+          collect: Callable[[dict], tuple[list[dict], dict]], restart: bool = False) -> bool:
+    """Make the file `out`. It may be killed at any moment, and the same call goes on; torchrun's processes share it.
+
+        work(journal, rank, world)        in every process: its share of what is not in journal.done, added as it ends
+        collect(done) -> (rows, summary)  in process 0, from what all have done: the rows of `out`, and what to say of them
+
+    settings: all that decides what the rows are. `out` is written whole, then its summary with the settings in it, and
+    the journals (OUT.journal-RANK) go, but for where journal.failed says that something is to be tried again.
+    Returns False where `out` was complete already. Raises DataError where what is there was made with other settings, or
+    no row came of it, which leaves no `out`; OSError where another command is writing it.
     """
-    judge, path = make_judge(name, args), Path(f"{args.out}.verdicts")
-    if args.restart:
-        path.unlink(missing_ok=True)
-    begun = path.exists()
-    if name in COSTLY and Path(args.out).exists() and not begun and not args.restart:
-        raise DataError(f"{args.out}: exists, without {path.name} that would say how it was made; choose another "
+    out, settings = Path(out), json.loads(json.dumps(settings))
+    twin = out.with_suffix("") if out.suffix == ".jsonl" else Path(f"{out}.jsonl")
+    if twin.is_file() and not out.exists() and summary_path(out).exists():
+        raise DataError(f"{out}: its summary would replace that of {twin.name}; choose another --out")
+    rank, world = join_processes()
+    with locked(out):
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":     # torchrun started us again: go on
+            restart = False
+        if restart and rank == 0:
+            for path in _journals(out):
+                path.unlink()
+        meet()
+        found = _journals(out)
+        if out.exists() and not found and not restart:
+            refuse_other(_summary(out).get("settings"), settings, out)
+            return False
+        journal = Journal(Path(f"{out}.journal-{rank}"), settings, others=found)
+        meet()                                          # until all have read what there is
+        begun = time.monotonic()
+        try:
+            with journal:
+                work(journal, rank, world)
+        except (DataError, CheckpointError):
+            if not journal.done:                        # nothing is finished: leave nothing
+                journal.path.unlink()
+            raise
+        seconds = round(time.monotonic() - begun, 1)
+        failed = meet(len(journal.failed))
+        if rank == 0:
+            done = Journal(journal.path, settings, others=_journals(out)).done
+            rows, summary = collect(done)
+            if not rows:
+                if not done:
+                    for path in _journals(out):
+                        path.unlink()
+                why = f"; the first of {failed} that failed: {journal.failed[0]}" if journal.failed else ""
+                raise DataError(f"{out}: no row came of it, so it is not written{why}")
+            write_rows(out, rows)
+            write_rows(summary_path(out), [summary | {"seconds": seconds, "failed": failed, "settings": settings}])
+            for path in _journals(out) if not failed else []:
+                path.unlink()
+        meet()                                          # until `out` is there
+    return True
+
+
+def meet(number: int = 0) -> int:
+    """Wait until all processes are here; the sum of their numbers."""
+    total = torch.tensor(number)
+    if dist.is_initialized():
+        dist.all_reduce(total, group=_patient_group(dist.group.WORLD))
+    return int(total)
+
+
+@functools.cache
+def _patient_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Sampling is uneven: here the processes may wait longer for each other than between the updates of a model."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=7))
+
+
+def _journals(out: Path) -> list[Path]:
+    found = out.parent.glob(f"{glob.escape(out.name)}.journal-*")
+    return sorted(path for path in found if path.suffix.removeprefix(".journal-").isdecimal())
+
+
+def _summary(out: Path) -> dict:
+    path = summary_path(out)
+    if not path.is_file():
+        raise DataError(f"{out}: exists, without {path.name} that would say how it was made; "
+                        "choose another --out, or begin anew with --restart")
+    return read_json(path)
+
+
+def check_out(out: str | Path, source: str | Path) -> None:
+    """DataError where `out` is no name for a new file, before any work is done for it."""
+    if Path(out).resolve() == Path(source).resolve():
+        raise DataError(f"--out {out}: is the input; give another name")
+    if Path(out).is_dir():
+        raise DataError(f"--out {out}: is a folder; name a file in it, such as {Path(out) / 'out.jsonl'}")
+
+
+def progress(total: int, done: int, unit: str, quiet: bool = False) -> tqdm:
+    """A bar with rate and time left; in a log file a line every half minute."""
+    return tqdm(total=total, initial=done, unit=f" {unit}", disable=quiet, dynamic_ncols=True,
+                mininterval=0.5 if sys.stderr.isatty() else 30)
+
+
+def digest(value) -> str:
+    """12 hex digits that tell this JSON value from others."""
+    return hashlib.blake2b(json.dumps(value, ensure_ascii=False).encode(), digest_size=6).hexdigest()
+
+
+COSTLY = ("endpoint", "ask")                            # judges whose verdicts are kept for good
+
+
+def judge_all(rows: dict[tuple, dict], name: str, args: argparse.Namespace,
+              bad: list[DataError]) -> tuple[dict[tuple, int | str | None], bool]:
+    """(a verdict for every row, whether an earlier command had left some out).
+
+    A verdict is the index of the first wrong step, None (nothing wrong), or the text of Unclear. Rows on which the judge
+    fails are left out and named in `bad`; so are those that the person at the terminal did not come to (Stop is passed
+    on). What is decided is in OUT.verdicts, from which the same command goes on.
+    """
+    judge, path, out = make_judge(name, args), Path(f"{args.out}.verdicts"), Path(args.out)
+    begun = path.exists() and not args.restart
+    if name in COSTLY and out.exists() and not begun and not args.restart:
+        raise DataError(f"{out}: exists, without {path.name} that would say how it was made; choose another "
                         "--out, or begin anew with --restart")
-    digest = hashlib.sha256(json.dumps([[*key, row["steps"]] for key, row in rows.items()]).encode()).hexdigest()
-    verdicts = Verdicts(path, {"solutions": digest, "judge": name})
-    todo = [key for key in rows if key not in verdicts.done]
-    args.completes = begun and bool(todo)
+    solutions = digest([[*key, row["question"], row["answer"], row["steps"]] for key, row in rows.items()])
+    journal = Journal(path, judge_identity(name, args) | {"solutions": solutions}, args.restart)
+    todo = [key for key in rows if key not in journal.done]
 
     def verdict(key: tuple) -> int | str | None | DataError:
         try:
@@ -1227,17 +1689,29 @@ def judge_all(rows: dict[tuple, dict], name: str, args: argparse.Namespace,
                 pool.shutdown(cancel_futures=True)      # after an error: wait for what is under way, begin nothing new
 
     try:
-        for key, found in tqdm(as_they_fall(), f"judge: {name}", len(todo), disable=True if name == "ask" else None):
-            if isinstance(found, DataError):
-                bad.append(found)
-            else:
-                verdicts.add(key, found)
+        with journal, progress(len(rows), len(rows) - len(todo), "verdicts", quiet=name in ("ask", "values")) as bar:
+            for key, found in as_they_fall():
+                if isinstance(found, DataError):
+                    bad.append(found)
+                else:
+                    journal.add(key, found)
+                bar.update()
     finally:
-        with writing(verdicts.path):
-            verdicts.file.close()
-        if name == "values" or not rows or name not in COSTLY and len(verdicts.done) == len(rows):
-            path.unlink()                               # what can be had again at no cost
-    return {key: verdicts.done[key] for key in rows if key in verdicts.done}
+        if name == "values" or not rows or name not in COSTLY and len(journal.done) == len(rows):
+            path.unlink(missing_ok=True)                # what can be had again at no cost
+    return {key: journal.done[key] for key in rows if key in journal.done}, begun and bool(todo)
+
+
+def write_out(args: argparse.Namespace, rows: list[dict], bad: list[DataError], continued: bool) -> int:
+    """Write OUT and return the exit status. An OUT with other rows in it is not overwritten, unless by --restart or
+    where it was `continued`: the same command had left it incomplete."""
+    out, made = Path(args.out), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    if out.exists() and not (args.restart or continued or out.read_bytes() == made):
+        kept = Path(f"{out}.verdicts").exists()
+        raise DataError(f"{out}: exists and holds other rows; choose another --out, or " + (
+            "delete it, and the same command makes it again from the verdicts" if kept else "begin anew with --restart"))
+    write_rows(out, rows)
+    return 1 if bad else 0
 
 
 def read_attempts(file: str, bad: list[DataError], *stages: str) -> Iterator[tuple[tuple[str, int], dict]]:
@@ -1309,7 +1783,7 @@ def localize(args: argparse.Namespace) -> int:
             continue
         wrong[key] = row | {"steps": steps}
     try:
-        verdicts = judge_all(wrong, args.judge, args, bad)
+        verdicts, continued = judge_all(wrong, args.judge, args, bad)
     except Stop:
         print(f"stopped; {args.out}.verdicts holds what was decided, and the same command goes on", file=sys.stderr)
         return 1
@@ -1336,12 +1810,12 @@ def localize(args: argparse.Namespace) -> int:
                   *((f"    {reason}", count) for reason, count in reasons.most_common()), ("located", len(errors))]))
     if not errors:
         raise DataError(f"{args.file}: no first wrong step was located, nothing to write to {args.out}")
-    return write_out(args, list(errors.values()), bad)
+    return write_out(args, list(errors.values()), bad, continued)
 
 
 def pairs(args: argparse.Namespace) -> int:
     """rectified attempts -> pairs in the columns of Math-Step-DPO-10K."""
-    bad, stages = [], Counter()
+    bad, stages, continued = [], Counter(), False
     if args.whole and args.verify:
         raise DataError("--verify judges a chosen step; whole answers (--whole) are right by their final answer")
     stages_taken = ("attempts", "valued attempts", "rectified attempts") if args.whole else ("rectified attempts",)
@@ -1351,7 +1825,7 @@ def pairs(args: argparse.Namespace) -> int:
         solutions = {key: {"id": key[0], "where": key[0], "question": pair["prompt"], "answer": pair["answer"],
                            "steps": split_steps(pair["initial_reason_steps"] + pair["full_chosen"], args.steps)}
                      for key, pair in candidates.items()}
-        verdicts = judge_all(solutions, args.verify, args, bad)
+        verdicts, continued = judge_all(solutions, args.verify, args, bad)
         before = len(candidates)
         for key, pair in list(candidates.items()):      # right, or wrong only after the chosen step
             first = verdicts.get(key, "no verdict")
@@ -1370,7 +1844,7 @@ def pairs(args: argparse.Namespace) -> int:
     print(funnel([*stages.items(), ("pairs", len(kept))]))
     if not kept:
         raise DataError(f"{args.file}: no pair came of it, nothing to write to {args.out}")
-    return write_out(args, kept, bad)
+    return write_out(args, kept, bad, continued)
 
 
 def step_pairs(rows: list[tuple[tuple, dict]], style: str, stages: Counter, bad: list[DataError]) -> dict[tuple, dict]:
@@ -1434,97 +1908,245 @@ def whole_pairs(rows: list[tuple[tuple, dict]], stages: Counter) -> dict[tuple, 
             for id, (right, wrong) in sides.items() for i, (a, b) in enumerate(zip(right.values(), wrong.values()))}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # An OpenAI-compatible server
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class EndpointError(DataError):
-    """The server cannot be used: it is not there, or refuses every request. What is finished is kept."""
+    """The server cannot be used: it is not there, or no request can succeed. What is finished is kept."""
 
 
 class RequestRefused(DataError):
-    """The server refuses this one request (too long, say); others may go through."""
+    """This one request was refused or failed; others may go through, and the same command asks it again."""
 
 
-class Reply(NamedTuple):
-    text: str
-    finish_reason: str                                  # "stop", "length", ...
+# What servers call the end of a text that is whole, and of one that was cut off. Under any other name
+# ("error", "content_filter", "abort") a text is no answer of the model.
+WHOLE = ("stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete", "completed", "finished")
+CUT_OFF = ("length", "max_tokens", "max_output_tokens", "model_length")
+SPARED = ("seed", "stop", "top_p", "temperature", "max_tokens")  # what some refuse, the least missed first
+LOST_IN_A_ROW = 32                  # so many failed requests without a good one between: the server is down
+NO_MONEY = re.compile(r"(?i)insufficient[ _](quota|balance|credit|fund)|credit balance|current[ _]quota"
+                      r"|your plan and billing|billing[ _](hard[ _])?limit|arrearage|余额不足|欠费")
+LATER = re.compile(r"(?i)rate.?limit|too many|overload|capacity|throttl|(try|retry) (again|in|after)"
+                   r"|retry.?delay|per.minute|busy|unavailable|timed? ?out|稍后|繁忙")
+# Addresses of this machine and of private networks, to which no proxy leads.
+NEAR = re.compile(r"localhost$|127\.|10\.|192\.168\.|172\.(1[6-9]|2\d|3[01])\.|::1$|f[cd].*:")
 
 
 class Endpoint:
-    """A server that speaks OpenAI's protocol (vLLM, llama.cpp, transformers serve, ...). Safe to use from many threads.
+    """A server that speaks OpenAI's protocol (vLLM, llama.cpp, transformers serve). Threads may share it.
 
-    url: "http://host:8000" or ".../v1"; model: the name that the server knows it by; key: by default OPENAI_API_KEY of
-    the environment.
+    url     "http://host:8000", ".../v1", or all of ".../v1/chat/completions", with a query as Azure has it
+    model   the name that the server knows it by
+    key     by default OPENAI_API_KEY of the environment; no message ever shows it
     """
-    BUSY = (408, 409, 425, 429)                         # and every 5xx: the same request may succeed a little later
 
     def __init__(self, url: str, model: str, key: str | None = None, timeout: float = 600, attempts: int = 8,
                  pause: float = 1.0):
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise DataError(f"--endpoint {url}: expected an address such as http://localhost:8000/v1")
-        self.url = url.rstrip("/") + ("/v1" if parts.path in ("", "/") else "")
-        self.model, self.key = model, key or os.environ.get("OPENAI_API_KEY")
-        self.timeout, self.attempts, self.pause, self.warned = timeout, attempts, pause, False
-        self.opener = urllib.request.build_opener(_NoRedirect)
+        self.model, self.timeout, self.attempts, self.pause = model, timeout, attempts, pause
+        parts = r"(https?://(\[[\da-f:]+\]|[\w.-]+)(?::\d{1,5})?)(/[!-~]*?)??(\?[!-~]*)?"
+        found = re.fullmatch(parts, url.strip())
+        if not found:
+            shown = url.partition("?")[0].rpartition("@")[2]
+            raise DataError(f"--endpoint {shown}: expected an address such as http://localhost:8000/v1, "
+                            "without a password: the key is read from OPENAI_API_KEY")
+        server, host, path, self.query = found.groups(default="")
+        host = host.strip("[]")
+        self.url = server + (re.sub(r"(/(chat/)?completions)?/*$", "", path) if path.strip("/") else "/v1")
+        key = (key or os.environ.get("OPENAI_API_KEY", "")).strip()
+        if not re.fullmatch("[!-~]*", key):
+            raise DataError("OPENAI_API_KEY: holds a space, a line end or another character that no key has")
+        self.secrets = [secret for secret in (key, self.query) if secret]
+        # urllib's own User-Agent is often blocked
+        self.headers = {"Content-Type": "application/json", "User-Agent": "step-dpo"}
+        if key and (host.endswith(".azure.com") or "api-version=" in self.query):
+            self.headers["api-key"] = key
+        elif key:
+            self.headers["Authorization"] = f"Bearer {key}"
+        direct = NEAR.match(host) or urllib.request.proxy_bypass(host)
+        proxies = {} if direct else urllib.request.getproxies()
+        proxy = proxies.get(server.partition(":")[0], "").rpartition("@")[2]            # without its password
+        self.via = f" (through the proxy {proxy}; no_proxy={host} goes without)" if proxy else ""
+        self.opener = urllib.request.build_opener(_EveryStatus, urllib.request.ProxyHandler(proxies))
+        self.changes: dict[str, str | None] = {}    # field that it refuses -> its other name; None: left out
+        self.answered, self.failed, self.warned = False, 0, False
+        self.over, self.end, self.lock = threading.Event(), "interrupted", threading.Lock()
 
-    def chat(self, messages: list[dict[str, str]], **settings) -> list[Reply]:
-        """POST chat/completions with max_tokens, temperature, n, stop, ... as given; one Reply for each choice."""
-        answer = self.post("chat/completions", {"messages": messages} | settings)
-        try:
-            return [Reply(choice["message"].get("content") or "", choice.get("finish_reason") or "stop")
-                    for choice in answer["choices"]]
-        except (AttributeError, KeyError, TypeError):
-            found = _quote(json.dumps(answer), 200)
-            raise RequestRefused(f"{self.url}: an answer that is no chat completion: {found}") from None
+    def ask(self, body: dict) -> tuple[str, int | None, str]:
+        """(text, number of tokens or None, stop reason) of the reply to {"messages": ..., ...}, which goes to
+        chat/completions, or to {"prompt": ..., ...}, which goes to completions. The stop reason is "eos",
+        "stop" (a stop string) or "length".
+
+        A thought that the server keeps apart stands before the text, as models write it: <think>...</think>.
+        """
+        reply = self.post("chat/completions" if "messages" in body else "completions", body)
+        choice, usage = reply["choices"][0], reply.get("usage")
+        finish = _finish_reason(choice)
+        message = choice["message"] if isinstance(choice.get("message"), dict) else choice
+        content = message.get("content") or message.get("refusal") or message.get("text")
+        thought, text = _thought_and_text(content)
+        thought += "".join(_thought_and_text(message.get("reasoning_content") or message.get("reasoning")))
+        if thought.strip() and "</think>" not in text:
+            thinking = finish in CUT_OFF and not text.strip()           # cut off before the thought ended
+            text = f"<think>\n{thought.strip()}" + ("" if thinking else f"\n</think>\n\n{text.lstrip()}")
+        # "stop" is said of both; vLLM and SGLang give the stop string, if it was one
+        string = isinstance(choice.get("stop_reason") or choice.get("matched_stop"), str)
+        reason = "length" if finish in CUT_OFF else "stop" if string or finish == "stop_sequence" else "eos"
+        tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
+        return text, tokens if type(tokens) is int else None, reason
 
     def post(self, path: str, body: dict) -> dict:
-        """POST {url}/{path} with {"model": ...} | body; the reply's JSON object.
+        """POST {url}/{path} with {"model": ...} | body; the reply's JSON object, with a completion in it.
 
-        A busy server (429, 5xx), a broken or silent connection and a reply cut short are tried again, `attempts` times
-        in all, after pauses of 1, 2, 4, ... seconds with jitter, or what Retry-After asks for, at most a minute. Raises
-        RequestRefused where the server refuses just this request, EndpointError where none can succeed (wrong key,
-        wrong address, gone).
+        What may pass is tried again, after 1, 2, 4, ... seconds with jitter, or what Retry-After asks for, at
+        most a minute: a busy or absent server `attempts` times in all, other faults half as often. A field
+        that a refusal names is left out, or renamed, where that helps. Raises RequestRefused where this
+        request is refused or fails, EndpointError where none can succeed.
         """
-        where = f"{self.url}/{path}"
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        request = urllib.request.Request(where, json.dumps({"model": self.model} | body).encode(), headers)
-        for attempt in range(self.attempts):
-            wait = self.pause * 2 ** attempt * random.uniform(0.5, 1.0)
-            try:
-                with self.opener.open(request, timeout=self.timeout) as response:
-                    reply = json.loads(response.read(2**26))
-                if isinstance(reply, dict):
-                    return reply
-                trouble = "the reply is not a JSON object"
-            except urllib.error.HTTPError as error:
-                trouble = f"HTTP {error.code} {error.reason}"
-                try:
-                    said = _quote(_one_line(error.read(2000).decode("utf-8", "replace")), 200)
-                except (OSError, http.client.HTTPException):
-                    said = "(the explanation was cut off)"
-                if error.code in (400, 413, 422):
-                    raise RequestRefused(f"{where}: {trouble}: {said}") from None
-                if error.code not in self.BUSY and error.code < 500:
-                    check = "check --endpoint, --api_model and the key in OPENAI_API_KEY"
-                    raise EndpointError(f"{where}: {trouble}: {said}; {check}") from None
-                asked = error.headers.get("Retry-After", "")
-                wait = float(asked) if asked.isdecimal() else wait
-            except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
-                trouble = f"{type(error).__name__}: {_one_line(error)}"        # refused, reset, timed out, cut short
-            if attempt + 1 < self.attempts:
+        where, attempt, changes = f"{self.url}/{path}{self.via}", 0, dict(self.changes)
+        tries = {"busy": self.attempts, "away": self.attempts, "failed": self.attempts // 2}
+        while True:
+            if self.over.is_set():
+                raise EndpointError(self.end)
+            renamed = {changes.get(name, name): value for name, value in body.items()}
+            kind, said, wait = self._send(path, {name: value for name, value in renamed.items() if name})
+            if kind == "ok":
+                break
+            named = lambda field: re.search(rf"(?i)\b{field.replace('_', '[_ -]?')}\b", said)
+            field = next((field for field in SPARED if field in renamed and named(field)), None)
+            if field and kind in ("refused", "failed"):
+                changes[field] = "max_completion_tokens" if field == "max_tokens" else None
+                continue
+            attempt += 1
+            if attempt >= tries.get(kind, 1):
+                raise self._error(kind, f"{where}: {said}", attempt)
+            with self.lock:
                 if not self.warned:
-                    self.warned = True
-                    print(f"{where}: {trouble}; trying again, up to {self.attempts} times a request", file=sys.stderr)
-                time.sleep(min(wait, 60))
-        raise EndpointError(f"{where}: no answer after {self.attempts} attempts (last: {trouble}); is the server up? "
-                            "What is finished is kept: the same command continues")
+                    print(f"{where}: {said}; trying again, {tries[kind]} times at most", file=sys.stderr)
+                self.warned = True
+            self.over.wait(min(wait or self.pause * 2 ** (attempt - 1) * random.uniform(0.5, 1.0), 60))
+        self.answered, self.failed = True, 0
+        with self.lock:                             # what has helped is done from the start from now on
+            for field in changes.keys() - self.changes.keys():
+                how = f"sent as {changes[field]}" if changes[field] else "left out"
+                print(f"{where}: the server refuses {field}; it is {how} from here on", file=sys.stderr)
+            self.changes |= changes
+        return said
+
+    def _error(self, kind: str, said: str, attempts: int) -> DataError:
+        """What a request ends with that has not succeeded."""
+        if kind == "refused":
+            return RequestRefused(said)
+        if kind != "final":
+            self.failed += 1
+            said += f"; no answer after {attempts} attempts"
+            if self.failed < LOST_IN_A_ROW and (kind == "failed" or kind == "busy" and self.answered):
+                return RequestRefused(said)
+            said += "; is the server up? What is finished is kept: the same command continues"
+        self.end = said
+        self.over.set()                             # the other threads stop waiting and asking
+        return EndpointError(said)
+
+    def _send(self, path: str, body: dict) -> tuple[str, dict | str, float]:
+        """(kind, the reply or what is wrong, the seconds that Retry-After asks for). Kinds: "ok"; "refused",
+        just this request; "failed" and "busy", which may pass; "away", nobody answers; "final", all refused.
+        """
+        content = json.dumps({"model": self.model} | body).encode()
+        request = urllib.request.Request(f"{self.url}/{path}{self.query}", content, self.headers)
+        try:
+            with self.opener.open(request, timeout=self.timeout) as response:
+                status, headers, raw = response.status, response.headers, response.read(2**26)
+        except (OSError, OverflowError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            broken = reason is error or isinstance(reason, (BrokenPipeError, ConnectionResetError))
+            nowhere = isinstance(reason, socket.gaierror) and reason.errno != socket.EAI_AGAIN
+            kind = "failed" if broken else "final" if nowhere or isinstance(reason, ssl.SSLError) else "away"
+            return kind, self._safe(f"{type(reason).__name__}: {reason}"), 0.0
+        text = raw.decode("utf-8-sig", "replace").strip()
+        try:
+            reply = json.loads(text)
+        except (ValueError, RecursionError):
+            reply = None
+        words = self._safe(text)
+        stream = re.match(r"data:|event:|\{.*\}\n\{", text)              # server-sent events, or an object a line
+        if status >= 300:
+            kind, said = _kind_of(status), f"HTTP {status}: {words!r}"
+            if status < 400:
+                said += f", and sends us to {self._safe(headers.get('Location', 'nowhere'))!r}"
+            if kind == "final":
+                said += "; check --endpoint, --api_model and the key in OPENAI_API_KEY"
+            if kind == "final" and path == "completions":
+                said += ". Prefixes and rollouts need a server that has /completions"
+        elif isinstance(reply, dict):
+            kind, found = _inside(reply)
+            said = reply if kind == "ok" else f"HTTP {status}, but in it: {self._safe(found)!r}"
+        elif not stream and (text.startswith("{") or not text):
+            kind, said = "failed", f"a reply cut short: {words!r}"
+        else:
+            found = "a stream" if stream else "a web page" if text.startswith("<") else "plain text"
+            kind, said = "final", f"{found} came, not a JSON object: {words!r}; check --endpoint"
+        if kind != "ok" and status != 422 and NO_MONEY.search(said) and not LATER.search(said):
+            kind = "final"                          # (a 422 may quote the prompt)
+        asked = re.fullmatch(r"\d{1,9}(\.\d+)?", headers.get("Retry-After", ""))
+        return kind, said, float(asked[0]) if asked else 0.0
+
+    def _safe(self, text: str) -> str:
+        """A server's words as one line, without the key, which it may have quoted."""
+        for secret in self.secrets:
+            text = text.replace(secret, "***")
+        return " ".join(text.split())[:400]
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_):                     # it would resend the key to wherever the answer points
-        return None
+class _EveryStatus(urllib.request.HTTPErrorProcessor):
+    def http_response(self, request, response):     # no exception for an error; and no redirect is followed:
+        return response                             # the key would go along to wherever it points
+    https_response = http_response
+
+
+def _kind_of(status: int) -> str:
+    """What an HTTP status means, as in Endpoint._send."""
+    if status in (408, 409, 425, 429, 502, 503, 504, 529):
+        return "busy"
+    if status >= 500:
+        return "failed"
+    return "final" if status < 400 or status in (401, 402, 404, 405, 407) else "refused"
+
+
+def _inside(reply: dict) -> tuple[str, str]:
+    """(kind, what it says) of a reply with status 200, in which some servers put their errors."""
+    choices = reply.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+    error = choice.get("error") or reply.get("error")
+    if not error and not isinstance(choice.get("message"), dict) and "text" not in choice:
+        error = reply
+    if error:
+        said = json.dumps(error, ensure_ascii=False)
+        code = re.search(r'"(?:code|status|status_code)": "?([45]\d\d)\b', said)
+        return _kind_of(int(code[1]) if code else 429 if LATER.search(said) else 400), said
+    finish = _finish_reason(choice)
+    if finish in WHOLE + CUT_OFF:
+        return "ok", ""
+    passing = re.search("error|abort|cancel|resource|time", finish)
+    return "failed" if passing else "refused", f"finish_reason {finish}"
+
+
+def _finish_reason(choice: dict) -> str:
+    return str(choice.get("finish_reason") or "stop").lower()
+
+
+def _thought_and_text(content) -> tuple[str, str]:
+    """A message's content, text or chunks {"type": ..., "text" or "thinking": ...}, as (thought, text)."""
+    if isinstance(content, list):
+        parts = [_thought_and_text(chunk) for chunk in content]
+        return "".join(thought for thought, _ in parts), "".join(text for _, text in parts)
+    if isinstance(content, dict):
+        inner = content.get("text") or content.get("thinking") or content.get("reasoning")
+        thought, text = _thought_and_text(inner)
+        return (thought + text, "") if content.get("type") in ("thinking", "reasoning") else (thought, text)
+    if not isinstance(content, str | None):
+        raise RequestRefused(f"a completion that is {_shown(content)}; expected text")
+    return "", content or ""
 
 
 # ======================================================================================================================
@@ -1577,11 +2199,15 @@ def token_picture(ids: Sequence[int], targets: Sequence[int], tokenizer: Tokeniz
 
 def show_row(where: str, row: dict, example: Example | None, tokenizer: Tokenizer, method: str, style: str) -> str:
     """The teaching picture: the texts of a row, then the segments of its batch with the loss mask."""
-    question, steps, responses = texts_of(row, method, where)
+    try:
+        question, steps, responses = texts_of(row, method, where)
+    except Unfit:
+        return _paint(f"{where}   method {method}, prompt style {style}", "title")
+    begun = steps + responses[0] if method == "stepdpo" else ""
     of = {"chosen": "s_win" if method == "stepdpo" else "whole answer",
           "rejected": "s_lose" if method == "stepdpo" else "whole answer"}
     parts = [_paint(f"{where}   method {method}, prompt style {style}", "title"), "",
-             _block("prompt x (read, no loss)", render_prompt(style, question, tokenizer), "context")]
+             _block("prompt x (read, no loss)", render_prompt(style, question, tokenizer, begun), "context")]
     if steps:
         parts.append(_block("correct steps s_1..s_{k-1} (read, no loss)", steps, "context"))
     parts += [_block(f"{name}: {of[name]} (loss)", text, name) for name, text in zip(of, responses)]
@@ -1669,14 +2295,15 @@ def show(args: argparse.Namespace) -> int:
     columns = rows[0][1]
     if args.row is not None and args.row > len(rows):
         raise DataError(f"{args.data}: --row {args.row}: the file has rows 1 to {len(rows)}")
-    if "completion" in columns:
+    if {"question", "completion"} <= columns.keys():   # an attempt; with `prompt`, a completion is trained on
         print(show_solution(*rows[(args.row or 1) - 1], args.steps))
         return 0
     if not args.model:
         raise DataError("--model is needed to show the tokens of training rows: a checkpoint, whose tokenizer is read")
-    suggested = "sft" if "response" in columns else "stepdpo" if "initial_reason_steps" in columns else "dpo"
-    method = args.method or suggested
-    tokenizer = Tokenizer.from_pretrained(resolve(args.model))
+    method = args.method
+    if method is None:
+        method = "stepdpo" if "initial_reason_steps" in columns else "dpo" if "rejected" in columns else "sft"
+    tokenizer = Tokenizer.from_pretrained(resolve(args.model), system=args.system, template_args=args.template_args)
     limit = _settings(resolve(args.model) / "config.json").get("max_position_embeddings")
     if type(limit) is int and limit < args.max_length:
         print(f"--max_length {args.max_length}: the model's positions end at {limit}, so longer rows are dropped\n")
@@ -1692,157 +2319,31 @@ def show(args: argparse.Namespace) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The sandbox of chat templates
-# ----------------------------------------------------------------------------------------------------------------------
-
-class _GenerationTag(Extension):
-    """{% generation %}...{% endgeneration %}: in some templates, around the assistant's words. Its body as it is."""
-    tags = {"generation"}
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-
-# What a template may call. Of these only replace, join and indent make more than they are given.
-_FILTERS = frozenset("abs capitalize count d default dictsort e escape first float indent int items join last length "
-                     "list lower map max min reject rejectattr replace reverse safe select selectattr sort string "
-                     "title tojson trim unique upper".split())
-_METHODS = frozenset("capitalize count endswith find get index isalnum isalpha isdecimal isdigit islower isnumeric "
-                     "isspace istitle isupper items join keys lower lstrip partition removeprefix removesuffix replace "
-                     "rfind rindex rpartition rsplit rstrip split splitlines startswith strip swapcase title upper "
-                     "values".split())
-_SIZED = (str, list, tuple, dict, range)
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Where chat templates run, with the settings and helpers of transformers: real templates need them.
-
-    A template is a stranger's program. jinja2's sandbox keeps it from Python's internals. That it ends, in little
-    memory, is seen to here: each turn of a loop, each call and each thing that is made is paid for by its size, `fuel`
-    is far more than prompts need, and what would be huge is refused beforehand. `deadline` is for what is slow
-    otherwise.
-    """
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
-
-    def __init__(self, source: str):
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag])
-        self.filters = {name: self._paid(name, (self.filters | {"tojson": _to_json})[name]) for name in _FILTERS} | {
-            "pay": pass_context(lambda _, value: self.pay(value)),
-            "turn": pass_context(lambda _, cost: self.pay(True, max(1, cost)))}
-        # a fixed day, the one that Llama 3's templates fall back to: a prompt must not change overnight
-        self.globals |= {"strftime_now": datetime(2024, 7, 26).strftime, "raise_exception": self._raise,
-                         "namespace": _Namespace, "lipsum": None}
-        self.fuel, self.deadline = 1_000_000, time.thread_time() + 5
-        self.pay(source, 4 * len(source))
-        self.template = self.from_string(source)
-
-    def render(self, messages: list[dict[str, str]], **names) -> str:
-        self.fuel = 1_000_000 + 100 * sum(len(message["content"]) for message in messages)
-        self.deadline = time.thread_time() + 5
-        return self.template.render(messages=messages, **names)
-
-    def pay(self, value, cost: int = 1):
-        """`value`, after its size is paid for: characters, items, and the items of items."""
-        todo = [value]
-        while todo:
-            item = todo.pop()
-            self.fuel -= cost + (len(item) if isinstance(item, _SIZED) else 0)
-            if self.fuel < 0 or time.thread_time() > self.deadline:
-                raise SecurityError("it takes too many turns, makes too much text, or needs more than 5 seconds")
-            if isinstance(item, (list, tuple, dict)):
-                todo += [*item, *item.values()] if isinstance(item, dict) else item
-        return value
-
-    def _refuse_growth(self, values) -> None:
-        """Before replace, join, indent or *: the two largest of the arguments tell how much is made at most."""
-        sizes = [len(x) if isinstance(x, _SIZED) else abs(x) if isinstance(x, (int, float)) else 1 for x in values]
-        if math.prod(sorted(sizes)[-2:]) > self.fuel:
-            raise SecurityError("it makes too much text")
-
-    def _paid(self, name: str, function: Callable) -> Callable:
-        @functools.wraps(function)
-        def paid(*args, **options):
-            self.pay((args, options))
-            if name in ("replace", "join", "indent"):
-                self._refuse_growth([*args, *options.values()])
-            made = function(*args, **options)
-            return self.pay(list(made) if isinstance(made, Iterator) else made)
-        return paid
-
-    def call(self, context, function, *args, **options):
-        name, of = getattr(function, "__name__", ""), getattr(function, "__self__", "")
-        if name in ("format", "format_map"):
-            raise SecurityError(f"{name} is not allowed in a template")
-        self.pay((of, args))
-        if name in ("replace", "join"):
-            self._refuse_growth((of, *args))
-        made = super().call(context, function, *args, **options)
-        return self.pay(list(made) if isinstance(made, MappingView) else made)
-
-    def call_binop(self, context, operator, left, right):
-        if operator == "**" or operator == "%" and isinstance(left, str):
-            raise SecurityError(f"{operator} on such values is not allowed in a template")
-        if operator == "*":
-            self._refuse_growth((left, right))
-        return self.pay(super().call_binop(context, operator, left, right))
-
-    def is_safe_attribute(self, value, name, attribute) -> bool:
-        known = name in _METHODS or not isinstance(value, (str, bytes, int, float, list, tuple, dict))
-        return known and super().is_safe_attribute(value, name, attribute)
-
-    def _parse(self, source, name, filename):
-        return _Meter().visit(super()._parse(source, name, filename)).set_environment(self)
-
-    @staticmethod
-    def _raise(message):
-        raise TemplateError(message)
-
-
-def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    if (indent or 0) > 16 or len(repr(separators)) > 20:
-        raise SecurityError("tojson with such options is not allowed in a template")
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-class _Namespace(Namespace):
-    __repr__ = lambda self: "<namespace>"               # not what is in it: that may be in it many times over
-
-
-class _Meter(NodeTransformer):
-    """Has a template pay for the turns of its loops, and for what it makes other than by calls, filters and sums."""
-
-    def paid(self, node, *_):
-        return nodes.Filter(self.generic_visit(node), "pay", [], [], None, None, lineno=node.lineno)
-
-    visit_Concat = visit_List = visit_Dict = visit_Compare = paid
-
-    def visit_Tuple(self, node):
-        return self.paid(node) if node.ctx == "load" else node
-
-    def visit_Getitem(self, node):
-        return self.paid(node) if isinstance(node.arg, nodes.Slice) else self.generic_visit(node)
-
-    def visit_Output(self, node):
-        node.nodes = [x if isinstance(x, nodes.TemplateData) else self.paid(x) for x in node.nodes]
-        return node
-
-    def visit_For(self, node):
-        text = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
-        turn = nodes.Filter(nodes.Const(1 + text), "turn", [], [], None, None, lineno=node.lineno)
-        self.generic_visit(node)
-        node.test = nodes.And(turn, node.test) if node.test else turn
-        return node
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Command line
 # ----------------------------------------------------------------------------------------------------------------------
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 on")
     return int(text)
+
+
+def _object(text: str) -> dict:
+    try:
+        value = strict_json(text.encode())
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a JSON object, such as '{{\"enable_thinking\": false}}'")
+    return value
+
+
+def add_chat_options(command: argparse.ArgumentParser) -> None:
+    """--system and --template_args, which `Tokenizer.from_pretrained` takes."""
+    command.add_argument("--system", metavar="TEXT",
+                         help="system prompt of every chat that brings none (with --prompt chat)")
+    command.add_argument("--template_args", type=_object, metavar="JSON",
+                         help="further arguments of the chat template, as '{\"enable_thinking\": false}'")
 
 
 USAGE = """Look at preference data, and make it from graded attempts.
@@ -1869,9 +2370,10 @@ def arguments() -> argparse.ArgumentParser:
     command.add_argument("--prompt", choices=PROMPT_STYLES, default="chat",
                          help="prompt style; chat is the checkpoint's own template (default: %(default)s)")
     command.add_argument("--method", choices=METHODS, help="what would train on it (default: what the columns suggest)")
-    command.add_argument("--row", type=_positive, metavar="I", help="1 = the first row (default: the first kept one)")
-    command.add_argument("--max_length", type=_positive, default=1024, metavar="N",
+    command.add_argument("--row", type=positive, metavar="I", help="1 = the first row (default: the first kept one)")
+    command.add_argument("--max_length", type=positive, default=1024, metavar="N",
                          help="longer rows are dropped, in tokens (default: %(default)s)")
+    add_chat_options(command)
     command.set_defaults(run=show)
 
     command = commands.add_parser(
@@ -1890,7 +2392,7 @@ def arguments() -> argparse.ArgumentParser:
         description="Make preference pairs: the distinct first steps of those continuations whose final answer is "
                     "right, each against the wrong step that it replaces.")
     command.add_argument("file", metavar="F", help="graded continuations of errors, by eval.py (--whole: any attempts)")
-    command.add_argument("--per_error", type=_positive, metavar="N",
+    command.add_argument("--per_error", type=positive, metavar="N",
                          help="at most N pairs from one error (with --whole: one problem); default: all")
     command.add_argument("--whole", action="store_true",
                          help="pair independently sampled right and wrong whole answers instead: plain DPO's data")
@@ -1903,11 +2405,10 @@ def arguments() -> argparse.ArgumentParser:
         command = commands.choices[name]
         command.add_argument("--out", required=True, metavar="F", help="JSONL file to write")
         command.add_argument("--restart", action="store_true", help="begin anew, whatever an earlier run has left at F")
-        command.set_defaults(completes=False)
         command.add_argument("--endpoint", metavar="URL", help="the judge's OpenAI-compatible server, such as "
                              "http://localhost:8000/v1; the key is read from OPENAI_API_KEY")
         command.add_argument("--api_model", metavar="NAME", help="name of the judge model on that server")
-        command.add_argument("--concurrency", type=_positive, default=8, metavar="N",
+        command.add_argument("--concurrency", type=positive, default=8, metavar="N",
                              help="requests at a time (default: %(default)s)")
     for command in commands.choices.values():
         command.add_argument("--steps", choices=STEP_STYLES, default="auto",
@@ -1919,10 +2420,22 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def run_command(run: Callable[[], int], debug: bool = False) -> int:
-    """The exit status of `run`, a command of this project: its own, or 2 behind one line that says what is wrong and what to do; 130 where it was
-    interrupted. debug: the traceback instead. Under torchrun one process of a machine speaks."""
+    """The exit status of `run`, a command of this project: its own, or 2 behind one line that says what is wrong and
+    what to do; 130 where it was interrupted, 143 where it was terminated. debug: the traceback instead.
+
+    Under torchrun one process of a machine speaks. SIGTERM ends a command as Ctrl-C does: files are left whole."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")        # a terminal that has no "·" shows "?"
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+    terminated = False
+
+    def terminate(*_):
+        nonlocal terminated
+        terminated = True
+        raise KeyboardInterrupt
+
+    in_main_thread = threading.current_thread() is threading.main_thread()          # no other may set a handler
+    before = signal.signal(signal.SIGTERM, terminate) if in_main_thread else None
     try:
         status = run()
         sys.stdout.flush()
@@ -1931,24 +2444,29 @@ def run_command(run: Callable[[], int], debug: bool = False) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        return 130
+        if speaks:
+            print(f"{'terminated' if terminated else 'interrupted'}; the same command continues", file=sys.stderr)
+        return 143 if terminated else 130
     except Exception as error:
-        lost = isinstance(error, RuntimeError) and torch.distributed.is_initialized() and "onnection" in str(error)
+        lost = isinstance(error, RuntimeError) and dist.is_initialized() and "onnection" in str(error)
         expected = (DataError, CheckpointError, FloatingPointError, OSError, torch.OutOfMemoryError)
         if debug or not (lost or isinstance(error, expected)):
             raise
         message = str(error)
         if isinstance(error, torch.OutOfMemoryError):
-            message = (f"out of GPU memory ({message.splitlines()[0]}); what is finished is kept: go on with a lower --micro_batch_tokens or "
-                       "--max_length, or with --gradient_checkpointing (stepdpo.py); with a lower --batch_size (eval.py)")
+            message = (f"out of GPU memory ({message.splitlines()[0]}); what is finished is kept: go on with a lower "
+                       "--batch_size (eval.py), with a lower --micro_batch_tokens or --max_length, or with "
+                       "--gradient_checkpointing (stepdpo.py)")
         elif lost:
             message = "another process of this run has ended; if it failed, it says why. The same command continues"
-        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, OSError):      # a disk may be full for one only
+        if speaks or isinstance(error, OSError):        # a disk may be full for one process only
             print(f"error: {message}", file=sys.stderr)
         else:
             time.sleep(2)                               # torchrun ends the others as soon as one has ended: the first speaks
         return 2
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -1958,8 +2476,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run() -> int:
         if args.command == "show":
             return args.run(args)
-        if Path(args.out).resolve() == Path(args.file).resolve():
-            raise DataError(f"--out {args.out}: is the input; give another name")
+        check_out(args.out, args.file)
         with locked(args.out):
             return args.run(args)
     return run_command(run, args.debug)

@@ -14,10 +14,7 @@ Answers, problem files and servers are untrusted: nothing of them is ever execut
 from __future__ import annotations      # the method stands first, what it is made of behind it
 
 import argparse
-import glob
-import hashlib
 import itertools
-import json
 import math
 import os
 import random
@@ -28,25 +25,23 @@ import unicodedata
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Callable, Sequence
+from typing import Callable, Container, Iterable, Iterator, NamedTuple, Sequence
 
 import torch
-import torch.distributed as dist
-from tqdm import tqdm
 
 if __name__ == "__main__":      # python -P does not search a script's own folder
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from data import (BOXED, LONGEST_TOKEN, PROMPT_STYLES, STEP_STYLES, DataError, Endpoint, RequestRefused, Tokenizer,
-                  complain, expect, first_error_from_values, next_prefix, read_rows, render_prompt, same_step, split_steps,
-                  text_field, writable, write_rows)
-from model import (CheckpointError, Llama, choose_device, fingerprint, generate, keep_freed_memory, read_json, resolve,
-                   stable_key, writing)
+from data import (BOXED, LONGEST_TOKEN, PROMPT_STYLES, STEP_STYLES, DataError, Endpoint, Journal, RequestRefused,
+                  Tokenizer, add_chat_options, check_out, complain, digest, expect, first_error_from_values, next_prefix, positive, progress,
+                  read_rows, render_prompt, run_command, same_step, split_steps, stage, step_starts, summary_path,
+                  text_field, writable)
+from model import (CheckpointError, Llama, choose_device, fingerprint, keep_freed_memory, leave_processes, read_json,
+                   resolve, samples, stable_key)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,16 +160,16 @@ def read_file(args: argparse.Namespace, bad: list[DataError]) -> list:
             bad.append(error)
     notes = []
     if args.rollouts:
-        wrong = [item for item in items if not item[0].carried["correct"]]
+        wrong = [item for item in items if args.all or not item[0].carried["correct"]]
         items = [item for item in wrong if item[0].carried.get("stop_reason") != "length"]     # localize judges no others
         if cut := len(wrong) - len(items):
-            notes.append(f"{args.problems}: {cut} of {len(wrong)} wrong attempts were cut off by the length limit and are left out")
+            notes.append(f"{args.problems}: {cut} of {len(wrong)} {'' if args.all else 'wrong '}attempts were cut off by the length limit and are left out")
     renamed = make_distinct([item[0] for item in items] if args.rollouts else items)
     notes += renamed[:1] + ([f"{args.problems}: {len(renamed) - 1} more rows likewise"] if renamed[1:] else [])
     if notes and os.environ.get("RANK", "0") == "0":
         print(*notes, sep="\n", file=sys.stderr)
     if not items:
-        raise DataError(f"{args.problems}: holds no {'wrong attempt' if args.rollouts else 'problem'} that can be used"
+        raise DataError(f"{args.problems}: holds no {'attempt' if args.rollouts and args.all else 'wrong attempt' if args.rollouts else 'problem'} that can be used"
                         + (f" ({len(bad)} bad rows; the first: {bad[0]})" if bad else ""))
     return items
 
@@ -183,37 +178,55 @@ def read_file(args: argparse.Namespace, bad: list[DataError]) -> list:
 # SAMPLING: from the project's own model or from a server; every sample on disk as it is finished
 # ---------------------------------------------------------------------------------------------------------------------
 
-class Local:
-    """Samples from a checkpoint, by model.py."""
+class Prompt(NamedTuple):
+    """What a sampler reads, as its `prepare` gives it."""
+    content: object          # token ids, or a request to a server
+    text: str                # the reasoning in it: a sample goes on from there
+    spaces: bool             # whether spaces at its end were left to the model; they are taken off the sample
 
-    def __init__(self, args: argparse.Namespace):
-        folder = resolve(args.model)
-        device = choose_device(args.device)
-        dtype = args.dtype or ("fp32" if device.type == "cpu" else "bf16")
-        self.args, self.tokenizer = args, Tokenizer.from_pretrained(folder)
-        self.stop_ids = self.tokenizer.stop_ids(args.prompt)
+
+class Drawn(NamedTuple):
+    """One sample."""
+    text: str                # what is new, cut before a stop string
+    tokens: int | None       # how many tokens that took; None where a server does not say
+    stop_reason: str         # "eos", "stop" (a stop string), "length", or what else a server calls it
+
+
+class Sampler:
+    """Samples from a checkpoint (folder or hub id), by model.py.
+
+    dtype: "fp32" or "bf16" (default: bf16 on a GPU, else fp32); batch_size: samples that are computed together, all of one
+    prompt at least; system, template_args: for the chat template. `settings` is all that decides what it would say.
+    """
+
+    def __init__(self, folder: str | Path, *, prompt: str = "chat", dtype: str | None = None, device: str | None = None,
+                 batch_size: int = 64, system: str | None = None, template_args: dict | None = None):
+        folder, device = resolve(folder), choose_device(device)
+        dtype = dtype or ("fp32" if device.type == "cpu" else "bf16")
+        self.prompt, self.batch_size = prompt, batch_size
+        self.tokenizer = Tokenizer.from_pretrained(folder, system=system, template_args=template_args)
+        self.stop_ids = self.tokenizer.stop_ids(prompt)
         self.model = Llama.from_pretrained(folder, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], device)
-        self.settings = {"model": f"{folder.resolve().name} {fingerprint(folder)[:12]}", "dtype": dtype, "device": device.type}
+        self.settings = {"model": f"{folder.resolve().name} {fingerprint(folder)[:12]}", "dtype": dtype,
+                         "device": device.type, "prompt": prompt, "system": system, "template_args": template_args}
 
-    def prepare(self, problem: Problem, text: str, cut: int | None = None) -> tuple[list[int], str, bool]:
-        """What `run` wants of a prompt, the reasoning that is in it, `text` or its steps before character `cut`, and
-        whether spaces at the prompt's end were left to the model.
+    def prepare(self, problem: Problem, text: str, cut: int | None = None) -> Prompt:
+        """The prompt of a problem with the reasoning `text` behind it, or its part before character `cut`.
 
         Words bring their space along: "Assistant: " and "Let" are trained as ":" and " Let", so a space of its own is a
         token that the model never saw there. With a cut, the prompt ends at a token of the whole text, so that the
         model reads on from the very tokens that it would have written; line ends after the step belong to it where
-        they are one token with its full stop."""
-        found = self.tokenizer.control_token_in(text if self.args.prompt == "raw" else problem.question) or self.tokenizer.control_token_in(text)
-        if found:
+        they are one token with its full stop. Raises DataError where the model cannot take it."""
+        asked = "" if self.prompt == "raw" else problem.question         # a raw prompt is rendered already
+        if found := self.tokenizer.control_token_in(asked) or self.tokenizer.control_token_in(text):
             raise DataError(f"{problem.where}: it contains the control token {found}, which is no text; remove it")
-        rendered = render_prompt(self.args.prompt, problem.question, self.tokenizer)
-        most = self.model.config.max_position_embeddings - 1
-        if len(rendered + text) > LONGEST_TOKEN * most:
-            raise DataError(f"{problem.where}: prompt and prefix have {len(rendered + text)} characters; the model takes "
+        rendered = render_prompt(self.prompt, problem.question, self.tokenizer, text)
+        full, most = rendered + text, self.model.config.max_position_embeddings - 1
+        if len(full) > LONGEST_TOKEN * most:                            # known without waiting for its tokens
+            raise DataError(f"{problem.where}: prompt and prefix have {len(full)} characters; the model takes "
                             f"1 to {most} tokens")
-        whole = rendered + text
-        spaces = cut is None and whole.strip(" ") != "" and whole.endswith(" ")
-        ids, offsets = self.tokenizer.encode(whole.rstrip(" ") if spaces else whole)
+        spaces = cut is None and full.strip(" ") != "" and full.endswith(" ")
+        ids, offsets = self.tokenizer.encode(full.rstrip(" ") if spaces else full, bos=self.prompt != "chat")
         if cut is not None:
             cut = len(rendered) + len(text) - len(text[cut:].lstrip())
             kept = sum(1 for _, end in offsets if end <= cut)
@@ -223,153 +236,196 @@ class Local:
         if max(ids) >= self.model.config.vocab_size:
             raise CheckpointError(f"{self.tokenizer.source}: tokenizer.json gives token {max(ids)}, config.json says "
                                   f"vocab_size {self.model.config.vocab_size}: they do not belong together")
-        return ids, text, spaces
+        return Prompt(ids, text, spaces)
 
-    def batches(self, prompts: list[list[int]], n: int) -> list[list[int]]:
-        """Indices of the prompts that are computed together: alike in length, about `batch_size` samples. It looks at
-        the prompts alone, not at what is done already: a batch is computed whole, so that each sample has the same
-        neighbours, hence the very numbers, whether the run was disturbed or not."""
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        size = max(1, self.args.batch_size // n)
+    def batches(self, prompts: Sequence[Prompt], n: int) -> list[list[int]]:
+        """Indices of the prompts that are computed together, about `batch_size` samples: the longest first, and beside
+        each those that share half of it or more, whose common beginning is then computed once.
+
+        It looks at the prompts alone, not at what is done already: a batch is computed whole, so that each sample has
+        the same neighbours, hence the very numbers, whether the run was disturbed or not."""
+        families: list[list[int]] = []
+        for i in sorted(range(len(prompts)), key=lambda i: prompts[i].content):      # what begins alike is neighbours
+            ids, before = prompts[i].content, prompts[families[-1][-1]].content if families else []
+            half = min(len(before), len(ids)) // 2 + 1
+            if before[:half] == ids[:half]:
+                families[-1].append(i)
+            else:
+                families.append([i])
+        families.sort(key=lambda family: -max(len(prompts[i].content) for i in family))
+        order, size = [i for family in families for i in family], max(1, self.batch_size // n)
         return [order[at:at + size] for at in range(0, len(order), size)]
 
-    def run(self, prompts: list[list[int]], n: int, seed: int, done: set, on_finish: Callable) -> None:
-        """n continuations of each prompt; on_finish(i, j, text, tokens, stop_reason) hears of each."""
-        def finished(i, j, sample):
-            text = self.tokenizer.continuation(prompts[i], sample.token_ids)
-            if sample.stop_reason == "stop":
-                text = text[:min((at for stop in a.stop if (at := text.find(stop)) >= 0), default=len(text))]
-            on_finish(i, j, text, len(sample.token_ids), sample.stop_reason)
-        a = self.args
-        generate(self.model, prompts, n=n, max_new_tokens=a.max_new_tokens, temperature=a.temperature, top_p=a.top_p,
-                 eos_ids=self.stop_ids, stop=tuple(a.stop), decode=self.tokenizer.decode, seed=seed, on_finish=finished)
+    def draw(self, prompts: Sequence[Prompt], n: int, seed: int, temperature: float | Callable[[list[int]], float] = 0.0,
+             *, top_p: float = 1.0, max_new_tokens: int = 2048, stop: Sequence[str] = (), done: Container = frozenset(),
+             ended: Callable[[int, str], bool] | None = None) -> Iterator[tuple[int, int, Drawn]]:
+        """(i, j, sample j of prompts[i]) for j = 0 .. n-1, as they end; not those that are `done`, pairs (i, j).
+
+        temperature: also a function of the tokens sampled so far. A sample ends at an end token, before a `stop` string,
+        after max_new_tokens, or where ended(i, its text so far) says so."""
+        for batch in self.batches(prompts, n):
+            if all((i, j) in done for i in batch for j in range(n)):
+                continue
+            ids = [prompts[i].content for i in batch]
+            over = ended and (lambda b, new: ended(batch[b], self.tokenizer.continuation(ids[b], new)))
+            for b, j, sample in samples(
+                    self.model, ids, n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+                    eos_ids=self.stop_ids, stop=tuple(stop), decode=self.tokenizer.decode, seed=seed, ended=over):
+                i, text = batch[b], self.tokenizer.continuation(ids[b], sample.token_ids)
+                if sample.stop_reason == "stop":
+                    text = text[:min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
+                if prompts[i].spaces:
+                    text = text.lstrip(" ")
+                if (i, j) not in done:
+                    yield i, j, Drawn(printable(text), len(sample.token_ids), sample.stop_reason)
 
 
 class Remote:
-    """Samples from an OpenAI-compatible server: /chat/completions where it can render the prompt itself, that is
-    for a chat without a prefix, else /completions with the rendered text."""
+    """Samples from an OpenAI-compatible server: by /chat/completions where it can render the prompt itself,
+    that is a chat without a prefix, else by /completions with the rendered text.
 
-    def __init__(self, args: argparse.Namespace):
-        self.args, self.refused = args, []
-        self.endpoint = Endpoint(args.endpoint, args.api_model)
-        self.tokenizer = Tokenizer.from_pretrained(resolve(args.model)) if args.model else None
-        self.settings = {"endpoint": args.endpoint, "api_model": args.api_model}
+    endpoint, api_model    as for data.Endpoint
+    model                  the checkpoint whose chat template renders the prompts that have a prefix
+    system, template_args  of a chat: a system prompt; what its template takes, as {"enable_thinking": False}
+    """
 
-    def prepare(self, problem: Problem, text: str, cut: int | None = None) -> tuple[tuple, str, bool]:
-        where, question, style = problem.where, problem.question, self.args.prompt
+    def __init__(self, endpoint: str, api_model: str, *, model: str | None = None, prompt: str = "chat",
+                 concurrency: int = 32, system: str | None = None, template_args: dict | None = None):
+        self.endpoint, self.prompt, self.concurrency = Endpoint(endpoint, api_model), prompt, concurrency
+        self.tokenizer = None
+        if model:
+            self.tokenizer = Tokenizer.from_pretrained(resolve(model), system=system, template_args=template_args)
+        if prompt != "chat" and (system or template_args):
+            raise DataError("--system and --template_args belong to the chat template; --prompt "
+                            f"{prompt} has no place for them: choose --prompt chat")
+        self.system = "You are a helpful assistant." if prompt == "qwen2-boxed" else system
+        self.template_args = template_args
+        self.alike = 0                           # samples just like the first of their prompt; -inf: not all
+        self.settings = {"endpoint": self.endpoint.url, "api_model": api_model, "prompt": prompt,
+                         "system": system, "template_args": template_args}
+
+    def prepare(self, problem: Problem, text: str, cut: int | None = None) -> Prompt:
+        """As Sampler.prepare; the prompt's content is (where, the body of its request)."""
+        where, question = problem.where, problem.question
         text = text if cut is None else text[:cut].rstrip()
-        if found := re.search(r"<\|[\w-]{1,40}\|>", question + text):
-            raise DataError(f"{where}: it contains the control token {found[0]}, which is no text; remove it")
-        if style in ("chat", "qwen2-boxed") and not text:
-            messages = [{"role": "user", "content": question}]
-            if style == "qwen2-boxed":
-                messages = [{"role": "system", "content": "You are a helpful assistant."},
-                            {"role": "user", "content": question + BOXED}]
-            return (where, "chat/completions", {"messages": messages}), text, False
-        if style == "chat" and self.tokenizer is None:
-            raise DataError(f"{where}: --prompt chat needs the checkpoint's template for a prefix: give --model")
-        whole = render_prompt(style, question, self.tokenizer) + text
-        return (where, "completions", {"prompt": whole.rstrip(" ") or whole}), text, whole.endswith(" ")
+        checked = text if self.prompt == "raw" and self.tokenizer else question + text
+        found = re.search(r"<\|[\w-]{1,40}\|>", checked)
+        if found := found and found[0] or self.tokenizer and self.tokenizer.control_token_in(checked):
+            raise DataError(f"{where}: it contains the control token {found}, which is no text; remove it")
+        if self.prompt in ("chat", "qwen2-boxed") and not text:
+            body = {"messages": [{"role": "system", "content": self.system}] if self.system else []}
+            asked = question if self.prompt == "chat" else question + BOXED
+            body["messages"].append({"role": "user", "content": asked})
+            if self.template_args:
+                body["chat_template_kwargs"] = self.template_args       # as vLLM, SGLang and llama.cpp call them
+            return Prompt((where, body), text, False)
+        if self.prompt == "chat" and self.tokenizer is None:
+            raise DataError(f"{where}: a prefix needs the checkpoint's chat template: give --model too")
+        whole = render_prompt(self.prompt, question, self.tokenizer, text) + text
+        if self.tokenizer and self.tokenizer.bos_id is not None:                # the server adds it
+            whole = whole.removeprefix(self.tokenizer.backend.id_to_token(self.tokenizer.bos_id))
+        return Prompt((where, {"prompt": whole.rstrip(" ") or whole}), text, whole.endswith(" "))
 
-    def batches(self, prompts: list, n: int) -> list[list[int]]:
+    def batches(self, prompts: Sequence[Prompt], n: int) -> list[list[int]]:
         return [list(range(len(prompts)))]       # the server makes its own batches: keep it busy to the end
 
-    def run(self, prompts: list, n: int, seed: int, done: set, on_finish: Callable) -> None:
-        """As Local.run, but what is `done`, pairs (i, j), is not asked for. What is refused lands in `refused`."""
-        a = self.args
+    def draw(self, prompts: Sequence[Prompt], n: int, seed: int, temperature: float = 0.0, *, top_p: float = 1.0,
+             max_new_tokens: int = 2048, stop: Sequence[str] = (),
+             done: Container = frozenset()) -> Iterator[tuple[int, int, Drawn | DataError]]:
+        """(i, j, the j-th sample of prompt i) as each ends; those in `done` are not asked for. A DataError
+        stands for a sample that the server refused or failed to give. EndpointError: it gives none at all."""
+        how = {"max_tokens": max_new_tokens, "temperature": temperature}
+        how |= {"top_p": top_p} if temperature else {}          # some servers refuse a top_p of 1
+        how |= {"stop": list(stop)} if stop else {}
 
-        def ask(i, j):
-            where, path, body = prompts[i]
-            body = body | {"max_tokens": a.max_new_tokens, "temperature": a.temperature, "top_p": a.top_p,
-                           "seed": stable_key(seed, body, j) % 2**31} | ({"stop": a.stop} if a.stop else {})
+        def ask(i: int, j: int) -> tuple[int, int, Drawn | DataError]:
+            where, body = prompts[i].content
+            own = {"seed": stable_key(seed, body, j) % 2**31} if temperature else {}
             try:
-                reply = self.endpoint.post(path, body)
-                choice, usage = reply["choices"][0], reply.get("usage")
-                text = choice["message"]["content"] if path.startswith("chat") else choice["text"]
-                if not isinstance(text, str | None):
-                    raise TypeError
+                text, tokens, reason = self.endpoint.ask(body | how | own)
             except RequestRefused as error:
                 return i, j, DataError(f"{where}: {error}")
-            except (LookupError, TypeError):
-                return i, j, DataError(f"{where}: the server's reply has no completion in it ({str(reply)[:200]!r})")
-            tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
-            reason = choice.get("finish_reason")
-            if reason == "stop":                 # says both; vLLM gives the stop string, if it was one, in stop_reason
-                reason = "stop" if isinstance(choice.get("stop_reason"), str) else "eos"
-            return i, j, (text or "", tokens if type(tokens) is int else None, str(reason))
+            end = min((at for string in stop if (at := text.find(string)) >= 0), default=None)
+            text = text[:end].lstrip(" ") if prompts[i].spaces else text[:end]
+            return i, j, Drawn(printable(text), tokens, reason if end is None else "stop")
 
-        with ThreadPoolExecutor(a.concurrency) as pool:
+        wanted = [(i, j) for i in range(len(prompts)) for j in range(n) if (i, j) not in done]
+        first: dict[int, str] = {}               # the first text of each prompt
+        with ThreadPoolExecutor(self.concurrency) as pool:
             try:
-                wanted = [(i, j) for i in range(len(prompts)) for j in range(n) if (i, j) not in done]
                 for future in as_completed([pool.submit(ask, i, j) for i, j in wanted]):
                     i, j, outcome = future.result()
-                    if isinstance(outcome, DataError):
-                        self.refused.append(outcome)
-                    else:
-                        on_finish(i, j, *outcome)
+                    if temperature and isinstance(outcome, Drawn):
+                        if i in first:
+                            self._compare(first[i], outcome.text, temperature)
+                        first.setdefault(i, outcome.text)
+                    yield i, j, outcome
             except BaseException:
+                self.endpoint.over.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-
-class Journal:
-    """What is finished, on disk the moment it is: OUT.journal-R of rank R, a line of settings, then [key, value] lines.
-
-    What is in `done` when a run begins need not be computed again. A journal of other settings is refused."""
-
-    def __init__(self, out: Path, settings: dict, rank: int, restart: bool = False):
-        self.out, self.settings, self.path, self.done = out, settings, Path(f"{out}.journal-{rank}"), {}
-        self.files = self.find()
-        for path in [] if restart else self.files:
-            for number, line in enumerate(path.read_bytes().split(b"\n")[:-1]):  # behind the last \n: a torn line
-                try:
-                    entry = json.loads(line)
-                    if number:
-                        self.done[tuple(entry[0])] = entry[1]
-                except (ValueError, TypeError, LookupError):
-                    entry = None                 # damaged: that sample is computed again
-                if not number:
-                    refuse_other(entry, settings, path)
-
-    def find(self) -> list[Path]:
-        found = self.out.parent.glob(f"{glob.escape(self.out.name)}.journal-*")
-        return sorted(path for path in found if path.suffix.removeprefix(".journal-").isdecimal())
-
-    def remove(self) -> None:
-        for path in self.find():
-            path.unlink()
-
-    def open(self) -> None:
-        """Begin to write. Under torchrun: once all ranks have read."""
-        with writing(self.path), self.path.open("ab+") as file:      # a torn line goes away
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-        self.file = self.path.open("a", encoding="utf-8", newline="\n")
-        if self.file.tell() == 0:
-            self.write(self.settings)
-
-    def add(self, key: tuple, value) -> None:
-        if key not in self.done:
-            self.done[key] = value
-            self.write([key, value])
-
-    def write(self, entry) -> None:
-        with writing(self.path):
-            self.file.write(dumps(entry) + "\n")
-            self.file.flush()
+    def _compare(self, one: str, other: str, temperature: float) -> None:
+        """Warn, once, of a server that gives the same sample again and again."""
+        self.alike = self.alike + 1 if one == other else -math.inf
+        if self.alike == 3:
+            print(f"{self.endpoint.url}: the samples of a prompt are all the same; does the server heed "
+                  f"temperature {temperature}?", file=sys.stderr)
 
 
-def refuse_other(old, new: dict, path: Path) -> None:
-    """DataError naming what differs between the settings of what lies at `path` and the present ones."""
-    old = old if isinstance(old, dict) else {}
-    changed = [f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in new | old if old.get(key) != new.get(key)]
-    if changed:
-        raise DataError(f"{path}: was made otherwise: {'; '.join(changed)}; "
-                        "choose another --out, or begin anew with --restart")
+def next_steps(sampler: Sampler | Remote, partial_solutions: Sequence[tuple[Problem, str]], n: int, temperature: float,
+               *, seed: int = 0, top_p: float = 1.0, max_new_tokens: int = 256,
+               steps: str = "auto") -> list[list[tuple[str, bool | None]]]:
+    """The next step of each partial solution, n times: result[i][j] is (its text, whether it ended the solution).
+
+    A partial solution is (problem, text so far). The text may be empty, and may end in a whole step, in a label ("Step 2:")
+    or in mid-step, whose rest is then sampled. text + step is the solution so far, as data.split_steps would cut it: a
+    label that the model writes belongs to the step behind it. None instead of a bool: max_new_tokens cut the step off.
+    Sampling ends with the step; only a server samples on, and what it says behind the step is thrown away.
+    """
+    prompts = [_prepare_step(sampler, problem, text, steps) for problem, text in partial_solutions]
+    begins = [len(text) for _, text in partial_solutions]
+
+    def ended(i: int, new: str) -> bool:
+        return step_end(prompts[i].text + new, begins[i], steps, over=False) is not None
+
+    how = {"ended": ended} if isinstance(sampler, Sampler) else {}
+    found = [[("", None)] * n for _ in prompts]
+    for i, j, drawn in sampler.draw(prompts, n, seed, temperature, top_p=top_p, max_new_tokens=max_new_tokens, **how):
+        if isinstance(drawn, DataError):
+            raise drawn
+        whole, over = prompts[i].text + drawn.text, drawn.stop_reason == "eos"
+        end = step_end(whole, begins[i], steps, over)
+        found[i][j] = (whole[begins[i]:], True if over else None) if end is None else (whole[begins[i]:end], False)
+    return found
 
 
-def dumps(value) -> str:
-    return json.dumps(value, ensure_ascii=False)
+def _prepare_step(sampler: Sampler | Remote, problem: Problem, text: str, steps: str) -> Prompt:
+    """Many tokenizers write a full stop and the line break behind it as one token. Where the text ends in the full stop
+    of a step, the model must read that token, or it would be where it never was: at a full stop without a line break."""
+    prompt = sampler.prepare(problem, text)
+    styles = STEP_STYLES[1:] if steps == "auto" else (steps,)
+    words = max(step_starts(text + " ", style)[-1][1] for style in styles)        # of the last step; behind its label
+    so_far = re.findall(r"\n\s*", text[:words])                                   # before labels, or of paragraphs
+    line_break = so_far[-1] if so_far else "\n" if words else "\n\n"
+    continued = text.rstrip() + line_break + "Step"
+    if isinstance(sampler, Sampler) and text[words:].strip() and continued.startswith(text):
+        joined = sampler.prepare(problem, continued, len(text))
+        if joined.content[:len(prompt.content)] != prompt.content:
+            return joined
+    return prompt
+
+
+def step_end(text: str, behind: int, style: str = "auto", over: bool = True) -> int | None:
+    """Where the step ends in which character `behind` stands, or the next one where that has no more words: at the
+    next label. None if there is no such label, or, in a text that is not `over` yet, none that is certain: with `auto`,
+    blank lines part steps only where no labels do, and one may be about to come."""
+    starts = step_starts(text, style)
+    for (_, words), (label, next_words) in zip(starts, starts[1:]):
+        if text[max(behind, words):label].strip():
+            certain = over or style != "auto" or text[label:next_words].strip() or "\n" in text[next_words:]
+            return label if certain else None
+    return None
 
 
 def grade(reasoning: str, answer: str) -> tuple[str | None, bool]:
@@ -385,17 +441,17 @@ def printable(text: str) -> str:
 
 @dataclass
 class Work:
-    """What sampling needs to know, and how much of it one rank has done."""
+    """What sampling needs to know, and how much of it this process has done."""
     args: argparse.Namespace
-    sampler: Local | Remote
-    journal: Journal
+    sampler: Sampler | Remote
     bad: list[DataError]
+    journal: Journal | None = None
     rank: int = 0
     world: int = 1
-    samples: int = 0
     tokens: int = 0
+    seconds: float = 0.0
 
-    def prepare(self, requests: list[tuple]) -> list[tuple | None]:
+    def prepare(self, requests: Iterable[tuple]) -> list[Prompt | None]:
         """sampler.prepare of each; None, and a line in `bad`, where it cannot be. DataError where none can be."""
         prompts = []
         for request in requests:
@@ -408,53 +464,44 @@ class Work:
             raise DataError(f"no row can be used; the first: {self.bad[-len(prompts)]}")
         return prompts
 
-    def run(self, keys: list[tuple], prompts: list, n: int, seed: int, on_finish: Callable) -> None:
-        """Draw n samples of each prompt, but for those whose keys (*key, j) are all in the journal."""
+    def draw(self, keys: list[tuple], prompts: list[Prompt], n: int, seed: int) -> Iterator[tuple[int, int, Drawn]]:
+        """n samples of each prompt, but for those whose keys (*key, j) are in the journal. Failures go to its `failed`."""
+        args = self.args
         done = {(i, j) for i, key in enumerate(keys) for j in range(n) if (*key, j) in self.journal.done}
-
-        def count(i, j, text, tokens, reason):
-            self.samples, self.tokens = self.samples + 1, self.tokens + (tokens or 0)
-            on_finish(i, j, printable(text), tokens, reason)
-        if len(done) < n * len(keys):
-            self.sampler.run(prompts, n, seed, done, count)
-
-    def progress(self, total: int | None, done: int, unit: str) -> tqdm:
-        return tqdm(total=total, initial=done, unit=f" {unit}", disable=self.rank > 0, dynamic_ncols=True,
-                    mininterval=0.5 if sys.stderr.isatty() else 30)
+        for i, j, drawn in self.sampler.draw(prompts, n, seed, args.temperature, top_p=args.top_p,
+                                             max_new_tokens=args.max_new_tokens, stop=args.stop, done=done):
+            if isinstance(drawn, DataError):
+                self.journal.failed.append(drawn)
+            else:
+                self.tokens += drawn.tokens or 0
+                yield i, j, drawn
 
 
 def sample_problems(problems: list[Problem], work: Work) -> None:
-    """Journal n graded samples (i, j) -> row of each problem; this rank takes every world-th batch."""
+    """Journal n graded samples (i, j) -> row of each problem; this process takes every world-th batch."""
     n, done = work.args.samples, work.journal.done
-    prompts = work.prepare([(problem, problem.prefix) for problem in problems])
-    kept = [i for i, prompt in enumerate(prompts) if prompt]
-    batches = work.sampler.batches([prompts[i][0] for i in kept], n)[work.rank::work.world]
-    batches = [[kept[b] for b in batch] for batch in batches]
+    prompts = work.prepare((problem, problem.prefix) for problem in problems)
+    usable = [i for i, prompt in enumerate(prompts) if prompt]
+    batches = work.sampler.batches([prompts[i] for i in usable], n)[work.rank::work.world]
+    batches = [[usable[b] for b in batch] for batch in batches]
     mine = [(i, j) for batch in batches for i in batch for j in range(n)]
-    right, finished = sum(done[key]["correct"] for key in mine if key in done), sum(key in done for key in mine)
-    with work.progress(len(mine), finished, "samples") as bar:
+    # without the accuracy so far: long prompts, the harder ones, come first
+    with progress(len(mine), sum(key in done for key in mine), "samples", quiet=work.rank > 0) as bar:
         for batch in batches:
-            def finish(b, j, completion, tokens, reason):
-                nonlocal right, finished
-                if (batch[b], j) in done:
-                    return
+            keys, asked = [(i,) for i in batch], [prompts[i] for i in batch]
+            for b, j, drawn in work.draw(keys, asked, n, work.args.seed):
                 problem = problems[batch[b]]
-                if prompts[batch[b]][2]:
-                    completion = completion.lstrip(" ")
-                extracted, correct = grade(problem.prefix + completion, problem.answer)
+                extracted, correct = grade(problem.prefix + drawn.text, problem.answer)
                 work.journal.add((batch[b], j), {
                     "id": problem.id, "question": problem.question, "answer": problem.answer, "sample": j,
-                    "prefix": problem.prefix, "completion": completion, "extracted": extracted, "correct": correct,
-                    "tokens": tokens, "stop_reason": reason} | problem.carried)
-                right, finished = right + correct, finished + 1
-                bar.set_postfix_str(f"accuracy {right / finished:.1%}", refresh=False)
+                    "prefix": problem.prefix, "completion": drawn.text, "extracted": extracted, "correct": correct,
+                    "tokens": drawn.tokens, "stop_reason": drawn.stop_reason} | problem.carried)
                 bar.update()
-            work.run([(i,) for i in batch], [prompts[i][0] for i in batch], n, work.args.seed, finish)
 
 
 def value_steps(attempts: list[tuple[Problem, str]], work: Work) -> None:
-    """Journal (a,) -> valued row of each wrong attempt: how often it still comes right from before each step, by
-    rollouts (Monte Carlo values, as in Math-Shepherd, arXiv 2312.08935). This rank takes every world-th attempt.
+    """Journal (a,) -> valued row of each attempt: how often it still comes right from before each step, by rollouts
+    (Monte Carlo values, as in Math-Shepherd, arXiv 2312.08935). This process takes every world-th attempt.
 
     Rounds: in each, every undecided attempt names the step before which more samples tell most about its first error
     (data.next_prefix), half of `--rollouts` are drawn there, and the next round sees the counts; three times
@@ -464,11 +511,14 @@ def value_steps(attempts: list[tuple[Problem, str]], work: Work) -> None:
     n = args.rollouts if args.every_step else max(1, args.rollouts // 2)
     steps = [split_steps(text, args.steps) for _, text in attempts]
     before = lambda a, k: (*attempts[a], sum(map(len, steps[a][:k])))      # a request: attempt a, cut before step k
-    fits = work.prepare([before(a, len(steps[a]) - 1) for a in range(len(attempts))])
+    fits = work.prepare(before(a, len(steps[a]) - 1) for a in range(len(attempts)))
     mine = [a for a in range(work.rank, len(attempts), work.world) if fits[a]]
     agreement = {a: [None] * len(steps[a]) for a in mine}                  # before a step: [same step, right, tries]
-    values = {a: [None] * (len(steps[a]) - 1) + [[0, args.rollouts]] for a in mine}      # after it: [right, tries]
-    with work.progress(n * sum(len(steps[a]) for a in mine) if args.every_step else None, 0, "rollouts") as bar:
+    values = {a: [None] * len(steps[a]) for a in mine}                     # after it: [right, tries]
+    for a in mine:
+        correct = attempts[a][0].carried.get("correct", False)
+        values[a][-1] = [args.rollouts if correct else 0, args.rollouts]
+    with progress(0, 0, "rollouts", quiet=work.rank > 0) as bar:
         for round in itertools.count():
             if args.every_step:
                 jobs = [(a, k, round) for a in agreement for k in range(len(steps[a])) if round == 0]
@@ -477,19 +527,19 @@ def value_steps(attempts: list[tuple[Problem, str]], work: Work) -> None:
                 jobs = [(a, k, round) for a, k in wanted.items() if k is not None]
             if not jobs:
                 break
+            bar.total += sum((*job, j) not in done for job in jobs for j in range(n))
+            bar.set_description(f"round {round + 1}, {len({a for a, _, _ in jobs})} attempts open")
             prompts = [work.sampler.prepare(*before(a, k)) for a, k, _ in jobs]
-            for batch in work.sampler.batches([prompt[0] for prompt in prompts], n):
-                def finish(b, j, completion, tokens, reason):
-                    (a, k, _), text = jobs[batch[b]], prompts[batch[b]][1] + completion
-                    right = grade(text, attempts[a][0].answer)[1]
-                    taken = split_steps(text, args.steps)[k:k + 1]
-                    same = right and bool(taken) and same_step(taken[0], steps[a][k], args.steps)
-                    work.journal.add((*jobs[batch[b]], j), [same, right])
-                    bar.update()
-                work.run([jobs[i] for i in batch], [prompts[i][0] for i in batch], n, 1000 * args.seed + round, finish)
+            for i, j, drawn in work.draw(jobs, prompts, n, 1000 * args.seed + round):
+                (a, k, _), text = jobs[i], prompts[i].text + drawn.text
+                right = grade(text, attempts[a][0].answer)[1]
+                taken = split_steps(text, args.steps)[k:k + 1]
+                same = right and bool(taken) and same_step(taken[0], steps[a][k], args.steps)
+                work.journal.add((*jobs[i], j), [same, right])
+                bar.update()
             for a, k, _ in jobs:
                 outcomes = [done[a, k, round, j] for j in range(n) if (a, k, round, j) in done]
-                if not outcomes:                 # a server refused them, which `bad` says
+                if not outcomes:                 # a server refused them all, which journal.failed says
                     agreement.pop(a, None)
                 elif a in agreement:
                     counts = (*map(sum, zip(*outcomes)), len(outcomes))
@@ -580,90 +630,66 @@ def table(summary: dict) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 def evaluate(args: argparse.Namespace) -> int:
-    """The whole command, on every rank; returns the exit status. Ranks meet in files; they only wait for each other."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    started_here = world > 1 and not dist.is_initialized()
-    if started_here:                             # the work may be uneven: wait long
-        dist.init_process_group("gloo", timeout=timedelta(days=7))
-    wait = dist.barrier if world > 1 else lambda: None
-    try:
-        bad: list[DataError] = []
-        items = read_file(args, bad)
-        sampler = (Remote if args.endpoint else Local)(args)
-        settings = settings_of(args, sampler, items)
-        out, summary_path = args.out, args.out.with_suffix(".summary.json")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        journal = Journal(out, settings, rank, args.restart)
-        complete = out.exists() and not journal.files and not args.restart
-        if complete:
-            if not summary_path.is_file():
-                raise DataError(f"{out}: exists, without {summary_path.name} that would say how it was made; "
-                                "choose another --out, or begin anew with --restart")
-            refuse_other(read_json(summary_path).get("settings"), settings, out)
-        wait()                                   # until all have read what there is
-        if args.restart and rank == 0:
-            journal.remove()
-        wait()
-        if not complete:
-            work = Work(args, sampler, journal, bad, rank, world)
-            journal.open()
-            started = time.monotonic()
-            try:
-                (value_steps if args.rollouts else sample_problems)(items, work)
-            except (DataError, CheckpointError):
-                if not journal.done:             # nothing is finished: leave nothing
-                    journal.path.unlink()
-                raise
-            seconds = time.monotonic() - started
-            journal.file.close()
-            bad += getattr(sampler, "refused", [])
-            wait()
-            if rank == 0:
-                rows, summary = collect(args, Journal(out, settings, rank).done, len(items))
-                speed = world * work.tokens / max(seconds, 1e-9)
-                summary |= {"model": args.api_model or args.model, "settings": settings, "bad_rows": len(bad),
-                            "seconds": round(seconds, 1), "tokens_per_second": round(speed, 1)}
-                write_rows(out, rows)
-                write_rows(summary_path, [summary])
-                journal.remove()
-    finally:
-        if started_here:
-            dist.destroy_process_group()
-    if rank:
+    """The whole command, in every process; returns the exit status."""
+    bad: list[DataError] = []
+    items = read_file(args, bad)
+    common = {"prompt": args.prompt, "system": args.system, "template_args": args.template_args}
+    if args.endpoint:
+        sampler = Remote(args.endpoint, args.api_model, model=args.model, concurrency=args.concurrency, **common)
+    else:
+        sampler = Sampler(args.model, dtype=args.dtype, device=args.device, batch_size=args.batch_size, **common)
+    work = Work(args, sampler, bad)
+
+    def sample(journal: Journal, rank: int, world: int) -> None:
+        work.journal, work.rank, work.world, begun = journal, rank, world, time.monotonic()
+        (value_steps if args.rollouts else sample_problems)(items, work)
+        work.seconds = time.monotonic() - begun
+
+    def collected(done: dict) -> tuple[list[dict], dict]:
+        rows, summary = collect(args, done, len(items))
+        speed = work.world * work.tokens / max(work.seconds, 1e-9)
+        return rows, summary | {"model": args.api_model or args.model, "bad_rows": len(bad),
+                                "tokens_per_second": round(speed, 1)}
+
+    settings = sampler.settings | settings_of(args, items)
+    made = stage(args.out, settings, sample, collected, args.restart)
+    if work.rank > 0:
         return 0
-    complain(bad)
-    if bad:
-        print(f"{len(bad)} rows of {args.problems} were left out", file=sys.stderr)
-    summary = read_json(summary_path)
-    print(f"{out}: {'already complete; ' if complete else ''}{summary['model']}, prompt {args.prompt}, "
+    left_out = bad + (work.journal.failed if made else [])
+    complain(left_out)
+    if left_out:
+        again = "; the same command tries again what failed" if len(left_out) > len(bad) else ""
+        print(f"{len(left_out)} rows or samples of {args.problems} were left out{again}", file=sys.stderr)
+    summary = read_json(summary_path(args.out))
+    print(f"{args.out}: {'' if made else 'already complete; '}{summary['model']}, prompt {args.prompt}, "
           f"temperature {args.temperature}, top-p {args.top_p}, seed {args.seed}, {summary['seconds']} s, "
           f"{summary['tokens_per_second']:.0f} tokens/s")
     if args.rollouts:
-        print(f"{summary['attempts']} wrong attempts, {summary['rollouts']} rollouts; "
-              f"the first error is located in {summary['located'] / max(1, summary['attempts']):.0%}")
+        print(f"{summary['wrong']} wrong attempts{' of ' + str(summary['attempts']) if args.all else ''}, "
+              f"{summary['rollouts']} rollouts; the first error is located in "
+              f"{summary['located'] / max(1, summary['wrong']):.0%}")
     else:
         print(table(summary))
-    return 1 if bad else 0
+    return 1 if left_out else 0
 
 
-def settings_of(args: argparse.Namespace, sampler: Local | Remote, items: list) -> dict:
-    """All that decides what a sample is: what was made with other settings is not continued."""
+def settings_of(args: argparse.Namespace, items: list) -> dict:
+    """What decides what a sample is, besides the sampler: what was made with other settings is not continued."""
     problems = [item[0] for item in items] if args.rollouts else items
-    content = dumps([[p.id, p.question, p.answer, p.prefix, p.carried] for p in problems])
-    names = ("prompt", "temperature", "top_p", "max_new_tokens", "stop", "limit", "seed")
-    names += ("rollouts", "every_step", "steps") if args.rollouts else ("samples",)
-    digest = hashlib.blake2b(content.encode(), digest_size=6).hexdigest()
-    problems = {"problems": f"{Path(args.problems).name} {digest}"}
-    return sampler.settings | problems | {name: getattr(args, name) for name in names}
+    content = digest([[p.id, p.question, p.answer, p.prefix, p.carried] for p in problems])
+    names = ["temperature", "top_p", "max_new_tokens", "stop", "limit", "seed"]
+    names += ["rollouts", "every_step", "all", "steps"] if args.rollouts else ["samples"]
+    return {"problems": f"{Path(args.problems).name} {content}"} | {name: getattr(args, name) for name in names}
 
 
 def collect(args: argparse.Namespace, done: dict, count: int) -> tuple[list[dict], dict]:
-    """(rows in order, summary) of what the journals of all ranks hold."""
+    """(rows in order, summary) of what the journals of all processes hold."""
     if args.rollouts:
         rows = [done[a,] for a in range(count) if (a,) in done]
-        located = sum(first_error_from_values(row["values"], row["agreement"]) is not None for row in rows)
+        wrong = [row for row in rows if not row.get("correct")]
+        located = sum(first_error_from_values(row["values"], row["agreement"]) is not None for row in wrong)
         rollouts = sum(counts[2] for row in rows for counts in row["agreement"] if counts)
-        return rows, {"attempts": len(rows), "rollouts": rollouts, "located": located}
+        return rows, {"attempts": len(rows), "wrong": len(wrong), "rollouts": rollouts, "located": located}
     groups = [[done[i, j] for j in range(args.samples) if (i, j) in done] for i in range(count)]
     groups = [group for group in groups if group]
     return [row for group in groups for row in group], summarize(groups)
@@ -691,43 +717,41 @@ def arguments() -> argparse.ArgumentParser:
     add("--problems", metavar="F", required=True,
         help="problems, or graded attempts for --rollouts (.jsonl, .json, .parquet, hub id)")
     add("--out", metavar="OUT", type=Path, required=True, help="graded samples, JSONL; beside it the .summary.json")
-    add("--limit", metavar="K", type=whole, help="only the first K rows")
+    add("--limit", metavar="K", type=positive, help="only the first K rows")
     add("--restart", action="store_true", help="begin anew, whatever an earlier run has left at OUT")
     add("--debug", action="store_true", help="show the traceback of an error")
-    add = parser.add_argument_group("sampling").add_argument
+    sampling = parser.add_argument_group("sampling")
+    add = sampling.add_argument
     add("--prompt", choices=PROMPT_STYLES, default="chat",
         help="how a question becomes a prompt, as in training (default: %(default)s, the checkpoint's own template)")
-    add("--samples", metavar="N", type=whole, default=1,
+    add_chat_options(sampling)
+    add("--samples", metavar="N", type=positive, default=1,
         help="samples a problem (default: 1; the paper: 1 to score, 2 to collect errors, 20 to rectify)")
     add("--temperature", metavar="T", type=float, help="0 is greedy (default: 0; with --rollouts the paper's 0.8)")
     add("--top_p", metavar="P", type=float,
         help="mass of the likeliest tokens to sample from (default: 1; with --rollouts the paper's 0.95)")
-    add("--max_new_tokens", metavar="N", type=whole, default=2048,
+    add("--max_new_tokens", metavar="N", type=positive, default=2048,
         help="a sample is cut off here (default: 2048, the paper's)")
     add("--stop", metavar="TEXT", nargs="+", default=[], help="a sample also ends before any of these texts")
     add("--seed", type=int, default=0, help="default: 0")
-    add("--batch_size", metavar="N", type=whole, default=64,
+    add("--batch_size", metavar="N", type=positive, default=64,
         help="samples computed together, all of one problem's at least (default: 64)")
     add("--dtype", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
     add("--device", help="default: cuda where there is one, else cpu")
     add = parser.add_argument_group("step values").add_argument
-    add("--rollouts", metavar="N", type=whole,
+    add("--rollouts", metavar="N", type=positive,
         help="continue the wrong attempts in F from before their steps, about N times each (8 is good)")
     add("--every_step", action="store_true",
         help="N times before every step, instead of where it tells most about the first error")
+    add("--all", action="store_true",
+        help="right attempts too, with --every_step: what process reward models and Q-values are made from")
     add("--steps", choices=STEP_STYLES, default="auto", help="how steps are labelled (default: auto)")
     add = parser.add_argument_group("sampling from a server").add_argument
     add("--endpoint", metavar="URL",
         help="OpenAI-compatible server, as http://localhost:8000/v1; its key is read from OPENAI_API_KEY")
     add("--api_model", metavar="NAME", help="the name that the server knows the model by")
-    add("--concurrency", metavar="N", type=whole, default=32, help="requests under way at a time (default: 32)")
+    add("--concurrency", metavar="N", type=positive, default=32, help="requests under way at a time (default: 32)")
     return parser
-
-
-def whole(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -747,31 +771,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("give --model M, or --endpoint URL with --api_model NAME")
     if args.endpoint and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         parser.error("--endpoint needs no torchrun: --concurrency says how many requests are under way")
-    if Path(args.problems).resolve() == args.out.resolve():
-        parser.error(f"--out {args.out} is the file of --problems")
-    keep_freed_memory()
-    try:
+    if args.all and not (args.rollouts and args.every_step):
+        parser.error("--all values right attempts as well, with --rollouts N --every_step")
+
+    def run() -> int:
+        check_out(args.out, args.problems)
         return evaluate(args)
-    except (DataError, CheckpointError, OSError) as error:
-        if args.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        if args.debug:
-            raise
-        print(f"error: out of GPU memory; what is finished is kept: go on with a --batch_size below {args.batch_size}",
-              file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if args.debug or os.environ.get("WORLD_SIZE", "1") == "1" or "onnection" not in str(error):
-            raise
-        print("error: another process of this run has ended; if it failed, it says why. The same command continues",
-              file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        return 130
+    keep_freed_memory()
+    return run_command(run, args.debug)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2031,4 +2038,4 @@ class _Comparison(_Numbers):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(leave_processes(main()))

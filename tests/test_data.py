@@ -231,13 +231,16 @@ def test_end_tokens_of_real_checkpoints(real):
 
 
 def test_exactly_one_bos(real, tmp_path):
-    """Added where the checkpoint wants one, not doubled where the template wrote it, never for Qwen2."""
-    for name, bos in (("tinyllama", "<s>"), ("llama3", "<|begin_of_text|>")):
+    """Added where the checkpoint wants one, never for Qwen2; in a chat it is there if the template writes it (Llama 3's
+    does, TinyLlama's does not)."""
+    for name, bos, in_chat in (("tinyllama", "<s>", 0), ("llama3", "<|begin_of_text|>", 1)):
         with pytest.raises(DataError, match="no control token of this checkpoint; choose --prompt chat, alpaca or raw"):
             render_prompt("qwen2-boxed", "1+1?", real[name])
         for style in set(data.PROMPT_STYLES) - {"qwen2-boxed"}:
-            ids = real[name].encode(render_prompt(style, "1+1?", real[name])).ids
-            assert ids.count(real[name].bos_id) == 1 and real[name].decode(ids[:1]) == bos
+            (example,), _ = encode(real[name], {"prompt": "1+1?", "response": "2"}, method="sft", style=style)
+            count = in_chat if style == "chat" else 1
+            assert example.chosen.tolist().count(real[name].bos_id) == count
+            assert (real[name].decode(example.chosen[:1]) == bos) == (count == 1)
     assert real["qwen2.5"].bos_id is None and real["minimind"].bos_id is None
     off = Tokenizer.from_pretrained(write_tokenizer(tmp_path / "off", add_bos_token=False))
     assert off.bos_id is None and 0 not in off.encode("2 + 3").ids
@@ -317,6 +320,186 @@ def test_template_file_comes_before_the_config(tmp_path):
     assert render_prompt("chat", "x", tokenizer) == "yes"
 
 
+def test_templates_beside_the_config(tmp_path):
+    """A template that stands in chat_template.json only is read; one of several that has another purpose is not taken
+    for the chat's, and is named when a chat is asked for."""
+    folder = write_tokenizer(tmp_path / "t", template=None)
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "json: {{ messages[0].content }}"}))
+    assert render_prompt("chat", "x", Tokenizer.from_pretrained(folder)) == "json: x"
+    others = [{"name": "rag", "template": "no"}, {"name": "tool_use", "template": "no"}]
+    tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path / "u", template=others))
+    with pytest.raises(DataError, match="no chat template called default, only rag, tool_use; .* save one of these as"):
+        render_prompt("chat", "x", tokenizer)
+    assert render_prompt("raw", "x", tokenizer) == "x"
+
+
+TURNS = "{% for m in messages %}{% if m.role == 'user' %}USER{% else %}BOT{% endif %}{% endfor %}"
+BLANK_BEFORE = TURNS.replace("USER", "[INST] {{ m.content }} [/INST]").replace("BOT", " {{ m.content | trim }} {{ eos_token }}")
+HEADED = TURNS.replace("USER", "### Instruction:\n{{ m.content }}\n\n")
+IM = TURNS.replace("USER", "<|im_start|>user\n{{ m.content }}<|im_end|>\n")
+IM_PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+THINKS = ("{% set parts = m.content.split('</think>') %}<|im_start|>assistant\n<think>\n"
+          "{{ parts[0].split('<think>')[-1].strip('\n') if parts | length > 1 }}\n</think>\n\n"
+          "{{ parts[-1].lstrip('\n') }}<|im_end|>\n")
+FORGETS = "<|im_start|>assistant\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n"
+OPENED = IM_PROMPT.replace("nt\n", "nt\n<think>\n")
+CLOSED = IM_PROMPT.replace("nt\n", "nt\n<think>\n\n</think>\n\n")
+THOUGHT, NO_THOUGHT = "<think>\n3 + 4 = 7\n</think>\n\n7", "It is 7."
+ASKED = "<|im_start|>user\n3 + 4?<|im_end|>\n<|im_start|>assistant\n"
+JOINTS = {      # name: (tokenizer, template, answer, whole text up to its end token, prompt that is sampled from)
+    "Llama 2, blanks around": ("tinyllama", "{{ bos_token }}" + BLANK_BEFORE, NO_THOUGHT,
+                               "<s>[INST] 3 + 4? [/INST] It is 7. </s>", "<s>[INST] 3 + 4? [/INST] "),
+    "Vicuna": ("tinyllama", TURNS.replace("USER", "USER: {{ m.content }} ").replace("BOT", "ASSISTANT: {{ m.content }}"
+               "{{ eos_token }}") + "{% if add_generation_prompt %}ASSISTANT:{% endif %}", NO_THOUGHT,
+               "USER: 3 + 4? ASSISTANT: It is 7.</s>", "USER: 3 + 4? ASSISTANT: "),
+    "no generation prompt": ("tinyllama", HEADED.replace("BOT", "### Response:\n{{ m.content }}{{ eos_token }}"), NO_THOUGHT,
+                             "### Instruction:\n3 + 4?\n\n### Response:\nIt is 7.</s>",
+                             "### Instruction:\n3 + 4?\n\n### Response:\n"),
+    "no end token": ("llama3", HEADED.replace("BOT", "### Response:\n{{ m.content }}\n\n"), NO_THOUGHT,
+                     "### Instruction:\n3 + 4?\n\n### Response:\nIt is 7.<|end_of_text|>",
+                     "### Instruction:\n3 + 4?\n\n### Response:\n"),
+    "Phi-3, a second end": ("qwen2.5", IM.replace("BOT", "<|im_start|>assistant\n{{ m.content }}<|im_end|>\n")
+                            + IM_PROMPT.replace("{% endif", "{% else %}<|endoftext|>{% endif"), NO_THOUGHT,
+                            ASKED + "It is 7.<|im_end|>", ASKED),
+    "content trimmed": ("qwen2.5", IM.replace("BOT", "<|im_start|>assistant\n{{ m.content | trim }}<|im_end|>\n")
+                        + IM_PROMPT, " It is 7.\n", ASKED + "It is 7.<|im_end|>", ASKED),
+    "Qwen3, no thought": ("qwen2.5", IM.replace("BOT", THINKS) + IM_PROMPT, NO_THOUGHT,
+                          ASKED + "<think>\n\n</think>\n\nIt is 7.<|im_end|>", ASKED),
+    "Qwen3, a thought": ("qwen2.5", IM.replace("BOT", THINKS) + IM_PROMPT, THOUGHT, ASKED + THOUGHT + "<|im_end|>", ASKED),
+    "Qwen3 thinking off, a thought": ("qwen2.5", IM.replace("BOT", THINKS) + CLOSED, THOUGHT,
+                                      ASKED + THOUGHT + "<|im_end|>", ASKED + "<think>\n\n</think>\n\n"),
+    "thought opened, a thought": ("qwen2.5", IM.replace("BOT", THINKS) + OPENED, THOUGHT, ASKED + THOUGHT + "<|im_end|>",
+                                  ASKED + "<think>\n"),
+    "thought opened, as sampled": ("qwen2.5", IM.replace("BOT", THINKS) + OPENED, THOUGHT.removeprefix("<think>\n"),
+                                   ASKED + THOUGHT + "<|im_end|>", ASKED + "<think>\n"),
+    "thought opened, no thought": ("qwen2.5", IM.replace("BOT", THINKS) + OPENED, NO_THOUGHT,
+                                   ASKED + "<think>\n\n</think>\n\nIt is 7.<|im_end|>", ASKED + "<think>\n"),
+    "R1, thought forgotten": ("qwen2.5", IM.replace("BOT", FORGETS) + OPENED, THOUGHT, ASKED + THOUGHT + "<|im_end|>",
+                              ASKED + "<think>\n"),
+    "R1, as sampled": ("qwen2.5", IM.replace("BOT", FORGETS) + OPENED, THOUGHT.removeprefix("<think>\n"),
+                       ASKED + THOUGHT + "<|im_end|>", ASKED + "<think>\n"),
+    "R1, no thought": ("qwen2.5", IM.replace("BOT", FORGETS) + OPENED, NO_THOUGHT, ASKED + "It is 7.<|im_end|>",
+                       ASKED + "<think>\n"),
+    "forgotten though not opened": ("qwen2.5", IM.replace("BOT", FORGETS) + IM_PROMPT, THOUGHT,
+                                    ASKED + THOUGHT + "<|im_end|>", ASKED),
+}
+PARTED = {"Qwen3 thinking off, a thought", "R1, no thought"}                            # noted: sampling goes elsewhere
+ALTERED = {"R1, thought forgotten", "R1, as sampled", "forgotten though not opened"}    # noted: the template differs
+
+
+def with_template(tokenizer: Tokenizer, template: str, **changes) -> Tokenizer:
+    return Tokenizer(tokenizer.backend, chat_template=template, bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids,
+                     names=tokenizer.names, **changes)
+
+
+@pytest.mark.parametrize("name", JOINTS)
+def test_what_is_trained_is_the_templates_own_text(real, name):
+    """Between prompt and answer, behind the answer, thoughts: the ids of the text that a reader of the template would
+    write down. Sampling begins with the same tokens. Where these two cannot both be had, the report says so."""
+    vocabulary, template, answer, whole, prompt = JOINTS[name]
+    tokenizer = with_template(real[vocabulary], template)
+    row = {"prompt": "3 + 4?", "response": answer}
+    (example,), report = encode(tokenizer, row, method="sft", style="chat")
+    assert example.chosen.tolist() == tokenizer.encode(whole, bos=False).ids
+    assert render_prompt("chat", "3 + 4?", tokenizer) == prompt
+    assert whole.startswith(prompt) == (name not in PARTED)
+    sampled = tokenizer.encode(prompt.rstrip(" "), bos=False).ids       # a last blank comes with the answer's first word
+    if name not in PARTED and not whole.startswith(prompt + "\n"):      # "\n\n" is one token
+        assert example.chosen[:len(sampled)].tolist() == sampled and example.start == len(sampled)
+    said = " ".join(report.notes)
+    assert ("behind another prompt" in said, "alters this" in said) == (name in PARTED, name in ALTERED), str(report)
+
+
+@pytest.mark.parametrize("template, begun, prompt", [
+    (IM.replace("BOT", THINKS) + IM_PROMPT, "Step 1:", ASKED + "<think>\n\n</think>\n\n"),
+    (IM.replace("BOT", THINKS) + IM_PROMPT, "<think>\nStep 1:", ASKED),
+    (IM.replace("BOT", THINKS) + CLOSED, "Step 1:", ASKED + "<think>\n\n</think>\n\n"),
+    (IM.replace("BOT", FORGETS) + OPENED, "Step 1:", ASKED + "<think>\n"),
+    (IM.replace("BOT", FORGETS) + OPENED, "<think>\nStep 1:", ASKED)])
+def test_a_step_stands_where_the_template_would_have_it(real, template, begun, prompt):
+    """Steps inside a thought, behind one, or with one of their own: a thought is opened once, and eval.py, which
+    continues from a prefix by the same function, reads the same text."""
+    tokenizer = with_template(real["qwen2.5"], template)
+    row = {"prompt": "3 + 4?", "initial_reason_steps": begun, "chosen": " It is 7.", "rejected": " It is 12."}
+    (example,), _ = encode(tokenizer, row, style="chat")
+    assert tokenizer.decode(example.chosen) == prompt + begun + " It is 7."
+    assert render_prompt("chat", "3 + 4?", tokenizer, begun) == prompt
+
+
+def test_the_end_token_of_a_template(real, tmp_path):
+    """The template's word counts, whether the tokenizer calls its end token special (ChatML added to a base model) or
+    not; where nothing stands behind an answer, the mark that begins the next turn ends it, if the files say so (GLM-4);
+    where an end mark is no token, the report says what stands there instead."""
+    folder = write_tokenizer(tmp_path / "plain")
+    file = json.loads((folder / "tokenizer.json").read_text())
+    for token in file["added_tokens"]:
+        token["special"] = not token["content"].startswith("<|im_")
+    (folder / "tokenizer.json").write_text(json.dumps(file))
+    plain = Tokenizer.from_pretrained(folder)
+    assert plain.decode([plain.end_of_turn_id("chat"), plain.end_of_turn_id("qwen2-boxed")]) == "<|im_end|>" * 2
+    with pytest.raises(DataError, match=r"control token <\|im_start\|>"):
+        encode(plain, PAIR | {"chosen": " 5<|im_start|>user"})
+
+    glm = with_template(real["llama3"], TURNS.replace("USER", "<|eot_id|>{{ m.content }}").replace("BOT", "{{ m.content }}"))
+    assert glm.decode([glm.end_of_turn_id("chat")]) == "<|end_of_text|>"
+    glm.eos_ids += (glm.control_ids["<|eot_id|>"],)
+    del glm.joints
+    assert glm.decode([glm.end_of_turn_id("chat")]) == "<|eot_id|>"
+
+    letters = with_template(real["tinyllama"], CHATML)
+    (example,), report = encode(letters, {"prompt": "3 + 4?", "response": "7"}, method="sft", style="chat")
+    assert letters.decode(example.chosen).endswith("assistant\n7</s>")
+    assert "end of an answer is no token of this tokenizer" in str(report) and r"'<|im_end|>\n'" in str(report)
+
+
+def test_system_prompt_and_template_arguments(real, tmp_path):
+    """--system and --template_args reach the template, or are refused: never accepted and ignored."""
+    template = "{% if calm is defined and calm %}Calmly. {% endif %}" + CHATML
+    told = with_template(real["qwen2.5"], template, system="Be brief.", template_args={"calm": True})
+    assert render_prompt("chat", "1+1?", told) == ("Calmly. <|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
+                                                   "1+1?<|im_end|>\n<|im_start|>assistant\n")
+    row = {"system": "Be long.", "prompt": "1+1?", "response": "2"}
+    (example,), _ = encode(told, row, method="sft", style="chat")
+    assert "Be long." in told.decode(example.chosen) and "Be brief." not in told.decode(example.chosen)
+    with pytest.raises(DataError, match="--system and --template_args belong to the chat template; --prompt alpaca"):
+        render_prompt("alpaca", "1+1?", told)
+    with pytest.raises(DataError, match="has no argument 'clam' .it reads .*calm.*correct --template_args"):
+        render_prompt("chat", "1+1?", with_template(real["qwen2.5"], template, template_args={"clam": True}))
+    with pytest.raises(DataError, match="leaves out the system prompt"):
+        render_prompt("chat", "1+1?", with_template(real["qwen2.5"], "{{ messages[-1].content }}", system="Be brief."))
+    with pytest.raises(DataError, match="system prompt or earlier turns, for which --prompt alpaca has no place"):
+        encode(real["qwen2.5"], row, method="sft")
+    with pytest.raises(SystemExit):
+        data.main(["show", "--data", "f", "--template_args", "[1]"])
+
+
+def test_a_template_that_moves_the_system_prompt(real, assets):
+    """Mistral-Nemo's has the system prompt in the last turn if that is the user's, and nowhere in a whole conversation:
+    trained is what is sampled from, and the report says so."""
+    template = (assets / "tokenizers" / "templates" / "mistralai-Mistral-Nemo-Instruct-2407.jinja").read_text()
+    tokenizer = with_template(real["tinyllama"], template, system="Be brief.")
+    (example,), report = encode(tokenizer, {"prompt": "1+1?", "response": "2"}, method="sft", style="chat")
+    assert example.chosen.tolist() == tokenizer.encode("<s>[INST]Be brief.\n\n1+1?[/INST]2</s>", bos=False).ids
+    assert "alters this conversation" in str(report)
+
+
+def test_reported_templates(tmp_path):
+    """The templates of people's reports, if they are here: the ids are those of transformers' whole conversation up to
+    the end token, except that a thought is not taken out of the answer that is to be learned."""
+    file = ASSETS.parent / "cases" / "shown" / "templates.jsonl"
+    if not file.is_file():
+        pytest.skip("reported templates: ../shared/cases is not here")
+    for case in map(json.loads, file.read_text().splitlines()):
+        name = {"qwen2": "qwen2.5"}.get(case["base_model"], case["base_model"])
+        tokenizer = with_template(Tokenizer.from_pretrained(ASSETS / "tokenizers" / name), case["template"])
+        (example,), report = encode(tokenizer, case["row"], method="sft", style="chat")
+        wanted = case["whole_conversation_by_transformers"].rstrip("\n")
+        if "<think>" in case["row"]["response"]:
+            wanted = wanted.replace("\n\n7", case["row"]["response"])
+            assert "alters this conversation" in str(report)
+        assert example.chosen.tolist() == tokenizer.encode(wanted, bos=False).ids
+
+
 def test_prompts_of_the_paper(tiny):
     """Character for character what the authors' code feeds its models, question {braces} included."""
     q = "Is {x} = 2?"
@@ -359,6 +542,108 @@ def test_plain_rows(tiny):
     (a,), _ = encode(tiny, {"prompt": "2 + 3?", "response": " 5"}, method="sft")
     (b,), _ = encode(tiny, {"prompt": "2 + 3?", "chosen": " 5", "rejected": " 6"}, method="dpo")
     assert tiny.decode(a.chosen[a.start:]) == tiny.decode(b.chosen[b.start:]) == " 5</s>"
+
+
+SAID = [{"role": "user", "content": "2 + 3?"}]
+RIGHT, WRONG = {"role": "assistant", "content": "5"}, {"role": "assistant", "content": "6"}
+SYSTEM, EARLIER = {"role": "system", "content": "Add."}, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+PLAIN = {"chosen": "5", "rejected": "6"}
+LAYOUTS = {     # name: (row, the turns before the answer)
+    "prompt and sides as messages": ({"prompt": SAID, "chosen": [RIGHT], "rejected": [WRONG]}, SAID),
+    "the prompt in both sides": ({"chosen": [*SAID, RIGHT], "rejected": [*SAID, WRONG]}, SAID),
+    "the prompt in both sides and as text": ({"prompt": "2 + 3?", "chosen": [*SAID, RIGHT], "rejected": [*SAID, WRONG]}, SAID),
+    "and as messages": ({"prompt": SAID, "chosen": [*SAID, RIGHT], "rejected": [*SAID, WRONG]}, SAID),
+    "several turns": ({"prompt": [SYSTEM, *EARLIER, *SAID], "chosen": [RIGHT], "rejected": [WRONG]}, [SYSTEM, *EARLIER, *SAID]),
+    "system column": ({"system": "Add.", "question": "2 + 3?"} | PLAIN, [SYSTEM, *SAID]),
+    "no system": ({"system": None, "prompt": "2 + 3?"} | PLAIN, SAID),
+    "instruction and input": ({"instruction": "Work it out.", "input": "2 + 3?"} | PLAIN,
+                              [{"role": "user", "content": "Work it out.\n2 + 3?"}]),
+    "passage": ({"passage": "Ann has 2.", "question": "2 + 3?"} | PLAIN, [{"role": "user", "content": "Ann has 2.\n2 + 3?"}]),
+    "history": ({"history": [["Hi", "Ho"]], "instruction": "2 + 3?", "input": ""} | PLAIN, [*EARLIER, *SAID]),
+    "ShareGPT": ({"conversations": [{"from": "human", "value": "2 + 3?"}], "chosen": {"from": "gpt", "value": "5"},
+                  "rejected": {"from": "gpt", "value": "6"}}, SAID),
+    "content in parts": ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "2 + 3?"}]}]} | PLAIN, SAID),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_rows_of_other_trainers(tiny, name):
+    """Every column that says something is in the prompt, as the template has it, and only the last turn is trained."""
+    row, turns = LAYOUTS[name]
+    (example,), _ = encode(tiny, row, method="dpo", style="chat")
+    asked = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in turns) + "<|im_start|>assistant\n"
+    assert [tiny.decode(side) for side in example.sides] == [asked + "5<|im_end|>", asked + "6<|im_end|>"]
+    assert tiny.decode(example.chosen[:example.start]) == asked
+    single = len(turns) == 1                            # goes with every style; the others need the template
+    assert (data.texts_of(row, "dpo", "f:1")[0] == turns[0]["content"]) == single
+
+
+@pytest.mark.parametrize("row", [{"prompt": "2 + 3?", "completion": "5"}, {"messages": [*SAID, RIGHT]},
+                                 {"instruction": "2 + 3?", "input": "", "output": "5"},
+                                 {"prompt": SAID, "completion": [RIGHT]}, {"prompt": SAID, "chosen": [RIGHT]},
+                                 {"conversations": [{"from": "human", "value": "2 + 3?"}, {"from": "gpt", "value": "5"}]}])
+def test_rows_of_other_trainers_for_sft(tiny, tmp_path, capsys, row):
+    """The same answer from each layout; and data.py show knows without --method what such a file is for."""
+    (example,), _ = encode(tiny, row, method="sft", style="chat")
+    assert tiny.decode(example.chosen) == "<|im_start|>user\n2 + 3?<|im_end|>\n<|im_start|>assistant\n5<|im_end|>"
+    (tmp_path / "f.jsonl").write_text(json.dumps(row))
+    assert data.main(["show", "--data", str(tmp_path / "f.jsonl"), "--model", tiny.source]) == 0
+    assert "method sft" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("row, reason", [
+    ({"chosen": [*SAID, RIGHT], "rejected": [*EARLIER, *SAID, WRONG]}, "differ before their last turn"),
+    ({"prompt": "1 + 1?", "chosen": [*SAID, RIGHT], "rejected": [*SAID, WRONG]}, "prompt is not among the turns of chosen"),
+    ({"prompt": [*SAID, RIGHT], "chosen": "5", "rejected": "6"}, "no turn of the user stands before the answer"),
+    ({"prompt": SAID, "chosen": SAID, "rejected": [WRONG]}, "last turn of chosen is not the assistant's"),
+    ({"prompt": [SYSTEM, *SAID], "system": "Subtract.", "chosen": "5", "rejected": "6"}, "more than one system prompt"),
+    ({"prompt": "2 + 3?", "history": "Hi", "chosen": "5", "rejected": "6"}, "history is neither"),
+    ({"prompt": "2 + 3?", "context": ["Ann has 2."], "chosen": "5", "rejected": "6"}, "context belongs to the prompt")])
+def test_conversations_that_cannot_be_trained_on(tiny, row, reason):
+    """Dropped under a reason: the rest of the file goes on."""
+    (example,), report = encode(tiny, row, {"prompt": "2 + 3?"} | PLAIN, method="dpo", style="chat")
+    assert len(report.dropped) == 1 and re.search(reason, str(report))
+
+
+@pytest.mark.parametrize("message, found", [({"role": "user"}, "message 1: field 'value': not there"), ("x", "found a list"),
+                                            ({"content": "x"}, "message 1: field 'from': not there"),
+                                            ({"role": "user", "content": [{"type": "image"}]}, "field 'text': not there"),
+                                            ({"role": "user", "content": "x", "tool_calls": [{}]}, "calls of tools")])
+def test_malformed_messages_are_named(tiny, message, found):
+    with pytest.raises(DataError, match=f"f.jsonl:1: field 'prompt'.*{found}"):
+        encode(tiny, {"prompt": [message]} | PLAIN, method="dpo", style="chat")
+
+
+def test_end_marks_in_the_rows(real):
+    """The model's own end token at an answer's end is there once all the same; another family's, which would be trained
+    letter by letter, drops the row by name; one in the middle would forge a turn."""
+    row = lambda end: {"prompt": "2 + 3?", "chosen": "5" + end, "rejected": "6" + end}
+    plain, _ = encode(real["qwen2.5"], row(""), method="dpo", style="chat")
+    for end in ("<|im_end|>", "<|im_end|>\n", "\n<|im_end|><|im_end|>"):
+        examples, report = encode(real["qwen2.5"], row(end), method="dpo", style="chat")
+        assert examples[0].chosen.tolist() == plain[0].chosen.tolist() and "end token at the end" in str(report)
+    for end in ("</s>", "<|eot_id|>", "<end_of_turn>", "<｜end▁of▁sentence｜>", "<|END_OF_TURN_TOKEN|>", "<|end|>\n"):
+        with pytest.raises(DataError, match=f"{re.escape(end.strip())}, a mark of another model's chats"):
+            encode(real["qwen2.5"], row(end), method="dpo", style="chat")
+    with pytest.raises(DataError, match=r"\[INST\], a mark of another"):
+        encode(real["qwen2.5"], row("") | {"prompt": "[INST] 2 + 3? [/INST]"}, method="dpo", style="chat")
+    with pytest.raises(DataError, match="control token"):
+        encode(real["qwen2.5"], row("<|im_end|>\nuser"), method="dpo", style="chat")
+
+
+def test_special_tokens_that_are_words(tmp_path):
+    """A step mark or a thought's mark that is a special token is trained as that token, and the report says so: it forges
+    nothing."""
+    folder = write_tokenizer(tmp_path / "t", template="{# [THINK] #}" + CHATML)
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    backend.add_special_tokens(["<step>", "[THINK]"])
+    backend.save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_pretrained(folder)
+    for mark in ("<step>", "[THINK]"):
+        row = {"prompt": f"2 + 3? Use {mark}.", "chosen": f"{mark}5", "rejected": f"{mark}6"}
+        (example,), report = encode(tokenizer, row, method="dpo", style="chat")
+        assert example.chosen[example.start] == backend.token_to_id(mark)
+        assert f"special token {mark} in the text is trained as that token" in str(report)
 
 
 @pytest.mark.parametrize(

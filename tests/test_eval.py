@@ -1,5 +1,5 @@
-"""eval.py: problem files, sampling that survives a kill, step values by rollouts, servers that misbehave, the summary.
-(The grader has test_grading.py.)"""
+"""eval.py: problem files, sampling that survives a kill, step values by rollouts, the summary.
+(The grader has test_grading.py, servers have test_servers.py.)"""
 import itertools
 import json
 import os
@@ -7,19 +7,18 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import tokenizers
-from conftest import ROOT, tiny_model, write_json
+from conftest import ROOT, byte_tokenizer, tiny_model, write_json
 
 import data
 import eval as ev
-from data import DataError, first_error_from_values, read_rows
+from data import first_error_from_values, read_rows
+from model import locked
 
 WORDS = ["<s>", "</s>", "\n", " ", "Step", ":", ".", "+", "=", "The answer is", *"0123456789abc"]
 
@@ -147,7 +146,7 @@ def test_a_prefix_is_continued_exactly(checkpoint, tmp_path):
 def test_killed_and_started_again_gives_the_same_bytes(checkpoint, tmp_path, monkeypatch, after):
     file = problems(tmp_path / "p.jsonl")
     ev.main(command(checkpoint, file, tmp_path / "whole.jsonl", *SAMPLED))
-    out, add, written = tmp_path / "o.jsonl", ev.Journal.add, []
+    out, add, written = tmp_path / "o.jsonl", data.Journal.add, []
 
     def dies(self, key, value):
         if len(written) == after:
@@ -155,7 +154,7 @@ def test_killed_and_started_again_gives_the_same_bytes(checkpoint, tmp_path, mon
         written.append(key)
         add(self, key, value)
     with monkeypatch.context() as patch:
-        patch.setattr(ev.Journal, "add", dies)
+        patch.setattr(data.Journal, "add", dies)
         assert ev.main(command(checkpoint, file, out, *SAMPLED)) == 130
     assert not out.exists()
     with (tmp_path / "o.jsonl.journal-0").open("ab") as journal:
@@ -251,19 +250,18 @@ class Slips:
         self.cases, self.rng, self.drawn = cases, random.Random(1), 0
 
     def prepare(self, problem, text, cut=None):
-        return (problem.id, text[:cut].count("\nStep")), text[:cut]
+        return ev.Prompt((problem.id, text[:cut].count("\nStep")), text[:cut], False)
 
-    def batches(self, prompts, n):
-        return [list(range(len(prompts)))]
-
-    def run(self, prompts, n, seed, done, on_finish):
-        for i, (case, steps) in enumerate(prompts):
+    def draw(self, prompts, n, seed, temperature, *, done, **_):
+        for i, prompt in enumerate(prompts):
+            case, steps = prompt.content
             wrong, right = self.cases[case]
             for j in range(n):
                 self.drawn += 1
                 good = [self.rng.random() < p for p in right]
                 text = "".join(f"\nStep {k + 1}: it is {k if good[k] else 90}" for k in range(steps, len(right)))
-                on_finish(i, j, text + f"\nThe answer is {int(steps <= wrong and all(good[steps:]))}", 3, "eos")
+                answer = int(steps <= wrong and all(good[steps:]))
+                yield i, j, ev.Drawn(f"{text}\nThe answer is {answer}", 3, "eos")
 
 
 def test_rollouts_locate_the_first_error_better_than_the_plain_rule(tmp_path, monkeypatch):
@@ -281,11 +279,11 @@ def test_rollouts_locate_the_first_error_better_than_the_plain_rule(tmp_path, mo
             cases.append((wrong, right))
     rows, drawn = {}, {}
     for every_step in (False, True):
-        journal = ev.Journal(tmp_path / f"v{every_step}.jsonl", {}, 0)
-        journal.open()
         policy = Slips(cases)
-        args = SimpleNamespace(rollouts=8, every_step=every_step, steps="step", seed=0)
-        ev.value_steps(attempts, ev.Work(args, policy, journal, []))
+        args = SimpleNamespace(rollouts=8, every_step=every_step, steps="step", seed=0, temperature=1.0, top_p=1.0,
+                               max_new_tokens=99, stop=[])
+        with data.Journal(tmp_path / f"v{every_step}.journal", {}) as journal:
+            ev.value_steps(attempts, ev.Work(args, policy, [], journal))
         rows[every_step], drawn[every_step] = [journal.done[a,] for a in range(len(cases))], policy.drawn
     for row, (_, right) in zip(rows[True], cases):
         assert len(row["values"]) == len(right) and row["values"][-1] == [0, 8]
@@ -321,7 +319,7 @@ def test_valued_rows_hold_the_attempt_and_survive_a_kill(checkpoint, tmp_path, m
     assert ev.main(command(checkpoint, attempts, tmp_path / "every.jsonl", *more, "--every_step")) == 0
     assert all(value and value[1] == 4 for row in rows_of(tmp_path / "every.jsonl") for value in row["values"])
 
-    add, left = ev.Journal.add, [2]
+    add, left = data.Journal.add, [2]
 
     def dies(self, key, value):
         left[0] -= 1
@@ -329,7 +327,7 @@ def test_valued_rows_hold_the_attempt_and_survive_a_kill(checkpoint, tmp_path, m
             raise KeyboardInterrupt
         add(self, key, value)
     with monkeypatch.context() as patch:
-        patch.setattr(ev.Journal, "add", dies)
+        patch.setattr(data.Journal, "add", dies)
         assert ev.main(command(checkpoint, attempts, out, *more)) == 130
     assert ev.main(command(checkpoint, attempts, out, *more)) == 0
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
@@ -337,8 +335,7 @@ def test_valued_rows_hold_the_attempt_and_survive_a_kill(checkpoint, tmp_path, m
 
 def test_a_prefix_ends_at_a_token_of_the_attempt(checkpoint):
     """What the model reads when it continues from a step is a beginning of what it would read of the whole attempt."""
-    args = ev.arguments().parse_args(command(checkpoint, "p", "o"))
-    sampler = ev.Local(args)
+    sampler = ev.Sampler(checkpoint, prompt="raw", device="cpu")
     problem, text = ev.Problem("f:1", 1, "1 + 1\n", "2", "", {}), "Step 1: a .\n\nStep 2: b"
     whole = sampler.prepare(problem, text)[0]
     ids, reasoning, _ = sampler.prepare(problem, text, len("Step 1: a ."))
@@ -348,7 +345,7 @@ def test_a_prefix_ends_at_a_token_of_the_attempt(checkpoint):
 @pytest.mark.parametrize("name", ("qwen2.5", "tinyllama"))
 def test_a_prompt_is_sampled_from_as_it_was_trained(checkpoint, assets, name):
     """A prompt that ends in a space ("Assistant: "): what is sampled from is the beginning of the trained tokens, and the space is not in the answer twice."""
-    sampler = ev.Local(ev.arguments().parse_args(command(checkpoint, "p", "o") + ["--prompt", "deepseek-math"]))
+    sampler = ev.Sampler(checkpoint, prompt="deepseek-math", device="cpu")
     sampler.tokenizer = data.Tokenizer.from_pretrained(assets / "tokenizers" / name)
     sampler.model.config.vocab_size = 2**20
     sampler.model.config.max_position_embeddings = 2**10
@@ -358,102 +355,229 @@ def test_a_prompt_is_sampled_from_as_it_was_trained(checkpoint, assets, name):
     assert sampler.tokenizer.continuation(ids, example.chosen[len(ids):-1].tolist()) == " Let us add."
 
 
+def test_right_attempts_are_valued_too(checkpoint, tmp_path, capsys):
+    """--all: of right attempts every step has its rollouts, and after the last one all of them are right by definition.
+    Without --every_step, which asks where an error is, it means nothing."""
+    texts = {"right": "Step 1: 1 + 1 = 2.\nStep 2: 2\nThe answer is 2", "wrong": "Step 1: 3.\nStep 2: 3"}
+    rows = [{"id": name, "question": "1 + 1\n", "answer": "2", "completion": text, "correct": name == "right"}
+            for name, text in texts.items()]
+    (file := tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    more = ("--rollouts", 3, "--temperature", 1, "--max_new_tokens", 4)
+    assert ev.main(command(checkpoint, file, tmp_path / "v.jsonl", *more, "--every_step", "--all")) == 0
+    valued = {row["id"]: row for row in rows_of(tmp_path / "v.jsonl")}
+    assert set(valued) == set(texts) and [valued[name]["values"][-1] for name in texts] == [[3, 3], [0, 3]]
+    assert all(counts[2] == 3 for row in valued.values() for counts in row["agreement"])
+    assert "1 wrong attempts of 2" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        ev.main(command(checkpoint, file, tmp_path / "w.jsonl", *more, "--all"))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# servers
+# the sampler as a program uses it
 
-class Server(BaseHTTPRequestHandler):
-    """An OpenAI-compatible server that is busy, broken, hangs up or is cut short by turns, and refuses "refuse me"."""
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
-
-    def do_POST(self):
-        state = self.server.state
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with state.lock:
-            state.requests.append((self.path, body, self.headers.get("Authorization")))
-            trouble = state.troubles.pop(0) if state.troubles else None
-            if isinstance(state.down_after, int) and len(state.requests) > state.down_after:
-                trouble = 401
-        prompt = body.get("prompt") or body["messages"][-1]["content"]
-        if trouble is None and "refuse me" in prompt:
-            trouble = 400
-        if isinstance(trouble, int):
-            return self.answer(trouble, b'{"error": "no"}')
-        if trouble == "hang up":
-            self.close_connection = True
-            return self.connection.close()
-        text = f"\\boxed{{{prompt.split()[0]}}} \0 {body['seed']}"
-        choice = ({"text": text} if "prompt" in body else {"message": {"content": text}}) | {"finish_reason": "stop"}
-        reply = json.dumps({"choices": [choice], "usage": {"completion_tokens": 5}}).encode()
-        self.answer(200, reply[:20] if trouble == "cut" else reply, len(reply))
-
-    def answer(self, code, content, length=None):
-        self.send_response(code)
-        self.send_header("Content-Length", str(length or len(content)))
-        if code == 429:
-            self.send_header("Retry-After", "0")
-        self.end_headers()
-        self.wfile.write(content)
-        self.close_connection = True
+def prompts_of(*lengths_and_ids) -> list:
+    return [ev.Prompt(list(ids), "", False) for ids in lengths_and_ids]
 
 
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(ev, "Endpoint", lambda *args: data.Endpoint(*args, timeout=10, pause=0.01))
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    http.state = SimpleNamespace(requests=[], troubles=[], down_after=None, lock=threading.Lock())
-    threading.Thread(target=http.serve_forever, daemon=True).start()
-    http.state.url = f"http://127.0.0.1:{http.server_address[1]}"
-    yield http.state
-    http.shutdown()
+def test_prompts_that_begin_alike_are_computed_together(checkpoint):
+    """Prefixes of two attempts, given in turns: each batch of four holds those of one attempt, the longer one's first.
+    Whatever the order in which they are given, the same prompts stand together."""
+    sampler = ev.Sampler(checkpoint, prompt="raw", device="cpu", batch_size=8)
+    long, short = [[first, *range(10, 10 + 5 * k)] for first in (1,) for k in (4, 5, 6, 7)], [[2, *range(k)] for k in (9, 3, 5, 7)]
+    prompts = prompts_of(*(ids for pair in zip(short, long) for ids in pair))
+    batches = sampler.batches(prompts, 2)
+    assert [{prompts[i].content[0] for i in batch} for batch in batches] == [{1}, {2}]
+    turned = prompts[::-1]
+    as_texts = lambda prompts, batches: [sorted(prompts[i].content for i in batch) for batch in batches]
+    assert as_texts(turned, sampler.batches(turned, 2)) == as_texts(prompts, batches)
+    assert sorted(i for batch in sampler.batches(prompts, 3) for i in batch) == list(range(8))
+    assert [len(batch) for batch in sampler.batches(prompts, 99)] == [1] * 8         # a prompt's samples stay together
 
 
-def remote(server, file, out, *more) -> list[str]:
-    return ["--endpoint", server.url, "--api_model", "m", "--problems", str(file), "--out", str(out),
-            "--concurrency", "4", *map(str, more)]
+def test_draw_gives_what_is_not_done_and_the_same_with_less_asked(checkpoint):
+    """A sample does not depend on which others are asked for along with it."""
+    sampler = ev.Sampler(checkpoint, prompt="raw", device="cpu", batch_size=4)
+    prompts = [sampler.prepare(ev.Problem("f:1", 1, f"{i} + 1\n", "2", "", {}), "") for i in range(3)]
+    how = dict(n=2, seed=5, temperature=1.0, max_new_tokens=8)
+    whole = {(i, j): drawn for i, j, drawn in sampler.draw(prompts, **how)}
+    assert set(whole) == {(i, j) for i in range(3) for j in range(2)}
+    rest = {(i, j): drawn for i, j, drawn in sampler.draw(prompts, **how, done={(0, 0), (1, 1)})}
+    assert rest == {key: drawn for key, drawn in whole.items() if key not in {(0, 0), (1, 1)}}
+    hot = {(i, j): drawn for i, j, drawn in sampler.draw(prompts, **how | {"temperature": lambda new: 1.0})}
+    assert hot == whole                                                 # a temperature may be a function
 
 
-def test_a_flaky_server_loses_nothing(server, tmp_path):
-    server.troubles = [429, 500, "hang up", "cut", 503, "cut", 429, "hang up", 502]
-    out = tmp_path / "o.jsonl"
-    assert ev.main(remote(server, problems(tmp_path / "p.jsonl"), out, *SAMPLED, "--prompt", "qwen2-boxed")) == 0
-    rows = rows_of(out)
-    assert [(row["id"], row["sample"]) for row in rows] == [(i, j) for i in range(1, 8) for j in range(3)]
-    assert all(row["correct"] and row["tokens"] == 5 and row["stop_reason"] == "eos" for row in rows)
-    assert not any("\0" in row["completion"] for row in rows)
-    assert len({row["completion"] for row in rows}) == 21                # every sample has a seed of its own
-    assert len(server.requests) == 21 + 9
-    path, body, key = server.requests[-1]
-    assert path == "/v1/chat/completions" and key == "Bearer secret"
-    assert body["messages"][0]["role"] == "system" and body["top_p"] == 0.9
+SOLUTIONS = {
+    "step": "Let's think step by step.\nStep 1: 3 + 4 = 7.\nStep 2: 7 * 2 = 14.\nStep 3: So it is 14.\nThe answer is: 14",
+    "heading": "I will add first.\n\n**Step 1:** 3 + 4 = 7.\nThat is a sum.\n\n**Step 2:** 7 * 2 = 14.",
+    "number": "We go on like this:\n1. Add 3 and 4.\n2. Double it.\n3. So 14.",
+    "paragraph": "First we add, which gives 7.\n\nThen we double it.\n\nSo the answer is 14."}
 
 
-def test_a_prefix_goes_to_completions_with_the_rendered_text(server, tmp_path):
-    file = tmp_path / "p.jsonl"
-    file.write_text(json.dumps({"question": "Q", "answer": "1", "prefix": "Step 1:"}) + "\n")
-    for style in ("qwen2-boxed", "alpaca", "raw"):
-        assert ev.main(remote(server, file, tmp_path / f"{style}.jsonl", "--prompt", style)) == 0
-        path, body, _ = server.requests[-1]
-        assert path == "/v1/completions" and body["prompt"] == data.render_prompt(style, "Q", None) + "Step 1:"
-    assert ev.main(remote(server, file, tmp_path / "chat.jsonl", "--prompt", "chat")) == 2
+class Knows:
+    """In place of model.samples: a policy that writes one solution, token by token, from wherever a prompt is in it. It
+    knows nothing else: a prompt that is not made of the solution's own tokens is an error."""
+
+    def __init__(self, tokens: list[int], eos: int):
+        self.tokens, self.eos, self.written = tokens, eos, 0
+
+    def __call__(self, model, prompts, *, n, max_new_tokens, eos_ids, ended, **_):
+        for i, ids in enumerate(prompts):
+            assert ids == self.tokens[:len(ids)], "the model never was here"
+            for j in range(n):
+                new, reason = [], "length"
+                for token in self.tokens[len(ids):len(ids) + max_new_tokens]:
+                    new.append(token)
+                    if ended and ended(i, new):
+                        reason = "stop"
+                        break
+                self.written += len(new)
+                ends = len(ids) + len(new) == len(self.tokens) and reason == "length"
+                yield i, j, SimpleNamespace(token_ids=new, stop_reason="eos" if ends else reason)
 
 
-def test_one_refused_problem_is_named_and_the_rest_goes_on(server, tmp_path, capsys):
-    file, out = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
-    file.write_text("".join(json.dumps({"question": q, "answer": "1"}) + "\n" for q in ("1 a", "refuse me", "1 b")))
-    assert ev.main(remote(server, file, out)) == 1
-    assert [row["id"] for row in rows_of(out)] == [1, 3] and "p.jsonl:2: " in capsys.readouterr().err
+@pytest.mark.parametrize("style", SOLUTIONS)
+@pytest.mark.parametrize("name", ("bytes", "qwen2.5", "tinyllama"))
+def test_next_steps_write_a_solution_step_by_step(request, checkpoint, monkeypatch, name, style):
+    """From nothing, from a label, and from a whole step whose full stop is one token with the line break behind it: the
+    step is the one that data.split_steps finds, and little is sampled beyond it."""
+    sampler = ev.Sampler(checkpoint, prompt="raw", device="cpu")
+    if name == "bytes":
+        folder = request.getfixturevalue("tmp_path")
+        byte_tokenizer(folder)
+    else:
+        folder = request.getfixturevalue("assets") / "tokenizers" / name
+    sampler.tokenizer = data.Tokenizer.from_pretrained(folder)
+    sampler.model.config.vocab_size, sampler.model.config.max_position_embeddings = 2**20, 2**10
+    problem, solution = ev.Problem("f:1", 1, "What is (3 + 4) * 2?\n", "14", "", {}), SOLUTIONS[style]
+    policy = Knows(sampler.prepare(problem, solution).content, 2)
+    monkeypatch.setattr(ev, "samples", policy)
+    steps, so_far = data.split_steps(solution), ""
+    for k, step in enumerate(steps):
+        (found,), = ev.next_steps(sampler, [(problem, so_far)], 1, 0.0)
+        last = k + 1 == len(steps)
+        assert found == (step, last)
+        words = data.step_starts(solution)[k][1]
+        rest = step[words - len(so_far):]
+        assert ev.next_steps(sampler, [(problem, solution[:words])], 2, 0.0) == [[(rest, last)] * 2]      # from the label
+        middle = solution.index(" ", words + 1)                            # behind its first word
+        assert ev.next_steps(sampler, [(problem, solution[:middle])], 1, 0.0)[0][0][0] == step[middle - len(so_far):]
+        so_far += step
+    assert so_far == solution
+    (cut,), = ev.next_steps(sampler, [(problem, "")], 1, 0.0, max_new_tokens=3)
+    assert cut[1] is None and solution.startswith(cut[0])
+    policy.written = 0
+    ev.next_steps(sampler, [(problem, "")], 1, 0.0)
+    beyond = len(steps[1]) if style == "paragraph" else 12                 # labels outrank blank lines, so those wait
+    assert policy.written <= len(sampler.tokenizer.encode(steps[0]).ids) + beyond
 
 
-def test_a_server_that_goes_away_costs_only_what_it_had_not_answered(server, tmp_path, capsys):
-    server.down_after, file, out = 8, problems(tmp_path / "p.jsonl"), tmp_path / "o.jsonl"
-    assert ev.main(remote(server, file, out, *SAMPLED)) == 2 and "401" in capsys.readouterr().err
-    kept = (tmp_path / "o.jsonl.journal-0").read_bytes().count(b"\n") - 1
-    assert 0 < kept <= 8
-    server.down_after, server.requests = None, []
-    assert ev.main(remote(server, file, out, *SAMPLED)) == 0
-    assert len(rows_of(out)) == 21 and len(server.requests) == 21 - kept
+def test_a_condition_ends_samples_early(assets):
+    """stories260K: what is drawn up to the first full stop is the beginning of what is drawn without the condition."""
+    sampler = ev.Sampler(assets / "weights" / "hf-stories260K", prompt="raw", device="cpu", batch_size=4)
+    prompts = [sampler.prepare(ev.Problem("f:1", 1, "Once upon a time", "", "", {}), text) for text in ("", ", a dog ran")]
+    how = dict(n=3, seed=3, temperature=1.0, max_new_tokens=100)
+    whole = {(i, j): drawn.text for i, j, drawn in sampler.draw(prompts, **how)}
+    asked = []
+
+    def ended(i, text):
+        asked.append(i)
+        return "." in text
+    for i, j, drawn in sampler.draw(prompts, **how, ended=ended):
+        assert whole[i, j].startswith(drawn.text) and drawn.text == whole[i, j].partition(".")[0] + "."
+        assert drawn.stop_reason == "stop" and drawn.tokens < 100
+    assert set(asked) == {0, 1} and len(asked) < 3 * 100
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# OUT: one command at a time, names, signals
+
+def test_two_commands_into_one_out(checkpoint, tmp_path, capsys):
+    """The second one says who holds it, and touches nothing."""
+    file, out = problems(tmp_path / "p.jsonl"), tmp_path / "o.jsonl"
+    with locked(out):
+        assert ev.main(command(checkpoint, file, out)) == 2
+        assert f"is being written by process {os.getpid()} on " in capsys.readouterr().err
+    assert not out.exists() and ev.main(command(checkpoint, file, out)) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["o.jsonl", "o.summary.json", "p.jsonl"]
+
+
+@pytest.mark.parametrize("names", [("qwen2.5-0.5B", "qwen2.5-0.6B"), ("a.jsonl", "a.json"), ("a.1.jsonl", "a.2.jsonl"),
+                                   ("a.jsonl", "a.txt"), ("a", "a.b")])
+def test_two_outs_have_two_summaries(checkpoint, tmp_path, capsys, names):
+    """Names with points in them: each result keeps its own summary, and both are complete afterwards."""
+    file = problems(tmp_path / "p.jsonl", 3)
+    for turn in range(2):
+        for name in names:
+            assert ev.main(command(checkpoint, file, tmp_path / name)) == 0
+            assert ("already complete" in capsys.readouterr().out) == (turn == 1)
+    summaries = {data.summary_path(tmp_path / name).name for name in names}
+    assert len(summaries) == 2 and summaries <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_an_out_that_cannot_be_is_refused_before_any_work(checkpoint, tmp_path, capsys):
+    file = problems(tmp_path / "p.jsonl", 3)
+    assert ev.main(command(checkpoint, file, tmp_path)) == 2 and "is a folder; name a file" in capsys.readouterr().err
+    assert ev.main(command(checkpoint, file, file)) == 2 and "is the input" in capsys.readouterr().err
+    assert ev.main(command(checkpoint, file, tmp_path / "a")) == 0
+    assert ev.main(command(checkpoint, file, tmp_path / "a.jsonl")) == 2      # a.summary.json would be both's
+    assert "would replace that of a;" in capsys.readouterr().err
+
+
+def test_sigterm_ends_in_a_line_and_the_same_command_continues(processes, checkpoint, tmp_path):
+    """What a scheduler sends before it kills: exit status 143, what is finished is kept."""
+    file, out = problems(tmp_path / "p.jsonl", 300), tmp_path / "o.jsonl"
+    argv = [str(ROOT / "eval.py"), *command(checkpoint, file, out, *SAMPLED)]
+    processes.start(argv, 1)
+    journal, deadline = tmp_path / "o.jsonl.journal-0", time.time() + 120
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 3) and time.time() < deadline:
+        time.sleep(0.01)
+    os.kill(processes.pids[0], signal.SIGTERM)
+    assert processes.wait() == [143] and "terminated; the same command continues" in processes.log.read_text()
+    assert not out.exists() and not (tmp_path / "o.jsonl.lock").exists() and len(journal.read_bytes().splitlines()) > 3
+    processes.run(*argv)
+    assert len(rows_of(out)) == 900 and not journal.exists()
+
+
+def test_bars_have_a_total_and_do_not_flood_a_log(checkpoint, tmp_path, capsys):
+    """Where stderr is no terminal: the bar's first and last line, also of rollouts, whose total grows by rounds."""
+    ev.main(command(checkpoint, problems(tmp_path / "p.jsonl"), tmp_path / "o.jsonl", *SAMPLED))
+    said = capsys.readouterr().err
+    assert "21/21" in said and said.count("\r") <= 3 and "accuracy" not in said
+    rows = [{"id": i, "question": "1 + 1\n", "answer": "2", "correct": False, "completion": "Step 1: a\nStep 2: b\nStep 3: c"}
+            for i in range(3)]
+    (file := tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    ev.main(command(checkpoint, file, tmp_path / "v.jsonl", "--rollouts", 4))
+    said = capsys.readouterr().err
+    summary = json.loads((tmp_path / "v.summary.json").read_text())
+    assert f"{summary['rollouts']}/{summary['rollouts']}" in said and "attempts open" in said
+
+
+PROGRAM = """
+import sys
+import eval as ev, stepdpo
+from model import leave_processes
+
+folder, model = sys.argv[1], sys.argv[2]
+
+def score(model, name):
+    return ev.main(["--model", model, "--problems", f"{folder}/p.jsonl", "--out", f"{folder}/{name}.jsonl", "--prompt", "raw",
+                    "--max_new_tokens", "6", "--device", "cpu", "--batch_size", "2"])
+
+status = score(model, "before") or stepdpo.main(
+    ["stepdpo", "--model", model, "--data", f"{folder}/pairs.jsonl", "--out", f"{folder}/trained", "--prompt", "raw",
+     "--epochs", "1", "--batch_size", "8", "--device", "cpu"]) or score(f"{folder}/trained", "after")
+sys.exit(leave_processes(status))
+"""
+
+
+def test_programs_in_one_process(processes, work, tmp_path):
+    """eval.main, stepdpo.main, eval.main under one torchrun: two processes give what one gives."""
+    (script := tmp_path / "program.py").write_text(PROGRAM)
+    for world in (1, 2):
+        (folder := tmp_path / str(world)).mkdir()
+        problems(folder / "p.jsonl", 9)
+        (folder / "pairs.jsonl").write_bytes((work / "pairs.jsonl").read_bytes())
+        processes.run(script, folder, work / "model", world=world)
+    for name in ("before.jsonl", "after.jsonl", "trained/config.json"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()

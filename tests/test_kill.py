@@ -216,7 +216,7 @@ def test_a_full_disk_while_sampling(work, tmp_path, monkeypatch, capsys, entry):
     file = write_rows(tmp_path / "in.jsonl", [{"question": f"{i} + 1", "answer": str(i + 1)} for i in range(6)])
     argv = lambda out: ["--model", str(work / "model"), "--problems", str(file), "--out", str(out / "o.jsonl"), "--prompt", "raw", "--max_new_tokens", "8",
                         "--device", "cpu", "--samples", "2", "--temperature", "1"]
-    full_at_write(monkeypatch, ev.Journal, "write", entry, lambda: ev.main(argv(tmp_path / "out")))
+    full_at_write(monkeypatch, data.Journal, "write", entry, lambda: ev.main(argv(tmp_path / "out")))
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"error: {tmp_path}/out/o.jsonl.journal-0: cannot be written (" in error and "the same command continues" in error
     assert ev.main(argv(tmp_path / "out")) == 0 and ev.main(argv(tmp_path / "whole")) == 0
@@ -230,7 +230,7 @@ def test_a_full_disk_while_judging(processes, tmp_path, monkeypatch, capsys, ent
     (processes.folder / "slow.py").write_text(JUDGE)
     file = write_rows(tmp_path / "in.jsonl", wrong_attempts(4))
     argv = lambda out: ["localize", str(file), "--judge", "slow:judge", "--out", str(out / "o.jsonl")]
-    full_at_write(monkeypatch, data.Verdicts, "add", entry, lambda: data.main(argv(tmp_path / "out")))
+    full_at_write(monkeypatch, data.Journal, "write", entry, lambda: data.main(argv(tmp_path / "out")))
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"error: {tmp_path}/out/o.jsonl.verdicts: cannot be written (" in error and "the same command continues" in error
     assert data.main(argv(tmp_path / "out")) == 0 and data.main(argv(tmp_path / "whole")) == 0

@@ -1,16 +1,19 @@
 """model.py against transformers, against real trained checkpoints, and against itself by another road."""
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, tiny_config, tiny_model, write_json
 from safetensors.torch import load_file, save_file
 
-from model import CheckpointError, Config, Llama, Tree, choose_device, generate, pick_tokens
+from model import (CheckpointError, Config, KVCache, Llama, Tree, average_checkpoints, choose_device, fingerprint, generate, lay_out,
+                   pick_tokens, samples)
 
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 VARIETIES = {   # name -> config.json of one tiny model; between them every family and every optional piece
@@ -269,8 +272,7 @@ def test_greedy_generation_equals_recomputing_everything():
     scramble(model)
     free = [samples[0].token_ids for samples in generate(model, PROMPTS, max_new_tokens=70)]
     eos = next(t for t in free[1][5:] if any(t not in ids for ids in free))         # ends some rows, not all
-    heard = []
-    got = generate(model, PROMPTS, n=2, max_new_tokens=70, eos_ids=(eos,), on_finish=lambda i, j, s: heard.append((i, j)))
+    got = generate(model, PROMPTS, n=2, max_new_tokens=70, eos_ids=(eos,))
     stopped = 0
     for prompt, samples in zip(PROMPTS, got):
         ids = list(prompt)
@@ -280,7 +282,6 @@ def test_greedy_generation_equals_recomputing_everything():
             assert s.token_ids == ids[len(prompt):]
             assert s.stop_reason == ("length" if len(s.token_ids) == 70 else "eos")
             stopped += s.stop_reason == "eos"
-    assert sorted(heard) == [(i, j) for i in range(4) for j in range(2)]
     with pytest.raises(ValueError, match="max_new_tokens is 0"):
         generate(model, PROMPTS, max_new_tokens=0)
     assert 0 < stopped < 8, "the test should see both ends"
@@ -296,6 +297,67 @@ def test_samples_depend_on_seed_and_prompt_not_on_neighbours():
     assert alone[0] == together[1][:2]
     assert together[1][0] != together[1][1]
     assert generate(model, [PROMPTS[1]], n=2, seed=2, **settings) != alone
+
+
+def test_what_prompts_have_in_common_is_computed_once():
+    """A solution cut behind four of its steps, another one that begins like it, the whole twice, and a stranger: the hidden
+    states of prefill and of the next tokens are those of each prompt alone, from less than half of the tokens; so are the
+    texts."""
+    model = tiny_model().double()
+    scramble(model)
+    g = torch.Generator().manual_seed(2)
+    whole, other = torch.randint(0, 97, (60,), generator=g), torch.randint(0, 97, (30,), generator=g)
+    prompts = [whole[:k].tolist() for k in (60, 24, 37, 51, 60)] + [[*whole[:33].tolist(), *other[:9].tolist()], other.tolist()]
+    layout = lay_out([np.array(p) for p in prompts])
+    cache = KVCache(layout, 2, "cpu")
+    assert len(layout.tokens) < 0.5 * sum(map(len, prompts))
+    ends = torch.tensor([own[-1] for own in layout.places])
+    with torch.no_grad():
+        first = model.hidden_states(torch.from_numpy(layout.tokens)[None], torch.from_numpy(layout.positions), cache.prefill, ends)[0]
+        new = torch.randint(0, 97, (len(prompts) * 2, 1), generator=g)
+        second = model.hidden_states(new, cache.positions, cache)[:, 0]
+        for i, p in enumerate(prompts):
+            torch.testing.assert_close(first[i], model.hidden_states(torch.tensor([p]))[0, -1], atol=1e-12, rtol=0)
+            for row in (2 * i, 2 * i + 1):
+                alone = model.hidden_states(torch.tensor([[*p, int(new[row])]]))[0, -1]
+                torch.testing.assert_close(second[row], alone, atol=1e-12, rtol=0)
+    together = generate(model, prompts, max_new_tokens=40)
+    assert together == [generate(model, [p], max_new_tokens=40)[0] for p in prompts]
+
+
+def test_samples_come_as_they_end_and_only_as_far_as_they_are_asked_for():
+    """Each (i, j) once, shorter samples before longer ones; whoever stops asking stops the computation; `generate` has the
+    same ones in their places."""
+    model = tiny_model()
+    scramble(model)
+    settings = dict(n=3, max_new_tokens=40, temperature=1.0, eos_ids=(3, 4, 5, 6))
+    heard = list(samples(model, PROMPTS, **settings))
+    assert sorted((i, j) for i, j, _ in heard) == [(i, j) for i in range(4) for j in range(3)]
+    ended = [len(s.token_ids) + (s.stop_reason == "eos") for _, _, s in heard]
+    assert ended == sorted(ended) and ended[0] < ended[-1]
+    table = generate(model, PROMPTS, **settings)
+    assert all(table[i][j] == s for i, j, s in heard)
+    calls = []
+    model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    next(samples(model, PROMPTS, **settings))
+    assert len(calls) == ended[0]
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_the_temperature_may_be_a_function_of_the_new_tokens():
+    """Hot for two tokens, then 0: the first two are drawn as at that temperature, the others are the most probable ones. A
+    function that is constant draws what the number draws."""
+    model = tiny_model()
+    scramble(model)
+    settings = dict(n=4, max_new_tokens=12, top_p=0.95, seed=3)
+    drawn = generate(model, [PROMPTS[1]], temperature=1.5, **settings)[0]
+    assert generate(model, [PROMPTS[1]], temperature=lambda new: 1.5, **settings)[0] == drawn
+    mixed = generate(model, [PROMPTS[1]], temperature=lambda new: 1.5 if len(new) < 2 else 0.0, **settings)[0]
+    assert len({tuple(s.token_ids[:2]) for s in mixed}) > 1, "the test should see different samples"
+    for s, hot in zip(mixed, drawn):
+        assert s.token_ids[:2] == hot.token_ids[:2]
+        greedy = generate(model, [PROMPTS[1] + s.token_ids[:2]], max_new_tokens=10)[0][0]
+        assert s.token_ids[2:] == greedy.token_ids
 
 
 def test_stop_strings_cut_the_text_before_them():
@@ -323,16 +385,49 @@ def test_top_p_draws_from_the_nucleus_with_the_right_frequencies():
     assert share(logits, 1.0, 0.5).tolist() == [0, 1, 0, 0, 0]
 
 
+MASSES = [0.0625, 0.25, 0.0625, 0.5, 0.125]      # exact in fp32, and so are their sums
+
+
+@pytest.mark.parametrize("edge, nucleus, wider", [(0.5, {3}, {3, 1}), (0.75, {3, 1}, {3, 1, 4}), (0.875, {3, 1, 4}, {0, 1, 2, 3, 4})])
+def test_the_edge_of_the_nucleus(edge, nucleus, wider):
+    """Masses 1/2, 1/4, 1/8, 1/16, 1/16. At a top_p of 1/2, 3/4, 7/8 or just below, the tokens that reach it are all; just above,
+    one more is in (of two tied ones both). Every draw that falls on a token inside is kept; a token outside never comes, neither
+    from the next draw nor from the sort after the last one."""
+    logits = torch.tensor(MASSES).log()[None]
+    assert logits.softmax(-1)[0].tolist() == MASSES
+    ends = torch.tensor(MASSES, dtype=torch.float64).cumsum(0)
+    middle = (ends - torch.tensor(MASSES, dtype=torch.float64) / 2).tolist()           # a uniform number that falls on token i
+    pick = lambda top_p, *draws: int(pick_tokens(logits, 1.0, top_p, torch.tensor([draws], dtype=torch.float64)))
+    for top_p, inside in ((edge - 0.001, nucleus), (edge, nucleus), (edge + 0.001, wider)):
+        by_mass = sorted(inside, key=lambda i: (-MASSES[i], i))
+        total = sum(MASSES[i] for i in inside)
+        for token in range(5):
+            if token in inside:
+                assert pick(top_p, *[middle[token]] * 8) == token
+                continue
+            for other in inside:
+                assert pick(top_p, middle[token], *[middle[other]] * 7) == other       # refused once, then drawn
+            reached = 0.0                                                               # refused always, then sorted: by hand
+            for expected in by_mass:
+                reached += MASSES[expected] / total
+                if middle[token] < reached:
+                    break
+            assert pick(top_p, *[middle[token]] * 8) == expected
+
+
 @pytest.mark.parametrize("changes, named", [
     (dict(model_type="mixtral"), "model_type is 'mixtral'"),
     (dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
     (dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "'yarn'"),
     (dict(rope_parameters={"rope_type": "dynamic", "factor": 4.0}), "'dynamic'"),
     (dict(rope_scaling={"type": "linear"}), "factor"),
-    (dict(model_type="mistral", sliding_window=64), "sliding_window is 64"),
-    (dict(model_type="qwen2", use_sliding_window=True, sliding_window=64), "sliding_window is 64"),
+    (dict(model_type="mistral", sliding_window=-1), "sliding_window is -1"),
+    (dict(model_type="llava", text_config={"model_type": "llama"}), "the language model of text_config"),
     (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types"),
+    (dict(model_type="qwen3", layer_types=["full_attention", "chunked_attention"]), "layer_types"),
+    (dict(rope_parameters={"full_attention": {"rope_theta": 1e6}}), "rope_parameters"),
     (dict(quantization_config={"quant_method": "gptq"}), "quantization_config"),
+    (dict(compression_config={"format": "int-quantized"}), "compression_config"),
     (dict(num_hidden_layers=10**9), "num_hidden_layers is 1000000000"),
     (dict(hidden_size="32"), "hidden_size is '32'"),
     (dict(hidden_size=True), "hidden_size is True"),
@@ -346,6 +441,37 @@ def test_what_is_not_computed_is_refused_by_name(changes, named):
     with pytest.raises(CheckpointError) as e:
         Config.from_dict({**tiny_config(), **changes})
     assert named in str(e.value)
+
+
+@pytest.mark.parametrize("changes, longest", [
+    (dict(model_type="mistral", sliding_window=64), 64),
+    (dict(model_type="mistral", sliding_window=4096), 128),
+    (dict(model_type="mistral", sliding_window=None), 128),
+    (dict(model_type="mistral", max_position_embeddings=32768), 4096),                     # the family's default
+    (dict(model_type="qwen2", sliding_window=64), 128),
+    (dict(model_type="qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=1), 64),
+    (dict(model_type="qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=2), 128),
+    (dict(model_type="qwen3", head_dim=8, use_sliding_window=True, sliding_window=64, layer_types=["full_attention"] * 2), 128),
+    (dict(model_type="qwen3", head_dim=8, use_sliding_window=True, sliding_window=64,
+          layer_types=["full_attention", "sliding_attention"]), 64),
+    (dict(model_type="llama", sliding_window=64), 128),
+])
+def test_a_sliding_window_ends_the_positions_where_transformers_would_begin_to_slide(changes, longest):
+    """Up to the window's length a text is read as transformers reads it; config.json stays as it is."""
+    transformers = pytest.importorskip("transformers", reason="transformers is the oracle of this test")
+    raw = tiny_config(**changes)
+    ours = Llama(Config.from_dict(raw))
+    assert ours.config.max_position_embeddings == longest and ours.config.raw == raw
+    scramble(ours)
+    kind = {name: value for name, value in raw.items() if name not in ("model_type", "architectures")}
+    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(raw["model_type"], **kind),
+                                                           attn_implementation="eager").eval()
+    theirs.load_state_dict(ours.state_dict())
+    ids = torch.randint(0, 97, (1, min(longest, 128) + 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        apart = (ours(ids) - theirs(ids).logits).abs().amax(-1)[0]
+    assert apart[:longest].max() < 2e-4
+    assert longest != 64 or apart[longest:].max() > 1e-2, "the test should see the window slide"
 
 
 def test_real_configs_are_read_or_refused(assets):
@@ -374,6 +500,7 @@ def test_loading_is_strict_and_lists_what_is_wrong(tmp_path):
     save_file(bad, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError) as e:
         Llama.from_pretrained(tmp_path)
+    assert "is there for" not in str(e.value)
     for part in ("missing: model.norm.weight (32,)", "unexpected: model.layers.9.mlp.up_proj.weight", "wrong dtype: model.layers.1.mlp.down_proj.weight is I8",
                  "wrong shape: model.layers.0.mlp.up_proj.weight is (32, 56), config.json says (56, 32)"):
         assert part in str(e.value)
@@ -391,6 +518,185 @@ def test_loading_is_strict_and_lists_what_is_wrong(tmp_path):
         Llama.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="no such folder"):
         Llama.from_pretrained(tmp_path / "nowhere")
+
+
+def wrapped(change):
+    return lambda tensors: {change(name): t for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize("change, found", [
+    (wrapped(lambda n: "module." + n), "module.lm_head.weight is there for lm_head.weight, and 20 more so"),
+    (wrapped(lambda n: "_orig_mod.module." + n), "_orig_mod.module.lm_head.weight is there for lm_head.weight"),
+    (wrapped(lambda n: n.replace("layers.0.", "layers.0._checkpoint_wrapped_module.")),
+     "model.layers.0._checkpoint_wrapped_module.input_layernorm.weight is there for model.layers.0.input_layernorm.weight"),
+    (wrapped(lambda n: "base_model.model." + n), "base_model.model.lm_head.weight is there for lm_head.weight"),
+    (wrapped(lambda n: "model." + n), "model.lm_head.weight is there for lm_head.weight"),
+    (wrapped(lambda n: "language_model." + n), "language_model.lm_head.weight is there for lm_head.weight"),
+    (wrapped(lambda n: n.removeprefix("model.")), "embed_tokens.weight is there for model.embed_tokens.weight"),
+    (wrapped(lambda n: n.replace("q_proj.", "q_proj.base_layer.")), "q_proj.base_layer.weight is of a LoRA adapter: merge it"),
+    (lambda t: t | {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(2)}, "is of a LoRA adapter: merge it"),
+    (wrapped(lambda n: n.replace("q_proj.weight", "q_proj.qweight")), "q_proj.qweight is quantized: use the unquantized weights"),
+    (lambda t: {n: w for n, w in t.items() if n != "lm_head.weight"}, "missing: lm_head.weight .*tie_word_embeddings true"),
+], ids=str)
+def test_names_that_do_not_fit_are_told_with_their_cause(tmp_path, change, found):
+    """A wrapper's prefix, anywhere in the name, is named before what is missing; so are adapters, quantized weights, a head
+    that should be tied."""
+    tiny_model().save_pretrained(tmp_path)
+    save_file(change(load_file(tmp_path / "model.safetensors")), tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError) as e:
+        Llama.from_pretrained(tmp_path)
+    first = str(e.value).splitlines()[1]
+    assert re.search(found, first) and len(str(e.value).splitlines()) < 25
+
+
+def test_a_head_beside_a_tied_config_is_used_as_transformers_does(tmp_path, capsys):
+    """The same numbers as transformers, a line that says so, and a saved folder that means the same to everyone; a tied pair
+    that a file holds twice stays tied."""
+    transformers = pytest.importorskip("transformers", reason="transformers is the oracle of this test")
+    tiny_model(tie_word_embeddings=True).save_pretrained(tmp_path / "a")
+    tensors = load_file(tmp_path / "a" / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "a" / "model.safetensors", metadata={"format": "pt"})
+    model = Llama.from_pretrained(tmp_path / "a")
+    assert model.lm_head.weight is model.model.embed_tokens.weight and capsys.readouterr().err == ""
+
+    tensors["lm_head.weight"][50] += 1
+    save_file(tensors, tmp_path / "a" / "model.safetensors", metadata={"format": "pt"})
+    model = Llama.from_pretrained(tmp_path / "a")
+    assert "differs" in (line := capsys.readouterr().err) or "not the embedding" in line
+    model.save_pretrained(tmp_path / "b")
+    ids = torch.arange(90)[None]
+    for folder in "ab":
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder, attn_implementation="eager")
+        with torch.no_grad():
+            assert (theirs(ids).logits - model(ids)).abs().max() < 1e-5
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert torch.equal(Llama.from_pretrained(tmp_path / "b").lm_head.weight, tensors["lm_head.weight"])
+
+
+@pytest.mark.parametrize("value, dtype, ok", [(float("nan"), torch.float32, False), (float("-inf"), torch.bfloat16, False),
+                                              (1e6, torch.float32, True), (1e6, torch.float16, False)])
+def test_numbers_that_are_none_are_named_when_weights_are_read(tmp_path, value, dtype, ok):
+    """NaN, infinity, and what is infinite in the dtype that is asked for: the file and the tensor, before anything runs."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = value
+    model.save_pretrained(tmp_path)
+    if ok:
+        Llama.from_pretrained(tmp_path, dtype)
+    else:
+        with pytest.raises(CheckpointError, match="model.safetensors: model.layers.1.mlp.up_proj.weight holds NaN or infinite"):
+            Llama.from_pretrained(tmp_path, dtype)
+
+
+def test_a_folder_that_is_no_checkpoint_is_told_what_it_is(tmp_path):
+    """An adapter, GGUF, pickle, a maker's own layout, shards without index, a shard that was not fetched, a pointer of Git LFS,
+    weights that are there twice: each by name, with the way out."""
+    def found(*parts):
+        with pytest.raises(CheckpointError) as e:
+            Llama.from_pretrained(folder)
+        assert all(part in str(e.value) for part in parts), str(e.value)
+
+    folder = tmp_path / "a"
+    folder.mkdir()
+    found("config.json: no such file", "a checkpoint folder holds")
+    (folder / "params.json").write_text("{}")
+    found("params.json", "Hugging Face's layout")
+    (folder / "x.Q4_K_M.gguf").write_bytes(b"GGUF")
+    found("x.Q4_K_M.gguf", "inference only")
+    write_json(folder / "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "someone/base"})
+    found("a LoRA adapter of someone/base: merge it")
+    write_json(folder / "config.json", tiny_config())
+    found("neither model.safetensors nor", "a LoRA adapter of someone/base: merge it")
+    for name in ("adapter_config.json", "x.Q4_K_M.gguf"):
+        (folder / name).unlink()
+    tiny_model().save_pretrained(tmp_path / "b", shard_bytes=20000)
+    for path in sorted((tmp_path / "b").glob("model-*"))[1:]:
+        shutil.copy(path, folder)
+    found("model-00002-of-00006.safetensors", "the shards that an index names")
+    shutil.copy(tmp_path / "b" / "model.safetensors.index.json", folder)
+    found("model-00001-of-00006.safetensors not there (1 of 6 files that model.safetensors.index.json names)")
+    (folder / "model-00001-of-00006.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    found("model-00001-of-00006.safetensors: holds a Git LFS pointer", "git lfs pull")
+    folder = tmp_path / "b"
+    tiny_model(seed=1).save_pretrained(tmp_path / "c")
+    shutil.copy(tmp_path / "c" / "model.safetensors", folder)
+    found("the weights twice", "model.safetensors.index.json")
+    (folder / "model-00003-of-00006.safetensors").unlink()          # the index is a left-over: as transformers takes it
+    assert torch.equal(Llama.from_pretrained(folder).lm_head.weight, tiny_model(seed=1).lm_head.weight)
+    folder = tmp_path
+    found("config.json: no such file", "found a/config.json")
+    folder = tmp_path / "c" / "model.safetensors"
+    found("is a file; give the folder")
+
+
+def test_what_is_saved_can_be_served(tmp_path):
+    """OUT names the class that other programs look for, and no code that is not there; end tokens that cannot be are gone once
+    it learned to end; the chat template's file comes along and counts in the fingerprint."""
+    folder = tmp_path / "a"
+    tiny_model().save_pretrained(folder)
+    raw = json.loads((folder / "config.json").read_text())
+    del raw["architectures"]
+    write_json(folder / "config.json", raw | {"auto_map": {"AutoConfig": "configuration_x.X"}, "eos_token_id": [-1, 2, 10**6], "dtype": "float16"})
+    write_json(folder / "tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["tokenization_x.X", None]}, "eos_token": "</s>"})
+    write_json(folder / "generation_config.json", {"eos_token_id": 2, "temperature": 0.7})
+    write_json(folder / "chat_template.json", {"chat_template": "x"})
+    model = Llama.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "b", torch.bfloat16, eos_ids=(2, 5))
+    saved = {path.name: json.loads(path.read_text()) for path in (tmp_path / "b").glob("*.json")}
+    assert saved["config.json"]["architectures"] == ["LlamaForCausalLM"] and saved["config.json"]["eos_token_id"] == [2, 5]
+    assert saved["config.json"]["dtype"] == saved["config.json"]["torch_dtype"] == "bfloat16"
+    assert saved["generation_config.json"] == {"eos_token_id": [2, 5], "temperature": 0.7}
+    assert saved["tokenizer_config.json"] == {"eos_token": "</s>"} and saved["chat_template.json"] == {"chat_template": "x"}
+    assert not any("auto_map" in value for value in saved.values())
+    before = fingerprint(folder)
+    write_json(folder / "chat_template.json", {"chat_template": "y"})
+    assert fingerprint(folder) != before
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16)])
+def test_averaged_checkpoints(tmp_path, dtypes):
+    """At weights 1 and 0 the end points bit for bit, in a dtype that holds both; between them the sum that fp32 gives; beyond
+    them too. Config and tokenizer are the first's."""
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "a": 1}, "<unk>"))
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for seed, (folder, dtype) in enumerate(zip(folders, dtypes)):
+        model = tiny_model(seed, my_extra=seed)
+        scramble(model, seed)
+        model.save_pretrained(folder, dtype)
+        vocabulary.save(str(folder / "tokenizer.json"))
+    a, b = (load_file(folder / "model.safetensors") for folder in folders)
+    held = torch.promote_types(*dtypes)
+    for weights in ((1, 0), (0, 1), (0.25, 0.75), (1.5, -0.5)):
+        average_checkpoints(folders, weights, tmp_path / "out")
+        made = load_file(tmp_path / "out" / "model.safetensors")
+        assert made.keys() == a.keys()
+        for name, t in made.items():
+            expected = {(1, 0): a[name], (0, 1): b[name]}.get(weights)
+            if expected is None:
+                expected = a[name].float() * weights[0] + b[name].float() * weights[1]
+            assert t.dtype == held and torch.equal(t, expected.to(held))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["my_extra"] == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+
+
+def test_checkpoints_that_are_not_alike_are_not_averaged(tmp_path):
+    """Another shape, another theta behind the same shapes, another vocabulary, weights that do not add up, OUT in the way: said by
+    name, and nothing written."""
+    tokenizers = pytest.importorskip("tokenizers")
+    for name, changes in dict(a={}, wide=dict(intermediate_size=64), theta=dict(rope_theta=5e5), words={}).items():
+        tiny_model(**changes).save_pretrained(tmp_path / name)
+        words = {"<unk>": 0, "x" if name == "words" else "a": 1}
+        tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>")).save(str(tmp_path / name / "tokenizer.json"))
+    for other, weights, out, found in (("wide", (1, 0), "out", "wide: intermediate_size is 64, in .*a 56"),
+                                       ("theta", (0.5, 0.5), "out", "theta: rope_theta is 500000.0, in .*a 10000.0"),
+                                       ("words", (0.5, 0.5), "out", "words: its tokenizer.json numbers other tokens"),
+                                       ("a", (0.33, 0.33), "out", "sum 1"), ("a", (1,), "out", "one for each of 2"),
+                                       ("wide", (0.5, 0.5), "a", "a: is one of the checkpoints")):
+        with pytest.raises(ValueError, match=found):
+            average_checkpoints([tmp_path / "a", tmp_path / other], weights, tmp_path / out)
+        assert not (tmp_path / "out").exists()
 
 
 def test_shards_unknown_keys_and_tokenizer_files_survive_a_save(tmp_path):

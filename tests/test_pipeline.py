@@ -1,20 +1,20 @@
 """data.py, second half: the pipeline's file-to-file steps, from graded attempts to pairs. No network beyond this
 machine, no model."""
 import json
+import os
 import random
-import threading
 import time
 from datetime import datetime
 from decimal import Decimal
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from hypothesis import given, strategies as st
 
 import data
 import eval as ev
-from data import (DataError, Endpoint, EndpointError, RequestRefused, error_posterior, first_error_from_values,
-                  split_steps, step_starts)
+from data import DataError, error_posterior, first_error_from_values, split_steps, step_starts
+from model import locked
 
 GOOD = "Let's think step by step.\nStep 1: 3 + 4 = 7.\nStep 2: 7 * 2 = 14.\nThe answer is: 14"
 BAD = "Let's think step by step.\nStep 1: 3 + 4 = 8.\nStep 2: 8 * 2 = 16.\nThe answer is: 16"
@@ -263,19 +263,17 @@ class Dice:
     """In place of a checkpoint: a model of which every second sample is right."""
     settings: dict = {}
 
-    def __init__(self, args):
+    def __init__(self, folder, **_):
         pass
 
     def prepare(self, problem, text, cut=None):
-        return problem.question, text, False
+        return ev.Prompt(problem.question, text, False)
 
     def batches(self, prompts, n):
         return [list(range(len(prompts)))]
 
-    def run(self, prompts, n, seed, done, on_finish):
-        for i in range(len(prompts)):
-            for j in range(n):
-                on_finish(i, j, BAD if j % 2 else GOOD, 3, "eos")
+    def draw(self, prompts, n, seed, temperature, **_):
+        yield from ((i, j, ev.Drawn(BAD if j % 2 else GOOD, 3, "eos")) for i in range(len(prompts)) for j in range(n))
 
 
 def sample(file, out, *more):
@@ -287,7 +285,7 @@ def sample(file, out, *more):
     ("id", ["a", "a", "a~2"], ["a", "a~2", "a~2~2"]), ("id", ["2", None, "1"], ["2", "2~2", "1"])])
 def test_ids_that_repeat_are_told_before_anything_is_sampled(tmp_path, monkeypatch, capsys, name, ids, made):
     """Two sets in one file, both numbered from 0: every sample of both can be used; and the same command continues."""
-    monkeypatch.setattr(ev, "Local", Dice)
+    monkeypatch.setattr(ev, "Sampler", Dice)
     rows = [{name: id, "question": f"Twice 3 + 4? {i}", "answer": "14"} for i, id in enumerate(ids)]
     file = write(tmp_path / "q.jsonl", *rows)
     assert sample(file, tmp_path / "a.jsonl", "--samples", "4") == 0
@@ -344,7 +342,7 @@ def test_columns_of_a_parquet_that_nobody_uses(tmp_path, monkeypatch, capsys):
     is a named error."""
     rows = [attempt(BAD) | ODD, attempt(BAD, sample=1) | {"question": b"?"}, attempt(BAD, id=datetime(2024, 1, 1))]
     monkeypatch.setitem(data._READERS, ".parquet", lambda path: ((f"{path}:row {i}", row) for i, row in enumerate(rows, 1)))
-    monkeypatch.setattr(ev, "Local", Dice)
+    monkeypatch.setattr(ev, "Sampler", Dice)
     (file := tmp_path / "a.parquet").write_bytes(b"")
     assert run("localize", file, "--judge", JUDGE, "--out", tmp_path / "e.jsonl") == 1
     assert not ODD.keys() & read(tmp_path / "e.jsonl")[0].keys()
@@ -415,151 +413,115 @@ def test_a_journal_of_another_command_is_not_continued(tmp_path, capsys):
     (tmp_path / "e.jsonl.verdicts").write_text('{"input": "other"}\n')
     assert run("localize", file, "--judge", JUDGE, "--out", out) == 2
     assert "e.jsonl.verdicts" in capsys.readouterr().err
-    journal = data.Verdicts(tmp_path / "j", {"a": 1})
-    journal.add(("p", 0), 3)
-    journal.file.write('[["p", 1], ')
-    journal.file.close()
-    again = data.Verdicts(tmp_path / "j", {"a": 1})
-    assert again.done == {("p", 0): 3}
-    again.file.close()
+    with data.Journal(tmp_path / "j", {"a": (1, 2)}) as journal:
+        journal.add(("p", 0), 3)
+        journal.file.write('[["p", 1], ')
+    with data.Journal(tmp_path / "j", {"a": (1, 2)}) as again:
+        assert again.done == {("p", 0): 3}
+        again.add(("p", 1), None)
+    assert data.Journal(tmp_path / "j", {"a": (1, 2)}).done == {("p", 0): 3, ("p", 1): None}
 
 
-# -------------------------------------------------------------------------------------------------- a server of judges
+# -------------------------------------------------------------------------------------------------- a stage of one's own
 
-class Server:
-    """An OpenAI-like server on this machine that plays a script: a list of (status, body) or functions, one for each
-    request, then the last."""
+def squares(out, upto=6, *, restart=False, killed_after=99, fails=(), drop=()):
+    """A data-making command of a few lines: the squares below `upto`, shared by all processes. Returns what was worked on."""
+    worked = []
 
-    def __init__(self, *script):
-        self.script, self.requests, lock = list(script), [], threading.Lock()
-        outer = self
+    def work(journal, rank, world):
+        for i in range(rank, upto, world):
+            if (i,) in journal.done:
+                continue
+            if len(worked) == killed_after:
+                raise KeyboardInterrupt
+            worked.append(i)
+            if i in fails:
+                journal.failed.append(DataError(f"row {i}: no"))
+            else:
+                journal.add((i,), i * i)
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    outer.requests.append((self.path, self.headers.get("Authorization"), body))
-                    step = outer.script.pop(0) if len(outer.script) > 1 else outer.script[0]
-                status, answer = step(body) if callable(step) else step
-                if status == "hang up":
-                    self.connection.close()
-                    return
-                answer = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(answer)))
-                self.send_header("Location", "http://elsewhere.invalid/")
-                self.end_headers()
-                self.wfile.write(answer)
-
-            def log_message(self, *_):
-                pass
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.http.shutdown()
-        self.http.server_close()
+    def collect(done):
+        rows = [{"i": i, "square": done[i,]} for i in range(upto) if (i,) in done and i not in drop]
+        return rows, {"sum": sum(row["square"] for row in rows)}
+    made = data.stage(out, {"upto": upto, "range": (0, upto)}, work, collect, restart)
+    return worked if made else None
 
 
-def says(text):
-    return 200, {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}]}
+@pytest.mark.parametrize("after", range(7))
+def test_a_stage_killed_and_continued(tmp_path, after):
+    """Nothing is done twice, and the bytes are those of an undisturbed run; complete, it does nothing more."""
+    squares(tmp_path / "whole.jsonl")
+    out = tmp_path / "o.jsonl"
+    try:
+        begun = squares(out, killed_after=after) or []
+        assert after == 6
+    except KeyboardInterrupt:
+        begun = list(range(after))
+        with (tmp_path / "o.jsonl.journal-0").open("ab") as journal:
+            journal.write(b'[[5], 2')                   # the line that was being written
+        assert not out.exists() and squares(out) == [i for i in range(6) if i not in begun]
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and squares(out) is None
+    assert json.loads((tmp_path / "o.summary.json").read_text())["sum"] == 55
+    assert sorted(path.name for path in tmp_path.glob("o.*")) == ["o.jsonl", "o.summary.json"]
 
 
-def test_busy_servers_and_broken_connections_are_tried_again(monkeypatch):
-    """429, 500, a connection closed without a word, and half an answer: the fifth try succeeds, with the key in the
-    header each time."""
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    with Server((429, {}), (500, b"oops"), ("hang up", b""), (200, b'{"choices": ['), says("hello")) as server:
-        endpoint = Endpoint(server.url, "m", pause=0.001)
-        assert endpoint.chat([{"role": "user", "content": "?"}], temperature=0.5) == [data.Reply("hello", "stop")]
-        asked = {"model": "m", "messages": [{"role": "user", "content": "?"}], "temperature": 0.5}
-        assert server.requests == [("/v1/chat/completions", "Bearer secret", asked)] * 5
+def test_a_stage_of_other_settings(tmp_path):
+    """Refused by name, whether it was finished or not; begun anew on request."""
+    out = tmp_path / "o.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        squares(out, killed_after=2)
+    for _ in range(2):
+        with pytest.raises(DataError, match="upto was 6, is 5; .*--restart"):
+            squares(out, 5)
+        if not out.exists():
+            squares(out)
+    assert squares(out, 5, restart=True) == [0, 1, 2, 3, 4] and len(read(out)) == 5
+    (tmp_path / "o.summary.json").unlink()
+    with pytest.raises(DataError, match="without o.summary.json that would say how it was made"):
+        squares(out, 5)
 
 
-@pytest.mark.parametrize("status, error, tries", [(400, RequestRefused, 1), (401, EndpointError, 1),
-                                                  (404, EndpointError, 1), (302, EndpointError, 1),
-                                                  (503, EndpointError, 3)])
-def test_what_is_final_and_what_is_not(status, error, tries):
-    """A refused request concerns that request; a wrong key, a wrong address and a redirect (the key would go along)
-    concern all of them."""
-    with Server((status, {"error": {"message": "no such\nmodel"}})) as server:
-        with pytest.raises(error, match=f"HTTP {status}") as raised:
-            Endpoint(server.url + "/v1/", "m", attempts=3, pause=0.001).post("chat/completions", {})
-        assert len(server.requests) == tries and "\n" not in str(raised.value)
+def test_what_failed_is_tried_again(tmp_path):
+    """The rows that there are, are written, but the stage is not complete: the same call makes the missing ones."""
+    out = tmp_path / "o.jsonl"
+    assert squares(out, fails=[1, 4]) == list(range(6)) and [row["i"] for row in read(out)] == [0, 2, 3, 5]
+    assert json.loads((tmp_path / "o.summary.json").read_text())["failed"] == 2
+    assert squares(out, fails=[4]) == [1, 4] and squares(out) == [4] and squares(out) is None
+    assert [row["square"] for row in read(out)] == [0, 1, 4, 9, 16, 25]
 
 
-def test_no_server_at_all():
-    with pytest.raises(EndpointError, match="no answer after 2 attempts .*refused"):
-        Endpoint("http://127.0.0.1:9/v1", "m", attempts=2, pause=0.001).post("chat/completions", {})
+def test_a_stage_without_rows_leaves_no_out(tmp_path):
+    with pytest.raises(DataError, match="no row came of it, so it is not written; the first of 6 that failed: row 0"):
+        squares(tmp_path / "o.jsonl", fails=range(6))
+    assert not list(tmp_path.iterdir())
+    for _ in range(2):                                  # what was paid for is kept, and is not done again
+        with pytest.raises(DataError, match="no row came of it"):
+            squares(tmp_path / "o.jsonl", drop=range(6))
+        assert [path.name for path in tmp_path.iterdir()] == ["o.jsonl.journal-0"]
 
 
-@pytest.mark.parametrize("reply, verdict", [("Step 1: correct\nStep 2: incorrect", 1), ("1. **Incorrect**", 0),
-                                            ("Step 1: neutral\nStep 2: correct", None),
-                                            ("**Step 1:** correct\n- Step 2 - INCORRECT, as 7*2=14", 1),
-                                            ("Step 1: correct", "unclear"), ("I think it is fine.", "unclear"),
-                                            ("Step 2: incorrect", "unclear"), ("", "unclear"),
-                                            ("step 1: correct\nstep 3: incorrect", "unclear")])
-def test_reading_a_judges_reply(reply, verdict):
-    """A verdict needs every step up to the first incorrect one; "neutral" is no error; anything else is no verdict, not
-    a guess."""
-    if verdict == "unclear":
-        with pytest.raises(data.Unclear):
-            data.parse_verdicts(reply, 2)
-    else:
-        assert data.parse_verdicts(reply, 2) == verdict
+def test_two_processes_share_a_stage(processes, tmp_path):
+    """Each does its share, process 0 writes, and both go on only when the file is there."""
+    (script := tmp_path / "program.py").write_text(
+        "import sys\nsys.path.insert(0, sys.argv[2])\nimport os\nfrom test_pipeline import squares\n"
+        "from model import leave_processes\n"
+        "for name in 'ab':\n"
+        "    worked = squares(sys.argv[1] + '/' + name + '.jsonl')\n"
+        "    assert worked == list(range(int(os.environ['RANK']), 6, 2)) and os.path.exists(sys.argv[1] + '/' + name + '.jsonl')\n"
+        "    assert squares(sys.argv[1] + '/' + name + '.jsonl') is None\n"
+        "leave_processes(0)\n")
+    processes.run(script, tmp_path, Path(__file__).parent, world=2)
+    squares(tmp_path / "one.jsonl")
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
 
 
-def test_localize_with_a_judge_model(tmp_path, capsys):
-    """The judge sees problem, right answer and numbered steps; an unreadable reply is counted and skipped; a refused
-    request is named."""
-    def judge(body):
-        text = body["messages"][0]["content"]
-        assert "Twice 3 + 4?" in text and "14" in text
-        if "= 8" in text:
-            assert "[Step 1] Let's think step by step.\nStep 1: 3 + 4 = 8." in text
-            return says("Step 1: incorrect")
-        if "= 99" in text:
-            return 400, {"error": "too long"}
-        return says("Step 1: correct\nStep 2: incorrect" if "= 15" in text else "Well...")
-
-    rows = [
-        attempt(BAD),
-        attempt(LATE, id="p2"),
-        attempt(LATE.replace("15", "77"), id="p3"),
-        attempt(LATE.replace("15", "99"), id="p4")
-    ]
-    with Server(judge) as server:
-        command = [
-            "localize",
-            write(tmp_path / "a.jsonl", *rows), "--judge", "endpoint", "--endpoint", server.url, "--api_model", "m",
-            "--out",
-            str(tmp_path / "e.jsonl")
-        ]
-        assert data.main(command) == 1
-        assert [row["step"] for row in read(tmp_path / "e.jsonl")] == [1, 2]
-        captured = capsys.readouterr()
-        assert "1      the judge's reply could not be read" in captured.out
-        assert "a.jsonl:4: " in captured.err and "HTTP 400" in captured.err
-        asked = len(server.requests)
-        # only the one without a verdict is asked again
-        assert data.main(command) == 1 and len(server.requests) == asked + 1
-
-
-def test_a_server_that_goes_away_loses_nothing(tmp_path, capsys):
-    """Wrong key after two verdicts: the command ends with an error; run again, it asks only for what is missing."""
-    rows = [attempt(BAD, id=f"p{i}", question=f"Twice 3 + 4? ({i})") for i in range(4)]
-    arguments = ["--judge", "endpoint", "--api_model", "m", "--concurrency", "1", "--out", str(tmp_path / "e.jsonl")]
-    file = write(tmp_path / "a.jsonl", *rows)
-    with Server(says("Step 1: incorrect"), says("Step 1: incorrect"), (401, {})) as server:
-        assert run("localize", file, "--endpoint", server.url, *arguments) == 2
-        assert "HTTP 401" in capsys.readouterr().err and not (tmp_path / "e.jsonl").exists()
-    with Server(says("Step 1: incorrect")) as server:
-        assert run("localize", file, "--endpoint", server.url, *arguments) == 0
-        assert len(server.requests) == 2 and len(read(tmp_path / "e.jsonl")) == 4
+def test_two_localize_into_one_out(tmp_path, capsys):
+    """The second says who holds it, and writes nothing."""
+    file, out = write(tmp_path / "a.jsonl", attempt(BAD)), tmp_path / "e.jsonl"
+    with locked(out):
+        assert run("localize", file, "--judge", JUDGE, "--out", out) == 2
+    assert f"is being written by process {os.getpid()} on " in capsys.readouterr().err and not out.exists()
+    assert run("localize", file, "--judge", JUDGE, "--out", tmp_path) == 2 and "is a folder" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------------------------- pairs
