@@ -2459,10 +2459,12 @@ def run_command(run: Callable[[], int], debug: bool = False) -> int:
                        "--gradient_checkpointing (stepdpo.py)")
         elif lost:
             message = "another process of this run has ended; if it failed, it says why. The same command continues"
+        if in_main_thread:                              # torchrun ends the others as soon as one has ended, but what is
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)       # wrong is to be said first
         if speaks or isinstance(error, OSError):        # a disk may be full for one process only
             print(f"error: {message}", file=sys.stderr)
         else:
-            time.sleep(2)                               # torchrun ends the others as soon as one has ended: the first speaks
+            time.sleep(2)
         return 2
     finally:
         if in_main_thread:
