@@ -1355,9 +1355,9 @@ def make_judge(name: str, args: argparse.Namespace) -> Judge:
     return function_judge(name)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # File to file
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def write_rows(path: str | Path, rows: Iterable) -> int:
     """Write JSONL: the file is there whole or not at all. Returns the number of rows."""
@@ -1369,10 +1369,13 @@ def write_rows(path: str | Path, rows: Iterable) -> int:
 
 
 class Journal:
-    """What is finished, on disk the moment it is: a line of settings, then [key, value] lines; the last of a key counts.
+    """What is finished, on disk the moment it is: a line of settings, then [key, value] lines.
 
-    `done`, {key (a tuple): value}, need not be made again. Errors of what failed go to `failed`: it is tried again.
-    A journal that was begun with other settings raises DataError, which names them.
+    done      {key (a tuple): value}, which need not be made again; of a key that stands twice the last value
+    failed    errors of what could not be made, and is to be tried again by the same command
+
+    A journal that was begun with other settings raises DataError, which names them. `others`, the journals of
+    other processes, are read along. Used as `with journal:`, it can be added to.
     """
 
     def __init__(self, path: Path, settings: dict, restart: bool = False, others: Iterable[Path] = ()):
@@ -1386,7 +1389,8 @@ class Journal:
             path.unlink(missing_ok=True)
 
     def _read(self, file: Path) -> None:
-        for number, line in enumerate(file.read_bytes().split(b"\n")[:-1]):      # behind the last \n: a torn line
+        whole_lines = file.read_bytes().split(b"\n")[:-1]               # behind the last \n: a torn line
+        for number, line in enumerate(whole_lines):
             try:
                 entry = json.loads(line)
                 if number > 0:
@@ -1426,28 +1430,31 @@ class Journal:
 def refuse_other(old, new: dict, path: Path) -> None:
     """DataError naming what differs between the settings of what lies at `path` and the present ones."""
     old = old if isinstance(old, dict) else {}
-    changed = [f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in new | old if old.get(key) != new.get(key)]
+    changed = [key for key in new | old if old.get(key) != new.get(key)]
     if changed:
-        raise DataError(f"{path}: was made otherwise: {'; '.join(changed)}; "
-                        "choose another --out, or begin anew with --restart")
+        how = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed)
+        raise DataError(f"{path}: was made otherwise: {how}; choose another --out, or begin anew with "
+                        "--restart")
 
 
 def summary_path(out: Path) -> Path:
-    """score.jsonl -> score.summary.json. Of any other name all is kept: "qwen2.5-0.5B" is no name with a suffix."""
+    """score.jsonl -> score.summary.json. Any other name is kept whole: "qwen2.5-0.5B" has no suffix."""
     return out.with_name(out.name.removesuffix(".jsonl") + ".summary.json")
 
 
 def stage(out: str | Path, settings: dict, work: Callable[[Journal, int, int], None],
           collect: Callable[[dict], tuple[list[dict], dict]], restart: bool = False) -> bool:
-    """Make the file `out`. It may be killed at any moment, and the same call goes on; torchrun's processes share it.
+    """Make the file `out`, shared by torchrun's processes. Killed at any moment, the same call goes on.
 
-        work(journal, rank, world)        in every process: its share of what is not in journal.done, added as it ends
-        collect(done) -> (rows, summary)  in process 0, from what all have done: the rows of `out`, and what to say of them
+        work(journal, rank, world)        in every process: journal.add its share of what is not in journal.done
+        collect(done) -> (rows, summary)  in process 0, from what all have done: the rows of `out`, and a dict
 
-    settings: all that decides what the rows are. `out` is written whole, then its summary with the settings in it, and
-    the journals (OUT.journal-RANK) go, but for where journal.failed says that something is to be tried again.
-    Returns False where `out` was complete already. Raises DataError where what is there was made with other settings, or
-    no row came of it, which leaves no `out`; OSError where another command is writing it.
+    settings: all that decides what the rows are. `out` is written whole, then its summary, with the settings
+    in it, and the journals (OUT.journal-RANK) go. Where journal.failed holds an error they stay, and the same
+    call tries that again. Processes meet in these files; otherwise they only wait for each other.
+
+    Returns False where `out` was complete already. Raises DataError where what is there was made with other
+    settings, or where no row came of the work, which leaves no `out`; OSError where another command has it.
     """
     out, settings = Path(out), json.loads(json.dumps(settings))
     twin = out.with_suffix("") if out.suffix == ".jsonl" else Path(f"{out}.jsonl")
@@ -1487,7 +1494,8 @@ def stage(out: str | Path, settings: dict, work: Callable[[Journal, int, int], N
                 why = f"; the first of {failed} that failed: {journal.failed[0]}" if journal.failed else ""
                 raise DataError(f"{out}: no row came of it, so it is not written{why}")
             write_rows(out, rows)
-            write_rows(summary_path(out), [summary | {"seconds": seconds, "failed": failed, "settings": settings}])
+            summary |= {"seconds": seconds, "failed": failed, "settings": settings}
+            write_rows(summary_path(out), [summary])
             for path in _journals(out) if not failed else []:
                 path.unlink()
         meet()                                          # until `out` is there
@@ -1504,7 +1512,7 @@ def meet(number: int = 0) -> int:
 
 @functools.cache
 def _patient_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
-    """Sampling is uneven: here the processes may wait longer for each other than between the updates of a model."""
+    """Sampling is uneven: the processes may wait for each other longer than between updates of a model."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
 
@@ -1545,11 +1553,11 @@ COSTLY = ("endpoint", "ask")                            # judges whose verdicts 
 
 def judge_all(rows: dict[tuple, dict], name: str, args: argparse.Namespace,
               bad: list[DataError]) -> tuple[dict[tuple, int | str | None], bool]:
-    """(a verdict for every row, whether an earlier command had left some out).
+    """(a verdict for every row, whether the same command had been here and left some out).
 
-    A verdict is the index of the first wrong step, None (nothing wrong), or the text of Unclear. Rows on which the judge
-    fails are left out and named in `bad`; so are those that the person at the terminal did not come to (Stop is passed
-    on). What is decided is in OUT.verdicts, from which the same command goes on.
+    A verdict is the index of the first wrong step, None (nothing wrong), or the text of Unclear. Rows on
+    which the judge fails are left out and named in `bad`. What is decided is in OUT.verdicts, from which the
+    same command goes on, also where the person at the terminal stopped (Stop is passed on).
     """
     judge, path, out = make_judge(name, args), Path(f"{args.out}.verdicts"), Path(args.out)
     begun = path.exists() and not args.restart
@@ -1579,10 +1587,11 @@ def judge_all(rows: dict[tuple, dict], name: str, args: argparse.Namespace,
             try:
                 yield from ((futures[future], future.result()) for future in as_completed(futures))
             finally:
-                pool.shutdown(cancel_futures=True)      # after an error: wait for what is under way, begin nothing new
+                pool.shutdown(cancel_futures=True)      # after an error: wait for what is under way, no more
 
+    quiet = name in ("ask", "values")
     try:
-        with journal, progress(len(rows), len(rows) - len(todo), "verdicts", quiet=name in ("ask", "values")) as bar:
+        with journal, progress(len(rows), len(rows) - len(todo), "verdicts", quiet) as bar:
             for key, found in as_they_fall():
                 if isinstance(found, DataError):
                     bad.append(found)
@@ -1596,20 +1605,21 @@ def judge_all(rows: dict[tuple, dict], name: str, args: argparse.Namespace,
 
 
 def write_out(args: argparse.Namespace, rows: list[dict], bad: list[DataError], continued: bool) -> int:
-    """Write OUT and return the exit status. An OUT with other rows in it is not overwritten, unless by --restart or
-    where it was `continued`: the same command had left it incomplete."""
+    """Write OUT and return the exit status. An OUT with other rows in it is not overwritten, unless by
+    --restart or where it is `continued`: the same command had left it incomplete."""
     out, made = Path(args.out), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     if out.exists() and not (args.restart or continued or out.read_bytes() == made):
-        kept = Path(f"{out}.verdicts").exists()
-        raise DataError(f"{out}: exists and holds other rows; choose another --out, or " + (
-            "delete it, and the same command makes it again from the verdicts" if kept else "begin anew with --restart"))
+        remedy = "begin anew with --restart"
+        if Path(f"{out}.verdicts").exists():
+            remedy = "delete it, and the same command makes it again from the verdicts"
+        raise DataError(f"{out}: exists and holds other rows; choose another --out, or {remedy}")
     write_rows(out, rows)
     return 1 if bad else 0
 
 
 def read_attempts(file: str, bad: list[DataError], *stages: str) -> Iterator[tuple[tuple[str, int], dict]]:
-    """((id, sample), row) of the graded samples that eval.py wrote; rows that are none go to `bad`. DataError where the
-    first row is of none of the pipeline's `stages`.
+    """((id, sample), row) of the graded samples that eval.py wrote; rows that are none go to `bad`. DataError
+    where the first row is of none of the pipeline's `stages`.
 
     A row gets `where`, and `text`: the whole solution, prefix + completion.
     """
@@ -1624,15 +1634,17 @@ def read_attempts(file: str, bad: list[DataError], *stages: str) -> Iterator[tup
                 raise DataError(f"{where}: fields 'id', 'sample': found {_shown([id, sample])}; expected a "
                                 "name and a number, as eval.py writes them")
             key = str(id), sample
-            _, answer, completion = (text_field(row, name, where) for name in ("question", "answer", "completion"))
+            names = ("question", "answer", "completion")
+            _, answer, completion = (text_field(row, name, where) for name in names)
             prefix = text_field(row, "prefix", where) if "prefix" in row else ""
             if not answer.strip():
                 raise DataError(f"{where}: field 'answer': empty; a problem needs its right answer")
             if not isinstance(row.get("correct"), bool):
-                raise DataError(f"{where}: field 'correct': found {_kind(row.get('correct'))}; expected true or false, "
-                                "as eval.py grades it")
+                raise DataError(f"{where}: field 'correct': found {_kind(row.get('correct'))}; expected true "
+                                "or false, as eval.py grades it")
             if key in seen:
-                raise DataError(f"{where}: id {key[0]!r}, sample {sample} stands in {seen[key]} already; remove one")
+                raise DataError(f"{where}: id {key[0]!r}, sample {sample} stands in {seen[key]} already; "
+                                "remove one")
             seen[key] = where
             yield key, kept | {"where": where, "text": prefix + completion}
         except DataError as error:
@@ -1652,12 +1664,13 @@ def complain(bad: list[DataError], shown: int = 20) -> None:
         print(f"skipped: {len(bad) - shown} more rows", file=sys.stderr)
 
 
-OF_AN_ATTEMPT = ("id", "sample", "prefix", "completion", "extracted", "correct", "tokens", "stop_reason", "steps",
-                 "values", "agreement", "where", "text")        # the other fields are the problem's and are passed on
+# The other fields of an attempt are its problem's, and are passed on.
+OF_AN_ATTEMPT = ("id", "sample", "prefix", "completion", "extracted", "correct", "tokens", "stop_reason",
+                 "steps", "values", "agreement", "where", "text")
 
 
 def localize(args: argparse.Namespace) -> int:
-    """attempts -> errors: of each wrong attempt the prefix up to its first wrong step, that step, and the rest."""
+    """attempts -> errors: of a wrong attempt the prefix up to its first wrong step, that step, the rest."""
     bad, wrong, stages, problems = [], {}, Counter(), set()
     valued = () if args.judge == "values" else ("attempts",)
     for key, row in read_attempts(args.file, bad, *valued, "valued attempts", "rectified attempts"):
@@ -1666,19 +1679,20 @@ def localize(args: argparse.Namespace) -> int:
         stages["wrong"] += not row["correct"]
         if row["correct"]:
             continue
-        if row.get("stop_reason") == "length":          # it has no end, so its answer is wrong for another reason
+        if row.get("stop_reason") == "length":          # it is wrong because it has no end
             stages["cut off"] += 1
             continue
         steps = split_steps(row["text"], args.steps)
         if row.get("steps", steps) != steps:
-            bad.append(DataError(f"{row['where']}: field 'steps': not the text cut by --steps {args.steps}; give the "
-                                 "style that eval.py --rollouts was given"))
+            bad.append(DataError(f"{row['where']}: field 'steps': not the text cut by --steps {args.steps}; "
+                                 "give the style that eval.py --rollouts was given"))
             continue
         wrong[key] = row | {"steps": steps}
     try:
         verdicts, continued = judge_all(wrong, args.judge, args, bad)
     except Stop:
-        print(f"stopped; {args.out}.verdicts holds what was decided, and the same command goes on", file=sys.stderr)
+        print(f"stopped; {args.out}.verdicts holds what was decided, and the same command goes on",
+              file=sys.stderr)
         return 1
     errors, reasons = {}, Counter()
     for key, first in verdicts.items():
@@ -1696,11 +1710,13 @@ def localize(args: argparse.Namespace) -> int:
         else:
             carried = {name: value for name, value in row.items() if name not in OF_AN_ATTEMPT}
             errors[identity] = {"id": f"{key[0]}#{key[1]}"} | carried | {
-                "prefix": text[:begin], "rejected": text[begin:end], "full_rejected": text[begin:], "step": first + 1}
+                "prefix": text[:begin], "rejected": text[begin:end], "full_rejected": text[begin:],
+                "step": first + 1}
     complain(bad)
+    left_out = [(f"    {reason}", count) for reason, count in reasons.most_common()]
     print(funnel([("problems", len(problems)), ("attempts", stages["attempts"]), ("wrong", stages["wrong"]),
-                  ("    cut off by the length limit, not judged", stages["cut off"]),
-                  *((f"    {reason}", count) for reason, count in reasons.most_common()), ("located", len(errors))]))
+                  ("    cut off by the length limit, not judged", stages["cut off"]), *left_out,
+                  ("located", len(errors))]))
     if not errors:
         raise DataError(f"{args.file}: no first wrong step was located, nothing to write to {args.out}")
     return write_out(args, list(errors.values()), bad, continued)
@@ -1710,14 +1726,16 @@ def pairs(args: argparse.Namespace) -> int:
     """rectified attempts -> pairs in the columns of Math-Step-DPO-10K."""
     bad, stages, continued = [], Counter(), False
     if args.whole and args.verify:
-        raise DataError("--verify judges a chosen step; whole answers (--whole) are right by their final answer")
-    stages_taken = ("attempts", "valued attempts", "rectified attempts") if args.whole else ("rectified attempts",)
-    rows = list(read_attempts(args.file, bad, *stages_taken))
+        raise DataError("--verify judges a chosen step; --whole answers are right by their final answer")
+    of_any_attempts = ("attempts", "valued attempts") if args.whole else ()
+    rows = list(read_attempts(args.file, bad, *of_any_attempts, "rectified attempts"))
     candidates = whole_pairs(rows, stages) if args.whole else step_pairs(rows, args.steps, stages, bad)
     if args.verify:
-        solutions = {key: {"id": key[0], "where": key[0], "question": pair["prompt"], "answer": pair["answer"],
-                           "steps": split_steps(pair["initial_reason_steps"] + pair["full_chosen"], args.steps)}
-                     for key, pair in candidates.items()}
+        solutions = {}
+        for key, pair in candidates.items():
+            steps = split_steps(pair["initial_reason_steps"] + pair["full_chosen"], args.steps)
+            solutions[key] = {"id": key[0], "where": key[0], "question": pair["prompt"],
+                              "answer": pair["answer"], "steps": steps}
         verdicts, continued = judge_all(solutions, args.verify, args, bad)
         before = len(candidates)
         for key, pair in list(candidates.items()):      # right, or wrong only after the chosen step
@@ -1740,8 +1758,10 @@ def pairs(args: argparse.Namespace) -> int:
     return write_out(args, kept, bad, continued)
 
 
-def step_pairs(rows: list[tuple[tuple, dict]], style: str, stages: Counter, bad: list[DataError]) -> dict[tuple, dict]:
-    """Distinct first steps of the continuations that reach the right answer, against the wrong step they replace."""
+def step_pairs(rows: list[tuple[tuple, dict]], style: str, stages: Counter,
+               bad: list[DataError]) -> dict[tuple, dict]:
+    """Distinct first steps of the continuations that reach the right answer, against the wrong step that they
+    replace."""
     stages.update({"located errors": 0, "continuations": 0, "right": 0})
     candidates, errors, rectified = {}, set(), set()
     for (id, _), row in rows:
@@ -1749,8 +1769,8 @@ def step_pairs(rows: list[tuple[tuple, dict]], style: str, stages: Counter, bad:
             prefix, rejected, rest = (text_field(row, name, row["where"])
                                       for name in ("prefix", "rejected", "full_rejected"))
             if not rest.startswith(rejected):
-                raise DataError(f"{row['where']}: field 'rejected': is not the beginning of 'full_rejected'; both are "
-                                "the wrong attempt from the wrong step on, as data.py localize writes them")
+                raise DataError(f"{row['where']}: field 'rejected': is not the beginning of 'full_rejected'; "
+                                "both are the wrong attempt from the wrong step on, as data.py localize writes it")
         except DataError as error:
             bad.append(error)
             continue
@@ -1772,33 +1792,39 @@ def step_pairs(rows: list[tuple[tuple, dict]], style: str, stages: Counter, bad:
         elif key in candidates:
             stages["    the same first step again"] += 1
         else:
-            candidates[key] = {
-                "dataset": row.get("dataset", ""), "prompt": row["question"], "initial_reason_steps": prefix,
-                "chosen": chosen, "rejected": rejected, "full_chosen": row["completion"], "full_rejected": rest,
-                "answer": row["answer"]}
+            candidates[key] = pair_of(row, prefix, chosen, rejected, row["completion"], rest)
     stages["located errors"], stages["rectified errors"] = len(errors), len(rectified)
     return candidates
 
 
 def whole_pairs(rows: list[tuple[tuple, dict]], stages: Counter) -> dict[tuple, dict]:
-    """Plain DPO's pairs: independently sampled right and wrong whole answers of a problem, the i-th right one with the
-    i-th wrong one."""
+    """Plain DPO's pairs: independently sampled right and wrong whole answers of a problem, the i-th right one
+    with the i-th wrong one."""
     stages.update({"problems": 0, "attempts": len(rows)})
-    sides: dict[str, tuple[dict, dict]] = {}            # problem -> its distinct right, its distinct wrong answers
+    sides: dict[str, tuple[dict, dict]] = {}            # problem -> its distinct right and wrong answers
     for (id, _), row in rows:
         side = sides.setdefault(id, ({}, {}))[not row["correct"]]
-        if row.get("stop_reason") == "length":          # training would put an end token where there is no end
+        if row.get("stop_reason") == "length":          # training would put an end token where no end is
             stages["    cut off by the length limit"] += 1
         elif row["text"].strip() in side:
             stages["    the same answer again"] += 1
         else:
             side[row["text"].strip()] = row
     stages["problems"] = len(sides)
-    stages["problems with right and wrong answers"] = sum(bool(right and wrong) for right, wrong in sides.values())
-    return {(id, i): {"dataset": a.get("dataset", ""), "prompt": a["question"], "initial_reason_steps": "",
-                      "chosen": a["text"], "rejected": b["text"], "full_chosen": a["text"], "full_rejected": b["text"],
-                      "answer": a["answer"]}
-            for id, (right, wrong) in sides.items() for i, (a, b) in enumerate(zip(right.values(), wrong.values()))}
+    both = [right and wrong for right, wrong in sides.values()]
+    stages["problems with right and wrong answers"] = sum(map(bool, both))
+    pairs = {}
+    for id, (right, wrong) in sides.items():
+        for i, (good, bad) in enumerate(zip(right.values(), wrong.values())):
+            pairs[id, i] = pair_of(good, "", good["text"], bad["text"], good["text"], bad["text"])
+    return pairs
+
+
+def pair_of(row: dict, steps: str, chosen: str, rejected: str, full_chosen: str, full_rejected: str) -> dict:
+    """A training row in the columns of Math-Step-DPO-10K."""
+    return {"dataset": row.get("dataset", ""), "prompt": row["question"], "initial_reason_steps": steps,
+            "chosen": chosen, "rejected": rejected, "full_chosen": full_chosen,
+            "full_rejected": full_rejected, "answer": row["answer"]}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2197,9 +2223,9 @@ def show(args: argparse.Namespace) -> int:
     return 0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command line
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
@@ -2213,7 +2239,8 @@ def _object(text: str) -> dict:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a JSON object, such as '{{\"enable_thinking\": false}}'")
+        example = '{"enable_thinking": false}'
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a JSON object, such as '{example}'")
     return value
 
 
@@ -2231,25 +2258,29 @@ USAGE = """Look at preference data, and make it from graded attempts.
   locate the errors     python data.py localize valued.jsonl --judge values --out errors.jsonl
   pair                  python data.py pairs rectified.jsonl --out pairs.jsonl
 
-eval.py makes the attempts, their step values and the rectified continuations (see its --help). Each command has its
-own --help: python data.py pairs --help. Exit status: 0; 1 if rows had to be skipped (each is named) or it is not
-finished; 2 if the command cannot be carried out."""
+eval.py makes the attempts, their step values and the rectified continuations (see its --help). Each
+command has its own --help: python data.py pairs --help. Exit status: 0; 1 if rows had to be skipped (each is
+named) or it is not finished; 2 if the command cannot be carried out."""
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="data.py", description=USAGE, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(prog="data.py", description=USAGE,
+                                     formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{show,localize,pairs}")
 
     command = commands.add_parser(
         "show", help="print a row and what becomes of it: texts, tokens with the loss mask, statistics",
-        description="Print a row of a training file and what becomes of it: its texts, its tokens with the loss mask, "
-                    "and statistics of the file. Of a file of attempts: a solution cut into its steps.")
-    command.add_argument("--data", required=True, metavar="F", help=".jsonl, .json or .parquet file, or a hub dataset")
+        description="Print a row of a training file and what becomes of it: its texts, its tokens with the loss "
+                    "mask, and statistics of the file. Of a file of attempts: a solution cut into its steps.")
+    command.add_argument("--data", required=True, metavar="F",
+                         help=".jsonl, .json or .parquet file, or a hub dataset")
     command.add_argument("--model", metavar="M", help="checkpoint folder (or hub id) whose tokenizer is used")
     command.add_argument("--prompt", choices=PROMPT_STYLES, default="chat",
                          help="prompt style; chat is the checkpoint's own template (default: %(default)s)")
-    command.add_argument("--method", choices=METHODS, help="what would train on it (default: what the columns suggest)")
-    command.add_argument("--row", type=positive, metavar="I", help="1 = the first row (default: the first kept one)")
+    command.add_argument("--method", choices=METHODS,
+                         help="what would train on it (default: what the columns suggest)")
+    command.add_argument("--row", type=positive, metavar="I",
+                         help="1 = the first row (default: the first kept one)")
     command.add_argument("--max_length", type=positive, default=1024, metavar="N",
                          help="longer rows are dropped, in tokens (default: %(default)s)")
     add_chat_options(command)
@@ -2257,35 +2288,43 @@ def arguments() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "localize", help="attempts -> errors: find the first wrong step of every wrong attempt",
-        description="Find the first wrong step of every wrong attempt. Writes one row for each: the prefix up to that "
-                    "step's label, the step, and the wrong rest; eval.py continues from such prefixes.")
-    command.add_argument("file", metavar="F", help="attempts that eval.py wrote (for --judge values: with --rollouts)")
+        description="Find the first wrong step of every wrong attempt. Writes one row for each: the prefix up to "
+                    "that step's label, the step, and the wrong rest; eval.py continues from such prefixes.")
+    command.add_argument("file", metavar="F",
+                         help="attempts that eval.py wrote (for --judge values: with --rollouts)")
     command.add_argument("--judge", required=True, metavar="J",
-                         help="values (rollouts of eval.py --rollouts), endpoint (a judge model on a server), ask "
-                              "(you, in the terminal), or MODULE:FUNCTION: a function of your own that gets "
-                              "(question, steps, answer) and returns the first wrong step's index (from 0) or None")
+                         help="values (rollouts of eval.py --rollouts), endpoint (a judge model on a server), "
+                              "ask (you, in the terminal), or MODULE:FUNCTION: a function of your own that gets "
+                              "(question, steps, answer) and returns the first wrong step's index (from 0) or "
+                              "None")
     command.set_defaults(run=localize)
 
     command = commands.add_parser(
         "pairs", help="rectified attempts -> pairs to train on, in the columns of Math-Step-DPO-10K",
-        description="Make preference pairs: the distinct first steps of those continuations whose final answer is "
-                    "right, each against the wrong step that it replaces.")
-    command.add_argument("file", metavar="F", help="graded continuations of errors, by eval.py (--whole: any attempts)")
+        description="Make preference pairs: the distinct first steps of those continuations whose final answer "
+                    "is right, each against the wrong step that it replaces.")
+    command.add_argument("file", metavar="F",
+                         help="graded continuations of errors, by eval.py (--whole: any attempts)")
     command.add_argument("--per_error", type=positive, metavar="N",
                          help="at most N pairs from one error (with --whole: one problem); default: all")
     command.add_argument("--whole", action="store_true",
-                         help="pair independently sampled right and wrong whole answers instead: plain DPO's data")
+                         help="pair independently sampled right and wrong whole answers instead: plain DPO's "
+                              "data")
     command.add_argument("--verify", metavar="J",
-                         help="keep only steps in which this judge finds no error: endpoint, ask, MODULE:FUNCTION")
-    command.add_argument("--dataset", metavar="NAME", help="for the column dataset (default: what the rows carry)")
+                         help="keep only steps in which this judge finds no error: endpoint, ask, "
+                              "MODULE:FUNCTION")
+    command.add_argument("--dataset", metavar="NAME",
+                         help="for the column dataset (default: what the rows carry)")
     command.set_defaults(run=pairs)
 
     for name in ("localize", "pairs"):
         command = commands.choices[name]
         command.add_argument("--out", required=True, metavar="F", help="JSONL file to write")
-        command.add_argument("--restart", action="store_true", help="begin anew, whatever an earlier run has left at F")
-        command.add_argument("--endpoint", metavar="URL", help="the judge's OpenAI-compatible server, such as "
-                             "http://localhost:8000/v1; the key is read from OPENAI_API_KEY")
+        command.add_argument("--restart", action="store_true",
+                             help="begin anew, whatever an earlier run has left at F")
+        command.add_argument("--endpoint", metavar="URL",
+                             help="the judge's OpenAI-compatible server, such as http://localhost:8000/v1; the key "
+                                  "is read from OPENAI_API_KEY")
         command.add_argument("--api_model", metavar="NAME", help="name of the judge model on that server")
         command.add_argument("--concurrency", type=positive, default=8, metavar="N",
                              help="requests at a time (default: %(default)s)")
@@ -2299,10 +2338,11 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def run_command(run: Callable[[], int], debug: bool = False) -> int:
-    """The exit status of `run`, a command of this project: its own, or 2 behind one line that says what is wrong and
+    """The exit status of `run`, a command of this project: its own; 2 behind one line that says what is wrong and
     what to do; 130 where it was interrupted, 143 where it was terminated. debug: the traceback instead.
 
-    Under torchrun one process of a machine speaks. SIGTERM ends a command as Ctrl-C does: files are left whole."""
+    Under torchrun one process of a machine speaks. SIGTERM ends a command as Ctrl-C does: files stay whole.
+    """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")        # a terminal that has no "·" shows "?"
     speaks = os.environ.get("LOCAL_RANK", "0") == "0"
@@ -2313,8 +2353,9 @@ def run_command(run: Callable[[], int], debug: bool = False) -> int:
         terminated = True
         raise KeyboardInterrupt
 
-    in_main_thread = threading.current_thread() is threading.main_thread()          # no other may set a handler
-    before = signal.signal(signal.SIGTERM, terminate) if in_main_thread else None
+    before = None
+    if in_main_thread := threading.current_thread() is threading.main_thread():     # no other may set handlers
+        before = signal.signal(signal.SIGTERM, terminate)
     try:
         status = run()
         sys.stdout.flush()
@@ -2323,9 +2364,10 @@ def run_command(run: Callable[[], int], debug: bool = False) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
+        how, status = ("terminated", 143) if terminated else ("interrupted", 130)
         if speaks:
-            print(f"{'terminated' if terminated else 'interrupted'}; the same command continues", file=sys.stderr)
-        return 143 if terminated else 130
+            print(f"{how}; the same command continues", file=sys.stderr)
+        return status
     except Exception as error:
         lost = isinstance(error, RuntimeError) and dist.is_initialized() and "onnection" in str(error)
         expected = (DataError, CheckpointError, FloatingPointError, OSError, torch.OutOfMemoryError)
@@ -2333,11 +2375,12 @@ def run_command(run: Callable[[], int], debug: bool = False) -> int:
             raise
         message = str(error)
         if isinstance(error, torch.OutOfMemoryError):
-            message = (f"out of GPU memory ({message.splitlines()[0]}); what is finished is kept: go on with a lower "
-                       "--batch_size (eval.py), with a lower --micro_batch_tokens or --max_length, or with "
+            message = (f"out of GPU memory ({message.splitlines()[0]}); what is finished is kept: go on with a "
+                       "lower --batch_size (eval.py), with a lower --micro_batch_tokens or --max_length, or with "
                        "--gradient_checkpointing (stepdpo.py)")
         elif lost:
-            message = "another process of this run has ended; if it failed, it says why. The same command continues"
+            message = ("another process of this run has ended; if it failed, it says why. The same command "
+                       "continues")
         if speaks or isinstance(error, OSError):        # a disk may be full for one process only
             print(f"error: {message}", file=sys.stderr)
         return 2
@@ -2347,7 +2390,8 @@ def run_command(run: Callable[[], int], debug: bool = False) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done; 1 rows were skipped (named on stderr), or not finished; 2 an error, nothing written."""
+    """Exit status: 0 done; 1 rows were skipped (named on stderr), or not finished; 2 an error, nothing written;
+    130, 143 interrupted."""
     args = arguments().parse_args(argv)
 
     def run() -> int:

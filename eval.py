@@ -1,14 +1,14 @@
 """The one sampler-and-grader: for collecting errors, step values, rectification and the final score alike.
 
-    problems --sample--> completions --extract_answer--> answers --is_equivalent--> verdicts --summarize--> accuracy
+    problems --sample--> completions --extract_answer--> answers --is_equivalent--> verdicts --> accuracy
 
-    GRADING        what is the answer in this text, and is it the right one? (text in, verdict out)
     READERS        problem files, in the layouts of the public sets
     SAMPLING       from the project's own model or from a server; every sample on disk as it is finished
     SUMMARY        the table of accuracies
     COMMAND LINE   python eval.py --help
+    GRADING        what is the answer in this text, and is it the right one? (text in, verdict out)
 
-A problem may carry a `prefix`, the reasoning so far: it is continued from there, and prefix + completion is graded.
+A problem may carry a `prefix`, the reasoning so far: it is continued, and prefix + completion is graded.
 Answers, problem files and servers are untrusted: nothing of them is ever executed.
 """
 from __future__ import annotations      # the method stands first, what it is made of behind it
@@ -33,12 +33,12 @@ from typing import Callable, Container, Iterable, Iterator, NamedTuple, Sequence
 
 import torch
 
-from data import (BOXED, LONGEST_TOKEN, PROMPT_STYLES, STEP_STYLES, DataError, Endpoint, Journal, RequestRefused,
-                  Tokenizer, add_chat_options, check_out, complain, digest, expect, first_error_from_values, next_prefix, positive, progress,
-                  read_rows, render_prompt, run_command, same_step, split_steps, stage, step_starts, summary_path,
-                  text_field, writable)
-from model import (CheckpointError, Llama, choose_device, fingerprint, keep_freed_memory, leave_processes, read_json,
-                   resolve, samples, stable_key)
+from data import (BOXED, LONGEST_TOKEN, PROMPT_STYLES, STEP_STYLES, DataError, Endpoint, Journal,
+                  RequestRefused, Tokenizer, add_chat_options, check_out, complain, digest, expect,
+                  first_error_from_values, next_prefix, positive, progress, read_rows, render_prompt,
+                  run_command, same_step, split_steps, stage, step_starts, summary_path, text_field, writable)
+from model import (CheckpointError, Llama, choose_device, fingerprint, join_processes, keep_freed_memory,
+                   leave_processes, read_json, resolve, samples, stable_key)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,13 +171,13 @@ def read_file(args: argparse.Namespace, bad: list[DataError]) -> list:
     return items
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # SAMPLING: from the project's own model or from a server; every sample on disk as it is finished
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class Prompt(NamedTuple):
     """What a sampler reads, as its `prepare` gives it."""
-    content: object          # token ids, or a request to a server
+    content: object          # token ids, or the request to a server
     text: str                # the reasoning in it: a sample goes on from there
     spaces: bool             # whether spaces at its end were left to the model; they are taken off the sample
 
@@ -190,38 +190,50 @@ class Drawn(NamedTuple):
 
 
 class Sampler:
-    """Samples from a checkpoint (folder or hub id), by model.py.
+    """Samples from a checkpoint, by model.py.
 
-    dtype: "fp32" or "bf16" (default: bf16 on a GPU, else fp32); batch_size: samples that are computed together, all of one
-    prompt at least; system, template_args: for the chat template. `settings` is all that decides what it would say.
+    folder          checkpoint folder or hub id
+    prompt          how a question becomes a prompt: one of data.PROMPT_STYLES
+    dtype           "fp32" or "bf16"; by default bf16 on a GPU, fp32 on a CPU
+    batch_size      samples that are computed together, all of one prompt at least
+    system, template_args  for the chat template, as data.Tokenizer takes them
+
+    settings: all that decides what it says, for a journal.
     """
 
-    def __init__(self, folder: str | Path, *, prompt: str = "chat", dtype: str | None = None, device: str | None = None,
-                 batch_size: int = 64, system: str | None = None, template_args: dict | None = None):
+    def __init__(self, folder: str | Path, *, prompt: str = "chat", dtype: str | None = None,
+                 device: str | None = None, batch_size: int = 64, system: str | None = None,
+                 template_args: dict | None = None):
         folder, device = resolve(folder), choose_device(device)
         dtype = dtype or ("fp32" if device.type == "cpu" else "bf16")
         self.prompt, self.batch_size = prompt, batch_size
         self.tokenizer = Tokenizer.from_pretrained(folder, system=system, template_args=template_args)
         self.stop_ids = self.tokenizer.stop_ids(prompt)
-        self.model = Llama.from_pretrained(folder, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], device)
+        weights = torch.float32 if dtype == "fp32" else torch.bfloat16
+        self.model = Llama.from_pretrained(folder, weights, device)
         self.settings = {"model": f"{folder.resolve().name} {fingerprint(folder)[:12]}", "dtype": dtype,
-                         "device": device.type, "prompt": prompt, "system": system, "template_args": template_args}
+                         "device": device.type, "prompt": prompt, "system": system,
+                         "template_args": template_args}
 
     def prepare(self, problem: Problem, text: str, cut: int | None = None) -> Prompt:
-        """The prompt of a problem with the reasoning `text` behind it, or its part before character `cut`.
+        """The prompt of a problem and the reasoning `text`, or its part before character `cut`.
 
-        Words bring their space along: "Assistant: " and "Let" are trained as ":" and " Let", so a space of its own is a
-        token that the model never saw there. With a cut, the prompt ends at a token of the whole text, so that the
-        model reads on from the very tokens that it would have written; line ends after the step belong to it where
-        they are one token with its full stop. Raises DataError where the model cannot take it."""
+        Words bring their space along: "Assistant: " and "Let" are trained as ":" and " Let", so a space of
+        its own is a token that the model never saw there. With a cut, the prompt ends at a token of the whole
+        text, so that the model reads on from the very tokens that it would have written; line ends after the
+        step belong to it where they are one token with its full stop.
+
+        Raises DataError where the model cannot take it: too long, or control tokens in the text.
+        """
         asked = "" if self.prompt == "raw" else problem.question         # a raw prompt is rendered already
         if found := self.tokenizer.control_token_in(asked) or self.tokenizer.control_token_in(text):
-            raise DataError(f"{problem.where}: it contains the control token {found}, which is no text; remove it")
+            raise DataError(f"{problem.where}: it contains the control token {found}, which is no text; "
+                            "remove it")
         rendered = render_prompt(self.prompt, problem.question, self.tokenizer, text)
         full, most = rendered + text, self.model.config.max_position_embeddings - 1
         if len(full) > LONGEST_TOKEN * most:                            # known without waiting for its tokens
-            raise DataError(f"{problem.where}: prompt and prefix have {len(full)} characters; the model takes "
-                            f"1 to {most} tokens")
+            raise DataError(f"{problem.where}: prompt and prefix have {len(full)} characters; the model "
+                            f"takes 1 to {most} tokens")
         spaces = cut is None and full.strip(" ") != "" and full.endswith(" ")
         ids, offsets = self.tokenizer.encode(full.rstrip(" ") if spaces else full, bos=self.prompt != "chat")
         if cut is not None:
@@ -229,48 +241,59 @@ class Sampler:
             kept = sum(1 for _, end in offsets if end <= cut)
             ids, text = ids[:kept], text[:max(0, offsets[kept - 1][1] - len(rendered))]
         if not 0 < len(ids) <= most:
-            raise DataError(f"{problem.where}: prompt and prefix have {len(ids)} tokens; the model takes 1 to {most}")
+            raise DataError(f"{problem.where}: prompt and prefix have {len(ids)} tokens; the model takes "
+                            f"1 to {most}")
         if max(ids) >= self.model.config.vocab_size:
-            raise CheckpointError(f"{self.tokenizer.source}: tokenizer.json gives token {max(ids)}, config.json says "
-                                  f"vocab_size {self.model.config.vocab_size}: they do not belong together")
+            size = self.model.config.vocab_size
+            raise CheckpointError(f"{self.tokenizer.source}: tokenizer.json gives token {max(ids)}, "
+                                  f"config.json says vocab_size {size}: they do not belong together")
         return Prompt(ids, text, spaces)
 
     def batches(self, prompts: Sequence[Prompt], n: int) -> list[list[int]]:
-        """Indices of the prompts that are computed together, about `batch_size` samples: the longest first, and beside
-        each those that share half of it or more, whose common beginning is then computed once.
+        """Indices of the prompts that are computed together, about `batch_size` samples: the longest first,
+        so that memory runs out at once if at all, and beside each its family, the prompts that share half of
+        it or more. What they have in common is then computed once.
 
-        It looks at the prompts alone, not at what is done already: a batch is computed whole, so that each sample has
-        the same neighbours, hence the very numbers, whether the run was disturbed or not."""
+        It looks at the prompts alone, not at what is done already: a batch is computed whole, so that each
+        sample has the same neighbours, hence the very numbers, whether the run was disturbed or not.
+        """
         families: list[list[int]] = []
-        for i in sorted(range(len(prompts)), key=lambda i: prompts[i].content):      # what begins alike is neighbours
-            ids, before = prompts[i].content, prompts[families[-1][-1]].content if families else []
+        before: list[int] = []
+        for i in sorted(range(len(prompts)), key=lambda i: prompts[i].content):    # neighbours begin alike
+            ids = prompts[i].content
             half = min(len(before), len(ids)) // 2 + 1
             if before[:half] == ids[:half]:
                 families[-1].append(i)
             else:
                 families.append([i])
+            before = ids
         families.sort(key=lambda family: -max(len(prompts[i].content) for i in family))
-        order, size = [i for family in families for i in family], max(1, self.batch_size // n)
+        order = [i for family in families for i in family]
+        size = max(1, self.batch_size // n)
         return [order[at:at + size] for at in range(0, len(order), size)]
 
-    def draw(self, prompts: Sequence[Prompt], n: int, seed: int, temperature: float | Callable[[list[int]], float] = 0.0,
-             *, top_p: float = 1.0, max_new_tokens: int = 2048, stop: Sequence[str] = (), done: Container = frozenset(),
+    def draw(self, prompts: Sequence[Prompt], n: int, seed: int,
+             temperature: float | Callable[[list[int]], float] = 0.0, *, top_p: float = 1.0,
+             max_new_tokens: int = 2048, stop: Sequence[str] = (), done: Container = frozenset(),
              ended: Callable[[int, str], bool] | None = None) -> Iterator[tuple[int, int, Drawn]]:
-        """(i, j, sample j of prompts[i]) for j = 0 .. n-1, as they end; not those that are `done`, pairs (i, j).
+        """(i, j, sample j of prompts[i]) for all j < n, as they end; not those that are `done`, pairs (i, j).
 
-        temperature: also a function of the tokens sampled so far. A sample ends at an end token, before a `stop` string,
-        after max_new_tokens, or where ended(i, its text so far) says so."""
+        temperature may also be a function of the token ids sampled so far. A sample ends at an end token,
+        before a `stop` string, after max_new_tokens, or where ended(i, its text so far) says so.
+        """
         for batch in self.batches(prompts, n):
             if all((i, j) in done for i in batch for j in range(n)):
                 continue
-            ids = [prompts[i].content for i in batch]
-            over = ended and (lambda b, new: ended(batch[b], self.tokenizer.continuation(ids[b], new)))
-            for b, j, sample in samples(
-                    self.model, ids, n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-                    eos_ids=self.stop_ids, stop=tuple(stop), decode=self.tokenizer.decode, seed=seed, ended=over):
-                i, text = batch[b], self.tokenizer.continuation(ids[b], sample.token_ids)
+            asked = [prompts[i].content for i in batch]
+            text_of = lambda b, new: self.tokenizer.continuation(asked[b], new)
+            drawn = samples(
+                self.model, asked, n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+                eos_ids=self.stop_ids, stop=tuple(stop), decode=self.tokenizer.decode, seed=seed,
+                ended=ended and (lambda b, new: ended(batch[b], text_of(b, new))))
+            for b, j, sample in drawn:
+                i, text = batch[b], text_of(b, sample.token_ids)
                 if sample.stop_reason == "stop":
-                    text = text[:min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
+                    text = text[:min((at for string in stop if (at := text.find(string)) >= 0), default=None)]
                 if prompts[i].spaces:
                     text = text.lstrip(" ")
                 if (i, j) not in done:
@@ -366,15 +389,17 @@ class Remote:
                 raise
 
 
-def next_steps(sampler: Sampler | Remote, partial_solutions: Sequence[tuple[Problem, str]], n: int, temperature: float,
-               *, seed: int = 0, top_p: float = 1.0, max_new_tokens: int = 256,
+def next_steps(sampler: Sampler | Remote, partial_solutions: Sequence[tuple[Problem, str]], n: int,
+               temperature: float, *, seed: int = 0, top_p: float = 1.0, max_new_tokens: int = 256,
                steps: str = "auto") -> list[list[tuple[str, bool | None]]]:
-    """The next step of each partial solution, n times: result[i][j] is (its text, whether it ended the solution).
+    """The next step of each partial solution, n times: result[i][j] is (its text, does it end the solution?).
 
-    A partial solution is (problem, text so far). The text may be empty, and may end in a whole step, in a label ("Step 2:")
-    or in mid-step, whose rest is then sampled. text + step is the solution so far, as data.split_steps would cut it: a
-    label that the model writes belongs to the step behind it. None instead of a bool: max_new_tokens cut the step off.
-    Sampling ends with the step; only a server samples on, and what it says behind the step is thrown away.
+    A partial solution is (problem, text so far). That may be empty, or end in a whole step, in a label
+    ("Step 2:"), or in mid-step, whose rest is then sampled. text + step is the solution so far, as
+    data.split_steps would cut it: a label that the model writes belongs to the step behind it. None instead
+    of a bool says that max_new_tokens cut the step off. Sampling ends with the step; only a server samples
+    on, and what it says behind the step is thrown away. Raises DataError where a prompt cannot be, or a
+    server fails.
     """
     prompts = [_prepare_step(sampler, problem, text, steps) for problem, text in partial_solutions]
     begins = [len(text) for _, text in partial_solutions]
@@ -383,24 +408,32 @@ def next_steps(sampler: Sampler | Remote, partial_solutions: Sequence[tuple[Prob
         return step_end(prompts[i].text + new, begins[i], steps, over=False) is not None
 
     how = {"ended": ended} if isinstance(sampler, Sampler) else {}
-    found = [[("", None)] * n for _ in prompts]
-    for i, j, drawn in sampler.draw(prompts, n, seed, temperature, top_p=top_p, max_new_tokens=max_new_tokens, **how):
+    found: list[list] = [[None] * n for _ in prompts]
+    for i, j, drawn in sampler.draw(prompts, n, seed, temperature, top_p=top_p,
+                                    max_new_tokens=max_new_tokens, **how):
         if isinstance(drawn, DataError):
             raise drawn
-        whole, over = prompts[i].text + drawn.text, drawn.stop_reason == "eos"
-        end = step_end(whole, begins[i], steps, over)
-        found[i][j] = (whole[begins[i]:], True if over else None) if end is None else (whole[begins[i]:end], False)
+        solution, at_end = prompts[i].text + drawn.text, drawn.stop_reason == "eos"
+        end = step_end(solution, begins[i], steps, over=at_end)
+        if end is not None:
+            found[i][j] = solution[begins[i]:end], False
+        else:
+            found[i][j] = solution[begins[i]:], True if at_end else None
     return found
 
 
 def _prepare_step(sampler: Sampler | Remote, problem: Problem, text: str, steps: str) -> Prompt:
-    """Many tokenizers write a full stop and the line break behind it as one token. Where the text ends in the full stop
-    of a step, the model must read that token, or it would be where it never was: at a full stop without a line break."""
+    """Many tokenizers write a full stop and the line break behind it as one token. Behind a whole step the
+    model must read that token, or it would be where it never was: at a full stop without a line break."""
     prompt = sampler.prepare(problem, text)
     styles = STEP_STYLES[1:] if steps == "auto" else (steps,)
-    words = max(step_starts(text + " ", style)[-1][1] for style in styles)        # of the last step; behind its label
-    so_far = re.findall(r"\n\s*", text[:words])                                   # before labels, or of paragraphs
-    line_break = so_far[-1] if so_far else "\n" if words else "\n\n"
+    # where the words of its last step begin, behind the label
+    words = max(step_starts(text + " ", style)[-1][1] for style in styles)
+    breaks = re.findall(r"\n\s*", text[:words])
+    if breaks:
+        line_break = breaks[-1]                                         # as before that label
+    else:
+        line_break = "\n" if words else "\n\n"                          # without any label: of paragraphs
     continued = text.rstrip() + line_break + "Step"
     if isinstance(sampler, Sampler) and text[words:].strip() and continued.startswith(text):
         joined = sampler.prepare(problem, continued, len(text))
@@ -409,15 +442,18 @@ def _prepare_step(sampler: Sampler | Remote, problem: Problem, text: str, steps:
     return prompt
 
 
-def step_end(text: str, behind: int, style: str = "auto", over: bool = True) -> int | None:
-    """Where the step ends in which character `behind` stands, or the next one where that has no more words: at the
-    next label. None if there is no such label, or, in a text that is not `over` yet, none that is certain: with `auto`,
-    blank lines part steps only where no labels do, and one may be about to come."""
+def step_end(text: str, at: int, style: str = "auto", over: bool = True) -> int | None:
+    """Where the step ends that has the first words from character `at` on: at the label of the next one.
+
+    None if there is no such label, or, in a text that is not `over` yet, none that is certain: with `auto`,
+    blank lines part steps only where no labels do, and one may be about to come.
+    """
     starts = step_starts(text, style)
     for (_, words), (label, next_words) in zip(starts, starts[1:]):
-        if text[max(behind, words):label].strip():
-            certain = over or style != "auto" or text[label:next_words].strip() or "\n" in text[next_words:]
-            return label if certain else None
+        if text[max(at, words):label].strip():
+            labelled = text[label:next_words].strip() != ""
+            next_line_is_whole = "\n" in text[next_words:]
+            return label if over or style != "auto" or labelled or next_line_is_whole else None
     return None
 
 
@@ -445,7 +481,7 @@ class Work:
     seconds: float = 0.0
 
     def prepare(self, requests: Iterable[tuple]) -> list[Prompt | None]:
-        """sampler.prepare of each; None, and a line in `bad`, where it cannot be. DataError where none can be."""
+        """sampler.prepare of each; None, and a line in `bad`, where it cannot be. DataError if none can."""
         prompts = []
         for request in requests:
             try:
@@ -457,8 +493,9 @@ class Work:
             raise DataError(f"no row can be used; the first: {self.bad[-len(prompts)]}")
         return prompts
 
-    def draw(self, keys: list[tuple], prompts: list[Prompt], n: int, seed: int) -> Iterator[tuple[int, int, Drawn]]:
-        """n samples of each prompt, but for those whose keys (*key, j) are in the journal. Failures go to its `failed`."""
+    def draw(self, keys: list[tuple], prompts: list[Prompt], n: int,
+             seed: int) -> Iterator[tuple[int, int, Drawn]]:
+        """n samples of each prompt, but for those whose (*key, j) is in the journal. It hears of failures."""
         args = self.args
         done = {(i, j) for i, key in enumerate(keys) for j in range(n) if (*key, j) in self.journal.done}
         for i, j, drawn in self.sampler.draw(prompts, n, seed, args.temperature, top_p=args.top_p,
@@ -478,7 +515,7 @@ def sample_problems(problems: list[Problem], work: Work) -> None:
     batches = work.sampler.batches([prompts[i] for i in usable], n)[work.rank::work.world]
     batches = [[usable[b] for b in batch] for batch in batches]
     mine = [(i, j) for batch in batches for i in batch for j in range(n)]
-    # without the accuracy so far: long prompts, the harder ones, come first
+    # It does not tell the accuracy so far: long problems come first, and they are the harder ones.
     with progress(len(mine), sum(key in done for key in mine), "samples", quiet=work.rank > 0) as bar:
         for batch in batches:
             keys, asked = [(i,) for i in batch], [prompts[i] for i in batch]
@@ -487,30 +524,37 @@ def sample_problems(problems: list[Problem], work: Work) -> None:
                 extracted, correct = grade(problem.prefix + drawn.text, problem.answer)
                 work.journal.add((batch[b], j), {
                     "id": problem.id, "question": problem.question, "answer": problem.answer, "sample": j,
-                    "prefix": problem.prefix, "completion": drawn.text, "extracted": extracted, "correct": correct,
-                    "tokens": drawn.tokens, "stop_reason": drawn.stop_reason} | problem.carried)
+                    "prefix": problem.prefix, "completion": drawn.text, "extracted": extracted,
+                    "correct": correct, "tokens": drawn.tokens, "stop_reason": drawn.stop_reason,
+                } | problem.carried)
                 bar.update()
 
 
 def value_steps(attempts: list[tuple[Problem, str]], work: Work) -> None:
-    """Journal (a,) -> valued row of each attempt: how often it still comes right from before each step, by rollouts
-    (Monte Carlo values, as in Math-Shepherd, arXiv 2312.08935). This process takes every world-th attempt.
+    """Journal (a,) -> valued row of each attempt: how often it still comes right from before each step, by
+    rollouts (Monte Carlo values, as in Math-Shepherd, arXiv 2312.08935). This process takes every world-th.
 
-    Rounds: in each, every undecided attempt names the step before which more samples tell most about its first error
-    (data.next_prefix), half of `--rollouts` are drawn there, and the next round sees the counts; three times
-    `--rollouts` at most for one step. With --every_step, one round of them all. The samples are journalled as
-    (a, step, round, j) -> [takes the same step, is right], from which a restarted run names the same steps again."""
+    Rounds: in each, every undecided attempt names the step before which more samples tell most about its
+    first error (data.next_prefix), half of `--rollouts` are drawn there, and the next round sees the counts;
+    three times `--rollouts` at most for one step. With --every_step, one round of them all. The samples are
+    journalled as (a, step, round, j) -> [takes the same step, is right], from which a restarted run names the
+    same steps again.
+    """
     args, done = work.args, work.journal.done
     n = args.rollouts if args.every_step else max(1, args.rollouts // 2)
     steps = [split_steps(text, args.steps) for _, text in attempts]
-    before = lambda a, k: (*attempts[a], sum(map(len, steps[a][:k])))      # a request: attempt a, cut before step k
+
+    def before(a: int, k: int) -> tuple[Problem, str, int]:
+        """What `prepare` takes: attempt a, cut before step k."""
+        return *attempts[a], sum(map(len, steps[a][:k]))
+
     fits = work.prepare(before(a, len(steps[a]) - 1) for a in range(len(attempts)))
     mine = [a for a in range(work.rank, len(attempts), work.world) if fits[a]]
-    agreement = {a: [None] * len(steps[a]) for a in mine}                  # before a step: [same step, right, tries]
-    values = {a: [None] * len(steps[a]) for a in mine}                     # after it: [right, tries]
+    agreement = {a: [None] * len(steps[a]) for a in mine}           # before a step: [same step, right, tries]
+    values = {a: [None] * len(steps[a]) for a in mine}              # after it: [right, tries]
     for a in mine:
-        correct = attempts[a][0].carried.get("correct", False)
-        values[a][-1] = [args.rollouts if correct else 0, args.rollouts]
+        right = attempts[a][0].carried.get("correct", False)
+        values[a][-1] = [args.rollouts if right else 0, args.rollouts]
     with progress(0, 0, "rollouts", quiet=work.rank > 0) as bar:
         for round in itertools.count():
             if args.every_step:
@@ -540,13 +584,13 @@ def value_steps(attempts: list[tuple[Problem, str]], work: Work) -> None:
                     if k:
                         values[a][k - 1] = agreement[a][k][1:]
     for a in agreement:
-        row = attempts[a][0].carried | {"steps": steps[a], "values": values[a], "agreement": agreement[a]}
-        work.journal.add((a,), row)
+        row = {"steps": steps[a], "values": values[a], "agreement": agreement[a]}
+        work.journal.add((a,), attempts[a][0].carried | row)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # SUMMARY: the table of accuracies
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def wilson(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]:
     """The 95 % score interval of a rate (Wilson 1927): right also near 0 and 1, and for small n."""
@@ -558,12 +602,13 @@ def wilson(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """P(one of k samples is right), from n with c right: 1 - C(n-c, k) / C(n, k), unbiased (Chen et al. 2021)."""
+    """P(one of k samples is right), from n with c right: 1 - C(n-c, k) / C(n, k), unbiased (Chen et al. 2021,
+    arXiv 2107.03374, eq. 1)."""
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def majority(rows: list[dict]) -> bool:
-    """Whether the most frequent answer is right, equivalent answers counted together; the first of equals wins."""
+    """Whether the most frequent answer is right; equivalent ones count together, the first of equals wins."""
     size: dict[str, int] = {}                    # the first text of a class stands for it
     right: dict[str, bool] = {}
     for text, times in Counter(row["extracted"] for row in rows if row["extracted"] is not None).items():
@@ -573,18 +618,24 @@ def majority(rows: list[dict]) -> bool:
     return bool(size) and right[max(size, key=size.get)]
 
 
+def rate(values: Sequence[float]) -> dict:
+    """Mean of values from 0 to 1, one a problem, with its 95 % interval."""
+    low, high = wilson(sum(values), len(values))
+    return {"n": len(values), "accuracy": sum(values) / max(1, len(values)), "low": low, "high": high}
+
+
 def accuracy(groups: list[list[dict]]) -> dict:
-    """groups: the samples of each problem. n counts problems, and so does the interval: samples of one problem are not
-    independent, and more of them must not narrow it."""
-    right, n = sum(sum(row["correct"] for row in rows) / len(rows) for rows in groups), len(groups)
-    return {"n": n, "accuracy": right / n if n else 0.0} | dict(zip(("low", "high"), wilson(right, n)))
+    """groups: the samples of each problem. n counts problems, and so does the interval: samples of one
+    problem are not independent, and more of them must not narrow it."""
+    return rate([sum(row["correct"] for row in rows) / len(rows) for rows in groups])
 
 
 def summarize(groups: list[list[dict]]) -> dict:
     """The summary of graded samples, given as a list of rows for each problem."""
     rows = [row for group in groups for row in group]
     share = lambda condition: sum(map(condition, rows)) / max(1, len(rows))
-    summary = accuracy(groups) | {"samples": len(rows), "no_answer": share(lambda row: row["extracted"] is None),
+    summary = accuracy(groups) | {"samples": len(rows),
+                                  "no_answer": share(lambda row: row["extracted"] is None),
                                   "cut_off": share(lambda row: row["stop_reason"] == "length")}
     for field in ("level", "subject"):
         parts = defaultdict(list)
@@ -593,12 +644,13 @@ def summarize(groups: list[list[dict]]) -> dict:
                 parts[str(group[0][field])].append(group)
         if parts:
             summary[f"by_{field}"] = {name: accuracy(parts[name]) for name in sorted(parts)}
-    most = min(map(len, groups), default=0)
-    if most > 1:
-        right, n = sum(map(majority, groups)), len(groups)
-        summary["majority"] = {"n": n, "accuracy": right / n} | dict(zip(("low", "high"), wilson(right, n)))
-        passed = lambda k: sum(pass_at_k(len(group), sum(row["correct"] for row in group), k) for group in groups) / n
-        summary["pass_at"] = {str(k): passed(k) for k in sorted({2 ** e for e in range(most.bit_length())} | {most})}
+    fewest = min(map(len, groups), default=0)
+    if fewest > 1:
+        summary["majority"] = rate([majority(group) for group in groups])
+        counts = [(len(group), sum(row["correct"] for row in group)) for group in groups]
+        powers = {2 ** e for e in range(fewest.bit_length())}                       # 1, 2, 4, ... and all
+        summary["pass_at"] = {str(k): sum(pass_at_k(n, c, k) for n, c in counts) / len(counts)
+                              for k in sorted(powers | {fewest})}
     return summary
 
 
@@ -615,64 +667,68 @@ def table(summary: dict) -> str:
         lines.append(f"{name[:33]:<34}{part['n']:>6}  {part['accuracy']:>7.1%}   {interval}")
     if "pass_at" in summary:
         lines.append("   ".join(f"pass@{k} {value:.1%}" for k, value in summary["pass_at"].items()))
-    return "\n".join(lines + [f"no answer {summary['no_answer']:.1%}   cut off by length {summary['cut_off']:.1%}"])
+    lines.append(f"no answer {summary['no_answer']:.1%}   cut off by length {summary['cut_off']:.1%}")
+    return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # COMMAND LINE
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def evaluate(args: argparse.Namespace) -> int:
     """The whole command, in every process; returns the exit status."""
+    rank, world = join_processes()
     bad: list[DataError] = []
     items = read_file(args, bad)
-    common = {"prompt": args.prompt, "system": args.system, "template_args": args.template_args}
+    how = {"prompt": args.prompt, "system": args.system, "template_args": args.template_args}
     if args.endpoint:
-        sampler = Remote(args.endpoint, args.api_model, model=args.model, concurrency=args.concurrency, **common)
+        sampler = Remote(args.endpoint, args.api_model, model=args.model, concurrency=args.concurrency, **how)
     else:
-        sampler = Sampler(args.model, dtype=args.dtype, device=args.device, batch_size=args.batch_size, **common)
-    work = Work(args, sampler, bad)
+        sampler = Sampler(args.model, dtype=args.dtype, device=args.device, batch_size=args.batch_size, **how)
+    work = Work(args, sampler, bad, rank=rank, world=world)
 
     def sample(journal: Journal, rank: int, world: int) -> None:
-        work.journal, work.rank, work.world, begun = journal, rank, world, time.monotonic()
+        work.journal, begun = journal, time.monotonic()
         (value_steps if args.rollouts else sample_problems)(items, work)
         work.seconds = time.monotonic() - begun
 
     def collected(done: dict) -> tuple[list[dict], dict]:
         rows, summary = collect(args, done, len(items))
-        speed = work.world * work.tokens / max(work.seconds, 1e-9)
+        speed = world * work.tokens / max(work.seconds, 1e-9)
         return rows, summary | {"model": args.api_model or args.model, "bad_rows": len(bad),
                                 "tokens_per_second": round(speed, 1)}
 
-    settings = sampler.settings | settings_of(args, items)
-    made = stage(args.out, settings, sample, collected, args.restart)
-    if work.rank > 0:
+    made = stage(args.out, sampler.settings | settings_of(args, items), sample, collected, args.restart)
+    if rank > 0:
         return 0
-    left_out = bad + (work.journal.failed if made else [])
-    complain(left_out)
-    if left_out:
-        again = "; the same command tries again what failed" if len(left_out) > len(bad) else ""
-        print(f"{len(left_out)} rows or samples of {args.problems} were left out{again}", file=sys.stderr)
+    failed = work.journal.failed if made else []
+    complain(bad + failed)
+    if bad:
+        print(f"{len(bad)} rows of {args.problems} were left out", file=sys.stderr)
+    if failed:
+        print(f"{len(failed)} samples failed; the same command asks for them again", file=sys.stderr)
     summary = read_json(summary_path(args.out))
     print(f"{args.out}: {'' if made else 'already complete; '}{summary['model']}, prompt {args.prompt}, "
           f"temperature {args.temperature}, top-p {args.top_p}, seed {args.seed}, {summary['seconds']} s, "
           f"{summary['tokens_per_second']:.0f} tokens/s")
     if args.rollouts:
-        print(f"{summary['wrong']} wrong attempts{' of ' + str(summary['attempts']) if args.all else ''}, "
+        wrong = summary["wrong"]
+        print(f"{wrong} wrong attempts{' of ' + str(summary['attempts']) if args.all else ''}, "
               f"{summary['rollouts']} rollouts; the first error is located in "
-              f"{summary['located'] / max(1, summary['wrong']):.0%}")
+              f"{summary['located'] / max(1, wrong):.0%}")
     else:
         print(table(summary))
-    return 1 if left_out else 0
+    return 1 if bad or failed else 0
 
 
 def settings_of(args: argparse.Namespace, items: list) -> dict:
-    """What decides what a sample is, besides the sampler: what was made with other settings is not continued."""
+    """What decides what a sample is, besides the sampler: with other settings nothing is continued."""
     problems = [item[0] for item in items] if args.rollouts else items
     content = digest([[p.id, p.question, p.answer, p.prefix, p.carried] for p in problems])
     names = ["temperature", "top_p", "max_new_tokens", "stop", "limit", "seed"]
     names += ["rollouts", "every_step", "all", "steps"] if args.rollouts else ["samples"]
-    return {"problems": f"{Path(args.problems).name} {content}"} | {name: getattr(args, name) for name in names}
+    settings = {name: getattr(args, name) for name in names}
+    return {"problems": f"{Path(args.problems).name} {content}"} | settings
 
 
 def collect(args: argparse.Namespace, done: dict, count: int) -> tuple[list[dict], dict]:
@@ -697,9 +753,9 @@ USAGE = """Sample solutions, grade them, and print a table of accuracies.
   rectify              python eval.py --model M --problems errors.jsonl --out rectified.jsonl \\
                            --samples 20 --temperature 0.8 --top_p 0.95
 
-Run by torchrun, the processes share the problems out. Stopped or killed, the same command
-continues. Exit status: 0; 1 if rows of F had to be left out (each is named); 2 if the command
-cannot be carried out."""
+Run by torchrun, the processes share the problems out. After any interruption, run the same command
+again. Exit status: 0; 1 if rows of F were left out or a server failed on some (each is named; the same
+command asks for those again); 2 if the command cannot be carried out."""
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -709,18 +765,21 @@ def arguments() -> argparse.ArgumentParser:
     add("--model", metavar="M", help="checkpoint folder or hub id")
     add("--problems", metavar="F", required=True,
         help="problems, or graded attempts for --rollouts (.jsonl, .json, .parquet, hub id)")
-    add("--out", metavar="OUT", type=Path, required=True, help="graded samples, JSONL; beside it the .summary.json")
+    add("--out", metavar="OUT", type=Path, required=True,
+        help="graded samples, JSONL; beside it the .summary.json")
     add("--limit", metavar="K", type=positive, help="only the first K rows")
     add("--restart", action="store_true", help="begin anew, whatever an earlier run has left at OUT")
     add("--debug", action="store_true", help="show the traceback of an error")
     sampling = parser.add_argument_group("sampling")
     add = sampling.add_argument
     add("--prompt", choices=PROMPT_STYLES, default="chat",
-        help="how a question becomes a prompt, as in training (default: %(default)s, the checkpoint's own template)")
+        help="how a question becomes a prompt, as in training (default: %(default)s, the checkpoint's own "
+             "template)")
     add_chat_options(sampling)
     add("--samples", metavar="N", type=positive, default=1,
         help="samples a problem (default: 1; the paper: 1 to score, 2 to collect errors, 20 to rectify)")
-    add("--temperature", metavar="T", type=float, help="0 is greedy (default: 0; with --rollouts the paper's 0.8)")
+    add("--temperature", metavar="T", type=float,
+        help="0 is greedy (default: 0; with --rollouts the paper's 0.8)")
     add("--top_p", metavar="P", type=float,
         help="mass of the likeliest tokens to sample from (default: 1; with --rollouts the paper's 0.95)")
     add("--max_new_tokens", metavar="N", type=positive, default=2048,
@@ -743,7 +802,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--endpoint", metavar="URL",
         help="OpenAI-compatible server, as http://localhost:8000/v1; its key is read from OPENAI_API_KEY")
     add("--api_model", metavar="NAME", help="the name that the server knows the model by")
-    add("--concurrency", metavar="N", type=positive, default=32, help="requests under way at a time (default: 32)")
+    add("--concurrency", metavar="N", type=positive, default=32,
+        help="requests under way at a time (default: 32)")
     return parser
 
 
@@ -754,10 +814,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.temperature = 0.8 if args.rollouts else 0.0
     if args.top_p is None:
         args.top_p = 0.95 if args.rollouts else 1.0
-    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
-        parser.error(f"--temperature {args.temperature} --top_p {args.top_p}: expected 0 or more; above 0, at most 1")
+    if not 0 <= args.temperature < math.inf:
+        parser.error(f"--temperature {args.temperature}: expected 0 or more")
+    if not 0 < args.top_p <= 1:
+        parser.error(f"--top_p {args.top_p}: expected more than 0, at most 1")
     if args.temperature == 0 and max(args.samples, args.rollouts or 1) > 1:
-        parser.error("at temperature 0 all samples of a problem are the same; give --temperature, such as 0.8")
+        parser.error("at temperature 0 all samples of a problem are the same; give --temperature 0.8, say")
     if args.rollouts and args.samples > 1:
         parser.error("--samples is for problems; with --rollouts N, N says how often a step is sampled")
     if args.endpoint and not args.api_model or not (args.endpoint or args.model):
