@@ -1446,7 +1446,7 @@ def stage(out: str | Path, settings: dict, work: Callable[[Journal, int, int], N
           collect: Callable[[dict], tuple[list[dict], dict]], restart: bool = False) -> bool:
     """Make the file `out`, shared by torchrun's processes. Killed at any moment, the same call goes on.
 
-        work(journal, rank, world)        in every process: journal.add its share of what is not in journal.done
+        work(journal, rank, world)        in every process: journal.add for its share of what is not done
         collect(done) -> (rows, summary)  in process 0, from what all have done: the rows of `out`, and a dict
 
     settings: all that decides what the rows are. `out` is written whole, then its summary, with the settings
@@ -1770,7 +1770,7 @@ def step_pairs(rows: list[tuple[tuple, dict]], style: str, stages: Counter,
                                       for name in ("prefix", "rejected", "full_rejected"))
             if not rest.startswith(rejected):
                 raise DataError(f"{row['where']}: field 'rejected': is not the beginning of 'full_rejected'; "
-                                "both are the wrong attempt from the wrong step on, as data.py localize writes it")
+                                "both are the wrong attempt from the wrong step on, as data.py localize has it")
         except DataError as error:
             bad.append(error)
             continue
@@ -2270,8 +2270,9 @@ def arguments() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "show", help="print a row and what becomes of it: texts, tokens with the loss mask, statistics",
-        description="Print a row of a training file and what becomes of it: its texts, its tokens with the loss "
-                    "mask, and statistics of the file. Of a file of attempts: a solution cut into its steps.")
+        description="Print a row of a training file and what becomes of it: its texts, its tokens with the "
+                    "loss mask, and statistics of the file. Of a file of attempts: a solution cut into its "
+                    "steps.")
     command.add_argument("--data", required=True, metavar="F",
                          help=".jsonl, .json or .parquet file, or a hub dataset")
     command.add_argument("--model", metavar="M", help="checkpoint folder (or hub id) whose tokenizer is used")
@@ -2288,21 +2289,21 @@ def arguments() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "localize", help="attempts -> errors: find the first wrong step of every wrong attempt",
-        description="Find the first wrong step of every wrong attempt. Writes one row for each: the prefix up to "
-                    "that step's label, the step, and the wrong rest; eval.py continues from such prefixes.")
+        description="Find the first wrong step of every wrong attempt. Writes one row for each: the prefix up "
+                    "to that step's label, the step, and the wrong rest; eval.py continues from such prefixes.")
     command.add_argument("file", metavar="F",
                          help="attempts that eval.py wrote (for --judge values: with --rollouts)")
     command.add_argument("--judge", required=True, metavar="J",
-                         help="values (rollouts of eval.py --rollouts), endpoint (a judge model on a server), "
-                              "ask (you, in the terminal), or MODULE:FUNCTION: a function of your own that gets "
-                              "(question, steps, answer) and returns the first wrong step's index (from 0) or "
-                              "None")
+                         help="values (rollouts of eval.py --rollouts), endpoint (a judge model on a "
+                              "server), ask (you, in the terminal), or MODULE:FUNCTION: a function of your own "
+                              "that gets (question, steps, answer) and returns the first wrong step's index "
+                              "(from 0) or None")
     command.set_defaults(run=localize)
 
     command = commands.add_parser(
         "pairs", help="rectified attempts -> pairs to train on, in the columns of Math-Step-DPO-10K",
-        description="Make preference pairs: the distinct first steps of those continuations whose final answer "
-                    "is right, each against the wrong step that it replaces.")
+        description="Make preference pairs: the distinct first steps of those continuations whose final "
+                    "answer is right, each against the wrong step that it replaces.")
     command.add_argument("file", metavar="F",
                          help="graded continuations of errors, by eval.py (--whole: any attempts)")
     command.add_argument("--per_error", type=positive, metavar="N",
@@ -2323,8 +2324,8 @@ def arguments() -> argparse.ArgumentParser:
         command.add_argument("--restart", action="store_true",
                              help="begin anew, whatever an earlier run has left at F")
         command.add_argument("--endpoint", metavar="URL",
-                             help="the judge's OpenAI-compatible server, such as http://localhost:8000/v1; the key "
-                                  "is read from OPENAI_API_KEY")
+                             help="the judge's OpenAI-compatible server, such as http://localhost:8000/v1; "
+                                  "the key is read from OPENAI_API_KEY")
         command.add_argument("--api_model", metavar="NAME", help="name of the judge model on that server")
         command.add_argument("--concurrency", type=positive, default=8, metavar="N",
                              help="requests at a time (default: %(default)s)")
@@ -2338,8 +2339,8 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def run_command(run: Callable[[], int], debug: bool = False) -> int:
-    """The exit status of `run`, a command of this project: its own; 2 behind one line that says what is wrong and
-    what to do; 130 where it was interrupted, 143 where it was terminated. debug: the traceback instead.
+    """The exit status of `run`, a command of this project: its own; 2 behind one line that says what is wrong
+    and what to do; 130 where it was interrupted, 143 where it was terminated. debug: the traceback instead.
 
     Under torchrun one process of a machine speaks. SIGTERM ends a command as Ctrl-C does: files stay whole.
     """
@@ -2354,7 +2355,7 @@ def run_command(run: Callable[[], int], debug: bool = False) -> int:
         raise KeyboardInterrupt
 
     before = None
-    if in_main_thread := threading.current_thread() is threading.main_thread():     # no other may set handlers
+    if in_main_thread := threading.current_thread() is threading.main_thread():     # no other sets handlers
         before = signal.signal(signal.SIGTERM, terminate)
     try:
         status = run()
@@ -2375,9 +2376,9 @@ def run_command(run: Callable[[], int], debug: bool = False) -> int:
             raise
         message = str(error)
         if isinstance(error, torch.OutOfMemoryError):
-            message = (f"out of GPU memory ({message.splitlines()[0]}); what is finished is kept: go on with a "
-                       "lower --batch_size (eval.py), with a lower --micro_batch_tokens or --max_length, or with "
-                       "--gradient_checkpointing (stepdpo.py)")
+            message = (f"out of GPU memory ({message.splitlines()[0]}); what is finished is kept: go on with "
+                       "a lower --batch_size (eval.py), with a lower --micro_batch_tokens or --max_length, or "
+                       "with --gradient_checkpointing (stepdpo.py)")
         elif lost:
             message = ("another process of this run has ended; if it failed, it says why. The same command "
                        "continues")
@@ -2390,8 +2391,8 @@ def run_command(run: Callable[[], int], debug: bool = False) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done; 1 rows were skipped (named on stderr), or not finished; 2 an error, nothing written;
-    130, 143 interrupted."""
+    """Exit status: 0 done; 1 rows were skipped (named on stderr), or not finished; 2 an error, nothing
+    written; 130 interrupted, 143 terminated."""
     args = arguments().parse_args(argv)
 
     def run() -> int:
