@@ -1770,7 +1770,7 @@ def step_pairs(rows: list[tuple[tuple, dict]], style: str, stages: Counter,
                                       for name in ("prefix", "rejected", "full_rejected"))
             if not rest.startswith(rejected):
                 raise DataError(f"{row['where']}: field 'rejected': is not the beginning of 'full_rejected'; "
-                                "both are the wrong attempt from the wrong step on, as data.py localize has it")
+                                "both are the wrong attempt from the wrong step on, as localize writes them")
         except DataError as error:
             bad.append(error)
             continue
@@ -2289,14 +2289,14 @@ def arguments() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "localize", help="attempts -> errors: find the first wrong step of every wrong attempt",
-        description="Find the first wrong step of every wrong attempt. Writes one row for each: the prefix up "
-                    "to that step's label, the step, and the wrong rest; eval.py continues from such prefixes.")
+        description="Find the first wrong step of every wrong attempt. Writes one row for each: the prefix "
+                    "up to that step's label, the step, and the wrong rest; eval.py goes on from such prefixes.")
     command.add_argument("file", metavar="F",
                          help="attempts that eval.py wrote (for --judge values: with --rollouts)")
     command.add_argument("--judge", required=True, metavar="J",
                          help="values (rollouts of eval.py --rollouts), endpoint (a judge model on a "
-                              "server), ask (you, in the terminal), or MODULE:FUNCTION: a function of your own "
-                              "that gets (question, steps, answer) and returns the first wrong step's index "
+                              "server), ask (you, in the terminal), or MODULE:FUNCTION: a function of your "
+                              "own that gets (question, steps, answer) and returns the first wrong step's index "
                               "(from 0) or None")
     command.set_defaults(run=localize)
 
@@ -2342,7 +2342,8 @@ def run_command(run: Callable[[], int], debug: bool = False) -> int:
     """The exit status of `run`, a command of this project: its own; 2 behind one line that says what is wrong
     and what to do; 130 where it was interrupted, 143 where it was terminated. debug: the traceback instead.
 
-    Under torchrun one process of a machine speaks. SIGTERM ends a command as Ctrl-C does: files stay whole.
+    Under torchrun one process of a machine speaks. SIGTERM ends a command as Ctrl-C does, but for processes under
+    torchrun, which die of it at once: a handler would not run while they wait for one that is not there.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")        # a terminal that has no "·" shows "?"
@@ -2354,9 +2355,9 @@ def run_command(run: Callable[[], int], debug: bool = False) -> int:
         terminated = True
         raise KeyboardInterrupt
 
-    before = None
-    if in_main_thread := threading.current_thread() is threading.main_thread():     # no other sets handlers
-        before = signal.signal(signal.SIGTERM, terminate)
+    # only the main thread may set handlers
+    alone = os.environ.get("WORLD_SIZE", "1") == "1" and threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, terminate) if alone else None
     try:
         status = run()
         sys.stdout.flush()
@@ -2377,8 +2378,8 @@ def run_command(run: Callable[[], int], debug: bool = False) -> int:
         message = str(error)
         if isinstance(error, torch.OutOfMemoryError):
             message = (f"out of GPU memory ({message.splitlines()[0]}); what is finished is kept: go on with "
-                       "a lower --batch_size (eval.py), with a lower --micro_batch_tokens or --max_length, or "
-                       "with --gradient_checkpointing (stepdpo.py)")
+                       "a lower --batch_size (eval.py), with a lower --micro_batch_tokens or --max_length, "
+                       "or with --gradient_checkpointing (stepdpo.py)")
         elif lost:
             message = ("another process of this run has ended; if it failed, it says why. The same command "
                        "continues")
@@ -2386,7 +2387,7 @@ def run_command(run: Callable[[], int], debug: bool = False) -> int:
             print(f"error: {message}", file=sys.stderr)
         return 2
     finally:
-        if in_main_thread:
+        if alone:
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
