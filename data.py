@@ -2290,14 +2290,15 @@ def arguments() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "localize", help="attempts -> errors: find the first wrong step of every wrong attempt",
         description="Find the first wrong step of every wrong attempt. Writes one row for each: the prefix "
-                    "up to that step's label, the step, and the wrong rest; eval.py goes on from such prefixes.")
+                    "up to that step's label, the step, and the wrong rest; eval.py continues from "
+                    "such prefixes.")
     command.add_argument("file", metavar="F",
                          help="attempts that eval.py wrote (for --judge values: with --rollouts)")
     command.add_argument("--judge", required=True, metavar="J",
                          help="values (rollouts of eval.py --rollouts), endpoint (a judge model on a "
                               "server), ask (you, in the terminal), or MODULE:FUNCTION: a function of your "
-                              "own that gets (question, steps, answer) and returns the first wrong step's index "
-                              "(from 0) or None")
+                              "own that gets (question, steps, answer) and returns the first wrong step's "
+                              "index (from 0) or None")
     command.set_defaults(run=localize)
 
     command = commands.add_parser(
@@ -2342,8 +2343,8 @@ def run_command(run: Callable[[], int], debug: bool = False) -> int:
     """The exit status of `run`, a command of this project: its own; 2 behind one line that says what is wrong
     and what to do; 130 where it was interrupted, 143 where it was terminated. debug: the traceback instead.
 
-    Under torchrun one process of a machine speaks. SIGTERM ends a command as Ctrl-C does, but for processes under
-    torchrun, which die of it at once: a handler would not run while they wait for one that is not there.
+    Under torchrun one process of a machine speaks. SIGTERM ends a command as Ctrl-C does, but processes under
+    torchrun die of it at once: a handler would not run while they wait for one that is not there.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")        # a terminal that has no "·" shows "?"
