@@ -524,19 +524,23 @@ def test_an_out_that_cannot_be_is_refused_before_any_work(checkpoint, tmp_path, 
     assert "would replace that of a;" in capsys.readouterr().err
 
 
-def test_sigterm_ends_in_a_line_and_the_same_command_continues(processes, checkpoint, tmp_path):
-    """What a scheduler sends before it kills: exit status 143, what is finished is kept."""
-    file, out = problems(tmp_path / "p.jsonl", 300), tmp_path / "o.jsonl"
-    argv = [str(ROOT / "eval.py"), *command(checkpoint, file, out, *SAMPLED)]
-    processes.start(argv, 1)
-    journal, deadline = tmp_path / "o.jsonl.journal-0", time.time() + 120
-    while not (journal.exists() and journal.read_bytes().count(b"\n") > 3) and time.time() < deadline:
-        time.sleep(0.01)
-    os.kill(processes.pids[0], signal.SIGTERM)
-    assert processes.wait() == [143] and "terminated; the same command continues" in processes.log.read_text()
-    assert not out.exists() and not (tmp_path / "o.jsonl.lock").exists() and len(journal.read_bytes().splitlines()) > 3
-    processes.run(*argv)
-    assert len(rows_of(out)) == 900 and not journal.exists()
+def test_sigterm_ends_in_a_line_and_the_same_command_continues(checkpoint, tmp_path, monkeypatch, capsys):
+    """What a scheduler sends before it kills: exit status 143, what is finished is kept, and the handler goes again."""
+    file, out, add = problems(tmp_path / "p.jsonl"), tmp_path / "o.jsonl", data.Journal.add
+    before = signal.getsignal(signal.SIGTERM)
+
+    def ended_by_scheduler(self, key, value):
+        add(self, key, value)
+        if len(self.done) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(data.Journal, "add", ended_by_scheduler)
+        assert ev.main(command(checkpoint, file, out, *SAMPLED)) == 143
+    assert "terminated; the same command continues" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["o.jsonl.journal-0", "p.jsonl"]
+    assert (tmp_path / "o.jsonl.journal-0").read_text().count("\n") == 1 + 5
+    assert ev.main(command(checkpoint, file, out, *SAMPLED)) == 0 and len(rows_of(out)) == 21
 
 
 def test_bars_have_a_total_and_do_not_flood_a_log(checkpoint, tmp_path, capsys):
