@@ -1988,6 +1988,7 @@ class Endpoint:
         except (ValueError, RecursionError):
             reply = None
         words = self._safe(text)
+        stream = re.match(r"data:|event:|\{.*\}\n\{", text)              # server-sent events, or an object a line
         if status >= 300:
             kind, said = _kind_of(status), f"HTTP {status}: {words!r}"
             if status < 400:
@@ -1999,10 +2000,9 @@ class Endpoint:
         elif isinstance(reply, dict):
             kind, found = _inside(reply)
             said = reply if kind == "ok" else f"HTTP {status}, but in it: {self._safe(found)!r}"
-        elif text.startswith("{") or not text:
+        elif not stream and (text.startswith("{") or not text):
             kind, said = "failed", f"a reply cut short: {words!r}"
         else:
-            stream = "event-stream" in headers.get("Content-Type", "") or text.startswith("data:")
             found = "a stream" if stream else "a web page" if text.startswith("<") else "plain text"
             kind, said = "final", f"{found} came, not a JSON object: {words!r}; check --endpoint"
         if kind != "ok" and status != 422 and NO_MONEY.search(said) and not LATER.search(said):

@@ -377,16 +377,20 @@ class Remote:
                     i, j, outcome = future.result()
                     if temperature and isinstance(outcome, Drawn):
                         if i in first:
-                            self.alike = self.alike + 1 if outcome.text == first[i] else -math.inf
+                            self._compare(first[i], outcome.text, temperature)
                         first.setdefault(i, outcome.text)
-                        if self.alike == 3:
-                            print(f"{self.endpoint.url}: the samples of a prompt are all the same; does the "
-                                  f"server heed temperature {temperature}?", file=sys.stderr)
                     yield i, j, outcome
             except BaseException:
                 self.endpoint.over.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+
+    def _compare(self, one: str, other: str, temperature: float) -> None:
+        """Warn, once, of a server that gives the same sample again and again."""
+        self.alike = self.alike + 1 if one == other else -math.inf
+        if self.alike == 3:
+            print(f"{self.endpoint.url}: the samples of a prompt are all the same; does the server heed "
+                  f"temperature {temperature}?", file=sys.stderr)
 
 
 def next_steps(sampler: Sampler | Remote, partial_solutions: Sequence[tuple[Problem, str]], n: int,

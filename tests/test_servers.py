@@ -256,6 +256,7 @@ def test_why_a_text_ends(finish, more, reason):
 
 @pytest.mark.parametrize("raw, found", [(b"<!doctype html><title>Log in</title>", "a web page came.*Log in"),
                                         (b'data: {"choices": []}\n\ndata: [DONE]\n', "a stream came"),
+                                        (b'{"response": "It"}\n{"response": " is"}\n', "a stream came"),
                                         (b"Ollama is running", "plain text came.*Ollama is running"),
                                         (b"[]", "plain text came")])
 def test_what_is_no_api_ends_at_once(raw, found):
