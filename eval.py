@@ -1018,19 +1018,21 @@ def _stated(tail: str) -> str | None:
         if not re.match(rf"\W*(?:of|more|less|fewer|{JOINED})(?!\w)", sentence[number[1]:]) or "/" in number[0]:
             return sentence[:number[1]]
     if number := NUMBER.match(sentence):
-        rest = sentence[number.end():].strip(" ,")
+        behind = re.sub(rf"^(?:['’]|-(?=[{FOREIGN}]))[^\W\d]+", "", sentence[number.end():])     # 42'dir, 42-й
+        rest = behind.strip(" ,")
         word = WORD.match(rest)[0]
         if rest in ("%", "\\%"):
             return _plain_number(number[0]) + "%"
         if word.lower() in SCALES:
             return f"{_plain_number(number[0])} {word.lower()}"
-        unspaced = re.match(f"[{UNSPACED}]", word)
-        clause = re.split(r"[,;(]", rest, maxsplit=1)[0] if unspaced else rest
-        if unspaced and re.search(r"\d", clause):                                 # 3小时20分钟, 3和5
+        if re.match(rf"[{UNSPACED}]+-?\d", rest):                                  # 3小时20分钟, 3和5
             return sentence
+        clause = re.split(r"[,;(]", rest, maxsplit=1)[0] if re.match(f"[{FOREIGN}]", word) else rest
         counted = re.match(f"[{FOREIGN}]", word) or len(word) > 1 and (word in UNITS or word not in WORDS_OF_MATHS)
         joined = re.search(rf"^(?:\w+ )?(?:{JOINED}) \S?\d|[=+^\\]", clause)      # 12 apples for 3 people; 30 min
-        if not rest or counted and not joined:
+        aside = re.match(rf"\s?[,(](?!\s*[-\d.]+ ?(?:,|{AND}|{OR})(?!\w))", behind) and any(
+            w.lower() not in WORDS_OF_MATHS for w in re.findall(rf"(?<!\\)\b[^\W\d_]{{2,}}|[{FOREIGN}]", rest))
+        if rest in ("", "/-") or aside or counted and not joined:
             return _plain_number(number[0])
     plain = re.sub(r"\\[a-z]*(?:text|rm|box|begin|end)[a-z]*\s*\{[^{}]*\}", "", sentence)
     words = {word.lower() for word in re.findall(rf"(?<![A-Za-z\\])[A-Za-z]{{3,}}|[{FOREIGN}]+", plain)}
@@ -1206,10 +1208,15 @@ SPELLED = [(re.compile(pattern, re.I), spelling) for pattern, spelling in (
     (r"(?<=[\d)}\]$])\s*(?:、|和|与|與|及|と|와|과|และ)\s*(?=[-\d(\[\\{$a-z])", ", "),
     (r"(?<=[\d)}\]$]) (?:und|et|y|e|и|dan|ve|và) (?=[-\d(\[\\{$])", ", "),
     (r"(?<=[\d)}\]$])\s*(?:或者?|または|또는|หรือ| oder | ou | o | или )\s*(?=[-\d(\[\\{$a-z])", " or "),
-    (r"^(?:(?:US|CA|AU|HK|NT|NZ|[ACRS])\\?\$|Rs\.?|INR|CHF|USD|EUR|GBP|JPY|CNY|RMB|kr\.?|zł)\s?(?=-?[\d.])", ""),
+    (r"^(?:US|CA|AU|HK|NT|NZ|[ACRS])\\?\$ ?(?=-?[\d.])", ""),
+    (r"(?<=\d) ?/[-=]$", ""),                                                     # 500/-
+    (r"\{ ?(\d+) ?\\over ?(\d+) ?\}", r"\\frac{\1}{\2}"),                          # 2{1\over 2} is mixed
+    (r"\\root ?(\{[^{}]*\}|\w) ?\\of(?![a-z])", r"\\sqrt[\1]"),
+    (r"\\(?:R|[rR]eals)(?![A-Za-z])", "ℝ"),
     (r"(?<=\d)'(?=\d{3}(?!\d))", ""),                                           # 1'000'000
     (r"^(-?\d{1,3})((?:\.\d{3}){2,})$", lambda m: m[1] + m[2].replace(".", "")),
 )]
+PRICE = re.compile(r'^"? ?(?:Rs\.?|INR|CHF|USD|EUR|GBP|JPY|CNY|RMB|kr\.?|zł)"? ?(-?[\d.,]+) ?"?$')
 LEADING = re.compile(
     r'^"?\s*(?:(?:so|thus|hence|therefore),? )?(?:(?:the |our |my )?(?:final |correct )?(?:answer|ans|result|solution|'
     r'total)(?: is| are|:| =)|there (?:are|is|will be)|a total of|it is|(?:答案|答)[是为為:]+|[一总總]?共有?)"?\s*:?\s*(?=[\d\\({[$-])', re.I)
@@ -1235,7 +1242,7 @@ def _translations() -> dict[int, str]:
 
 UNICODE = _translations()
 SAME = dict(pair.split("→") for pair in (
-    r"\dfrac→\frac \tfrac→\frac \cfrac→\frac \nicefrac→\frac \sfrac→\frac \xfrac→\frac \dbinom→\binom \tbinom→\binom \$→ $→ \leqslant→<= \geqslant→>= \leq→<= "
+    r"\dfrac→\frac \tfrac→\frac \cfrac→\frac \nicefrac→\frac \sfrac→\frac \flatfrac→\frac \dbinom→\binom \tbinom→\binom \$→ $→ \leqslant→<= \geqslant→>= \leq→<= "
     r"\geq→>= \neq→!= \lvert→| \rvert→| \mid→| \vert→| \%→% \lbrace→\{ \rbrace→\} \(→ \)→ \[→ \]→ **→^ p.m.→pm a.m.→am "
     r"P.M.→pm A.M.→am p.m→pm a.m→am P.M→pm A.M→am \&→& \_→_ \degree→\circ{} \textdegree→\circ{} \lbrack→[ \rbrack→] \lparen→( \rparen→) \langle→( \rangle→) \lor→or \vee→or \land→, "
     r"\wedge→, \colon→:"
@@ -1246,15 +1253,15 @@ ALIGNED = re.compile(r"\\begin\{(aligned|align\*?|gather(?:ed)?\*?|split|equatio
 INTERVAL = re.compile(r"(^|\\cup|\\in(?![a-z])|[=,]) ?([][])([^][]{1,200}[,;][^][]{1,200})([][])(?= ?(?:$|\\cup|\\setminus|,|\)))")
 BUILDER = re.compile(r'\\?\{ ?([A-Za-z]) ?(?:\\in ?ℝ ?)?(?:[:|]|,? "(?:such that|s\.t\.?|where|for which)")')
 ALL_REALS = re.compile(r'^(?:[a-z] (?:\\in|=|"?(?:is|can be)"?) )?"?(?:the set of |set of )?(?:(?:all|any)(?: the)? )?'
-                       r'(?:reals|real numbers?|real values)(?: of [a-z])?"?(?! ?\w)', re.I)
-STYLE = re.compile(r"\\(text|textbf|textrm|textit|textsf|texttt|textnormal|textup|textsc|mathnormal|ensuremath|mbox|hbox|mathrm|mathbf|mathsf|mathit|"
+                       r'(?:reals|real numbers?|real values)(?: of [a-z])?"?(?! ?(?!except|other|excl|but)\w)', re.I)
+STYLE = re.compile(r"\\(text|textbf|textrm|textit|textsf|texttt|textnormal|textup|textsc|mathnormal|mathtt|bm|ensuremath|mbox|hbox|mathrm|mathbf|mathsf|mathit|"
                    r"mathbb|bold|operatorname|boldsymbol|emph|underline|overline|bar|vec|hat|widehat|fbox|rm|bf)"
                    r"\*?\s*\{([^{}]*)\}")
-ORNAMENTS = set("mathbf boldsymbol bold underline overline bar vec hat widehat fbox mathit".split())
+ORNAMENTS = set("bm mathbf boldsymbol bold underline overline bar vec hat widehat fbox mathit".split())
 LAYOUT = re.compile(r"(?<!\\)\\(?:(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits|quad|qquad|noindent|rm|bf|"
-                    r"tiny|small|normalsize|large|Large|LARGE|huge|Huge|boldmath|hfill|enspace|thinspace|therefore|"
-                    r"(?:hspace\*?|phantom)\{[^{}]*\})(?![A-Za-z])\.?|[!,;: ]|$)|~")
-DEGREE = re.compile(r"\^\s*(?:\{\s*\\circ\s*(?:\{\})?\s*\}|\\circ(?![A-Za-z])(?:\{\})?)|\\circ\{\}")
+                    r"tiny|small|normalsize|large|Large|LARGE|huge|Huge|boldmath|checkmark|hfill|pounds|yen|euro|enspace|thinspace|therefore|"
+                    r"(?:hspace\*?|phantom|tag|label)\{[^{}]*\})(?![A-Za-z])\.?|[!,;: ]|$)|~")
+DEGREE = re.compile(r"(?<=\d)\^\s*\{?o\}?(?![A-Za-z])|\^\s*(?:\{\s*\\circ\s*(?:\{\})?\s*\}|\\circ(?![A-Za-z])(?:\{\})?)|\\circ\{\}")
 SPEED = re.compile(r"(?<=\d) ?((?:[kcm]?m|ft|mi|miles|k?g|mg|gal)/(?:s|h|hr|hour|sec|min|m?L|day))(?![A-Za-z])")
 COMPARED = {"le": "<=", "lt": "<", "ge": ">=", "gt": ">", "ne": "!="}
 
@@ -1265,11 +1272,11 @@ def _clean(text: str) -> str:
     text = _ascii(text).replace('"', " ").strip().rstrip("\\").strip()
     if box := BOX.search(text):
         text = _box_content(text, box.end())
-    text = re.sub(r"(?<=\d)(?:,\s?\\!\s*|\{,\})(?=\d{3}(?!\d))", "", text)        # 10,\!000 and 10{,}000
+    text = re.sub(r"(?<=\d)(?:,\s?\\!\s*|\{,\})(?=(?:\d\d\{,\})*\d{3}(?!\d))", "", text)        # 10,\!000 and 10{,}000
     text = re.sub(r"(?<=\d)(?:\\[,;! ]|~|\\ )+(?=\d{3}(?!\d))", "", text)         # 10\,000
     text = re.sub(r"(\d{0,30})\.(\d{0,30})\\(?:overline|bar|dot)\s?\{(\d{1,30})\}", _repeating, text)
     text = re.sub(r"\\\\ ?\[[\d.]{1,6} ?(?:pt|em|ex|mm|cm)\]", r"\\\\ ", text)    # row spacing in a matrix
-    text = ALIGNED.sub(_one_line, COLOR.sub("", text))
+    text = ALIGNED.sub(_one_line, re.sub(r"\{(\{[^{}]*\})\}", r"\1", COLOR.sub("", text)))
     text = re.split(r"\\(?:implies|[Rr]ightarrow|Longrightarrow)(?![A-Za-z])(?=.)", text)[-1]
     for pattern, spelling in SPELLED:
         text = pattern.sub(spelling, text)
@@ -1280,8 +1287,9 @@ def _clean(text: str) -> str:
         text = STYLE.sub(_unstyle, text)
     text = re.sub(r"(?<=\d) x (?=\d)", r" \\times ", LAYOUT.sub(" ", text))
     text = re.sub(r"\\deg +(?:\"?[CF]\"?)(?![A-Za-z])", r"\\deg ", DEGREE.sub(r"\\deg ", SPEED.sub(r' "\1"', text)))
-    text = LEADING.sub("", text.strip())
+    text = PRICE.sub(r"\1", LEADING.sub("", text.strip()))
     text = re.sub(r"^(?:(?:approximately|about|roughly|around|\\approx|etwa|environ|около)\s|约|約|大约|大約)", "", text.strip(), flags=re.I)
+    text = re.sub(r"ℝ ?[\^_] ?\{? ?(?:\+|> ?0) ?\}?", r"(0,\\infty)", text)
     text = INTERVAL.sub(_interval_ends, BUILDER.sub(r"\\{ \1 |", text))
     if reals := ALL_REALS.match(text):
         but = re.fullmatch(r'[" ,]*(?:except|other than|excluding|but not)(?: for)?[" ]*([^"]+)[" ]*', text[reals.end():])
@@ -1515,7 +1523,7 @@ class _Parser:
         if sign := self.take("-", "+"):
             node = self.nested(self.product)
             return ("neg", node) if sign == "-" else node
-        factors = [self.power()]
+        factors, scales = [self.power()], 0
         while True:
             kind, text = self.peek()
             if self.take("*", "\\times", "\\cdot", "\\ast"):
@@ -1523,7 +1531,8 @@ class _Parser:
             elif self.take("/", "\\div"):
                 factors.append(("inv", self.signed()))
             elif kind == "word":
-                if factors[0][0] == "unit":
+                scales += 1
+                if factors[0][0] == "unit" or scales > 2:
                     raise _Refused("a second unit")
                 factors = [self.unit(factors[0] if len(factors) == 1 else ("mul", factors))]
             elif mixed := self.mixed(factors):
@@ -1750,8 +1759,9 @@ class _Parser:
                 rows[-1].append(self.relation())
         self.raw()
         rows = [row for row in rows if row]
-        if kind == "cases" and all(len(row) == 1 for row in rows):
-            return ("list", [row[0] for row in rows])
+        lines = kind == "cases" or kind == "array" and (len(rows) == 1 or all(row[0][0] == "rel" for row in rows))
+        if lines and all(len(row) == 1 for row in rows):
+            return ("list", [row[0] for row in rows]) if len(rows) > 1 else rows[0][0]
         if not rows or any(len(row) != len(rows[0]) for row in rows):
             raise _Refused("a ragged matrix")
         return ("matrix", "det" if kind == "vmatrix" else "m", rows)
