@@ -775,8 +775,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 # GRADING: two functions, text in, verdict out; tests/test_grading.py is its specification
 # ------------------------------------------------------------------------------------------------------------
 # extract_answer finds the answer in a text, is_equivalent says whether it is the right one.
-# Both work on text that a model wrote, so both are bounded by construction, not by a clock: every pattern is linear in
-# its input, texts are cut to a length, expressions have a largest size, depth and magnitude, and the numeric
+# Both work on text that a model wrote, so both are bounded by construction, not by a clock: every pattern is linear
+# in its input, texts are cut to a length, expressions have a largest size, depth and magnitude, and the numeric
 # comparison counts its steps. Nothing of the text is ever executed.
 
 LONGEST_COMPLETION = 200_000   # characters, from the end: an answer is given at the end
@@ -784,46 +784,60 @@ LONGEST_BOX = 4_000            # characters that a \boxed{} may hold
 LAST_MATCHES = 50              # candidates of one kind that are looked at, from the end
 
 END_TOKENS = re.compile(
-    r"<\|(?:im_end|im_start|endoftext|eot_id|end_of_text|end|eom_id|start_header_id|user|assistant)\|>|</s>|<s>|<eos>"
+    r"<\|(?:im_end|im_start|endoftext|eot_id|end_of_text|end|eom_id|start_header_id|user|assistant)\|>|</s>|"
+    r"<s>|<eos>"
     r"|<end_of_turn>|<｜[^｜<>\n]{1,30}｜>|\[/?INST\]|\n#{2,3} Instruction|\n\n(?:Question|Q|Human|User):")
 BOX = re.compile(r"(?:\\f?box(?:ed)?|\\framebox|\x08oxed|(?<![A-Za-z\\])boxed(?=\{))(?![A-Za-z])\s*")
 
-# Characters by script, for use in [...]: from Cyrillic on, all letters that no formula has; those written without
+# Characters by script, for use in [...]: the letters from Cyrillic on, which no formula has; those written without
 # spaces between words, where a number has letters right beside it; signs of money.
 FOREIGN = r"\u0400-\u1fff\u2c00-\u2dff\u3005-\u3007\u3040-\ud7ff\uf900-\ufdff\ufe70-\ufefc"
 UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u9fff\uac00-\ud7af"
 MONEY = r"$¢£¥฿₠-₿﷼"
 
-# Words by language. An answer is announced by one of the nouns, a few words at most, and a verb, a colon or a number.
-ANSWER_WORDS = ("antwort|réponse|reponse|respuestas?|respostas?|risposta|antwoord|svaret|svar|vastaus|odpowiedź|"
-                "odpowiedz|odpověď|odpoveď|válasz|răspunsul|răspuns|cevap|yanıt|jawaban|jawabannya|jibu|đáp án|đáp số|"
-                "câu trả lời|kết quả cuối cùng|ответ|ответы|відповідь|отговор|одговор|απάντηση|الجواب|جواب|الإجابة|"
+# Words by language. One of the nouns announces an answer, with a verb, a colon or a number a few words behind it.
+ANSWER_WORDS = ("antwort|réponse|reponse|respuestas?|respostas?|risposta|antwoord|svaret|svar|vastaus|"
+                "odpowiedź|"
+                "odpowiedz|odpověď|odpoveď|válasz|răspunsul|răspuns|cevap|yanıt|jawaban|jawabannya|jibu|đáp "
+                "án|đáp số|"
+                "câu trả lời|kết quả cuối cùng|ответ|ответы|відповідь|отговор|одговор|απάντηση|الجواب|جواب|"
+                "الإجابة|"
                 "الاجابة|إجابة|پاسخ|התשובה|תשובה|उत्तर|जवाब|উত্তর|సమాధానం|பதில்|விடை")
-ANSWER_VERBS = ("ist|lautet|beträgt|sind|wäre|est|sont|es|son|sería|é|são|è|sono|is|zijn|är|er|blir|on|to|wynosi|je|jest|"
-                "este|là|adalah|ialah|ni|هو|هي|است|برابر|היא|הוא|है|हैं|হল|হলো|είναι|это|равен|равна|равно|дорівнює|е")
-BEFORE_LETTER = ("the|option|choice|letter|answer|opción|opcion|alternativa|alternative|letra|lettre|réponse|buchstabe|"
-                 "respuesta|la|el|le|die|der|den|a|o|l'|вариант|варіант|буква|под|phương án|câu|pilihan|opsi|seçenek|şık|"
+ANSWER_VERBS = ("ist|lautet|beträgt|sind|wäre|est|sont|es|son|sería|é|são|è|sono|is|zijn|är|er|blir|on|to|"
+                "wynosi|je|jest|"
+                "este|là|adalah|ialah|ni|هو|هي|است|برابر|היא|הוא|है|हैं|হল|হলো|είναι|это|равен|равна|равно|"
+                "дорівнює|е")
+BEFORE_LETTER = ("the|option|choice|letter|answer|opción|opcion|alternativa|alternative|letra|lettre|réponse|"
+                 "buchstabe|"
+                 "respuesta|la|el|le|die|der|den|a|o|l'|вариант|варіант|буква|под|phương án|câu|pilihan|opsi|"
+                 "seçenek|şık|"
                  "lựa chọn|选项|選項|选|選|選択肢|ตัวเลือก|ข้อ|الخيار|خيار|विकल्प|보기|선택지|번호")
-ADVERBS = ("also|donc|somit|daher|folglich|por tanto|por lo tanto|entonces|portanto|quindi|dunque|więc|therefore|thus|"
+ADVERBS = ("also|donc|somit|daher|folglich|por tanto|por lo tanto|entonces|portanto|quindi|dunque|więc|"
+           "therefore|thus|"
            "hence|equal to|de|igual a|égale à|gleich|genau|exactly|则|就|应|应该|약|约|大约|大約|約")
 REASON = "because|since|which|is|porque|weil|denn|da|car|puisque|perché|poiché|потому|так как|vì|karena|çünkü"
 AND = "and|und|et|y|e|и|και|dan|ve|và|和|与|與|及|、|と|와|과|และ"
 OR = "or|oder|ou|o|или|hoặc|atau|veya|或|或者|または|또는|หรือ"
 JOINED = rf"{AND}|{OR}|to|than|plus|minus|times|bis|à|hasta|al|до|到|至|から|で割る|에서"
 
-LETTER = rf"[ *\"'“「:：]*\(?(?-i:([A-J])(?![A-Za-z\d]))(?!\W{{0,4}}(?:(?:is|are|was) )?(?:not|wrong|incorrect|false)\b)"
+LETTER = r"[ *\"'“「:：]*\(?(?-i:([A-J])(?![A-Za-z\d]))"
+LETTER += r"(?!\W{0,4}(?:(?:is|are|was) )?(?:not|wrong|incorrect|false)\b)"
 SMALL_LETTER = r"[ *]*\((?-i:([a-j]))\)|[ *]*(?-i:([a-j]))(?=\)?\*{0,2}(?: is\b|[.,:;)]|\s*$))"
 STATEMENT = re.compile("|".join((
-    r"(?:(?<!/)\bans(?:wers?)?\b(?! (?:(?:an?|the|all|more|\d+) ){0,2}questions?\b| (?:wrong|right|to part|to step)\b)"
-    r"|\b(?:final|correct) (?:result|solution|options|choices)\b)[^.\n:=]{0,60}?(?:\b(?:is|are|be|was)\b(?! worth)|[:=])",
+    r"(?:(?<!/)\bans(?:wers?)?\b(?! (?:(?:an?|the|all|more|\d+) ){0,2}questions?\b| (?:wrong|right|to part|"
+    r"to step)\b)"
+    r"|\b(?:final|correct) (?:result|solution|options|choices)\b)[^.\n:=]{0,60}?(?:\b(?:is|are|be|was)\b"
+    r"(?! worth)|[:=])",
     r"\bfinal answer\b(?![^\n]{0,60}(?:\bis\b|:))",
     r"(?:答案|正解|最终结果|最終結果)[^。.\n:=\d]{0,12}?(?:[选選]项[是为為]?|[是为為选選は】:=]|(?=\s?-?\d))",
     r"(?<![回问問作解])答(?:え)?[*\s]*(?:[:=]|は|是)|(?:정답|답)[*\s]*(?:[:=]|[은는이](?=[\s(*\d$\\])|(?=-?\d))",
     r"(?:คำตอบ|ตอบ)[^.\n:=\d]{0,15}?(?:[:=]|คือ|เป็น|(?=\s?-?\d))",
     rf"\b(?:option|choice|choose)\b(?: is\b|:)?{LETTER}",
-    rf"\b(?:pick|chose|select(?:ed)?|go(?:ing)? with)\b{LETTER}(?=\)?\*{{0,2}}(?:[.,:;]|\s*$|\s(?:{REASON})\b))",
+    rf"\b(?:pick|chose|select(?:ed)?|go(?:ing)? with)\b{LETTER}(?=\)?\*{{0,2}}(?:[.,:;]|\s*$|\s(?:{REASON})"
+    rf"\b))",
     rf"\b(?:option|choice)\b(?: is\b|:)?(?:{SMALL_LETTER})",
-    r"\b(?-i:([A-J]))\)?\*{0,2} (?:is|must be|would be) (?:correct|(?:the |our )?(?:(?:right|correct|best|final) )?"
+    r"\b(?-i:([A-J]))\)?\*{0,2} (?:is|must be|would be) (?:correct|(?:the |our )?(?:(?:right|correct|best|"
+    r"final) )?"
     r"(?:answer|option|choice))\b",
     r"\b(?-i:([b-hj])) is the (?:right|correct|best) (?:answer|option|choice)\b",
     r"\bit(?:'s| is|’s| must be| should be) +\*{0,2}\(?(?-i:([A-J]))(?=\)?\*{0,2}(?:[:.,)]|\s*$))",
@@ -833,17 +847,20 @@ STATEMENT = re.compile("|".join((
 )), re.I)
 FOREIGN_STATEMENT = re.compile(
     rf"(?<!\w)(?:{ANSWER_WORDS})(?!\w)[^.\n:=\d]{{0,40}}?"
-    rf"(?:[:=]|(?<!\w)(?:{ANSWER_VERBS})(?!\w)|\s[—–-](?=\s)|(?=\s[($\\-]{{0,3}}\d)|(?=\s\(?(?-i:[A-J])\b))", re.I)
+    rf"(?:[:=]|(?<!\w)(?:{ANSWER_VERBS})(?!\w)|\s[—–-](?=\s)|(?=\s[($\\-]{{0,3}}\d)|(?=\s\(?(?-i:[A-J])\b)"
+    rf")", re.I)
 DENIED = re.compile(r"\b(?:no|any|without|that|this|an|your|each|every|to|(?:express|multiply) the) +"
                     r"(?:(?:final|correct|right|wrong|definite|clear) +)?$", re.I)
 HASHES = re.compile(r"####[ \t]*([^\n]*)")
 TAG = re.compile(r"<(?:final[_ ]?)?ans(?:wer)?>|\[(?:final[_ ]?)?answer\](?=.{0,400}\[/)", re.I)
-FIELD = re.compile(r"""["'](?:(?:final|correct|my|the)[ _-]?)*(?:answer|ans|choice|option|result)["']\s*:\s*"""
-                   r"""(?:"((?:\\.|[^"\\\n]){1,2000})"|'((?:\\.|[^'\\\n]){1,2000})'|\[([^][{}\n]{1,2000})\]"""
+FIELD = re.compile(r"""["'](?:(?:final|correct|my|the)[ _-]?)*(?:answer|ans|choice|option|result)["']\s*:"""
+                   r"""\s*(?:"((?:\\.|[^"\\\n]){1,2000})"|'((?:\\.|[^'\\\n]){1,2000})'|\[([^][{}\n]{1,2000})\]"""
                    r"""|(?!null\b)([^][\s"',{}]{1,200}))""", re.I)
-SENTENCE_END = re.compile(r"\n|(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bRs)(?:[.!?;](?=\s|$|\*|[\"']))"
+SENTENCE_END = re.compile(r"\n|(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bRs)(?:[.!?;](?=\s|$|\*|"
+                          r"[\"']))"
                           r"|,?\s\(?(?:because|since|which|as)\s")
-GROUPED = (r"\d{1,3}(?:,\d{3}){1,9}(?!,?\d)|\d{1,2}(?:,\d{2}){1,6},\d{3}(?!,?\d)|\d{1,3}(?:\.\d{3}){2,9}(?![.,]?\d)"
+GROUPED = (r"\d{1,3}(?:,\d{3}){1,9}(?!,?\d)|\d{1,2}(?:,\d{2}){1,6},\d{3}(?!,?\d)|\d{1,3}(?:\.\d{3}){2,9}"
+           r"(?![.,]?\d)"
            r"|\d{1,3}(?:['’\u2009\u202f\xa0]\d{3}){1,9}(?![\d'’])|\d{1,3}(?: \d{3}){1,9}(?![\d/]| \d)")
 NUMBER = re.compile(rf"(?:(?<![\w.)])-?|(?<=[{UNSPACED}])(?<!第)-?|(?<=[\u0590-\u06ff]))"
                     rf"(?:(?:\\?[{MONEY}]|(?:Rs|Fr|kr|Sh)\. ?)-?)?(?:(?:{GROUPED}|\d+)(?:\.\d+)?|\.\d+)"
@@ -851,31 +868,36 @@ NUMBER = re.compile(rf"(?:(?<![\w.)])-?|(?<=[{UNSPACED}])(?<!第)-?|(?<=[\u0590-
 DECIMAL_COMMA = re.compile(r"(?<![\d.,(\[{])(\d{1,3}(?:\.\d{3})+|\d+),(\d{1,2}|\d{4,})(?![\d,])")
 WORD = re.compile(r"(?:(?![Α-ω])[^\W\d_])*")   # Greek letters stand for numbers
 LEAD_IN = re.compile(rf"(?:(?:{ADVERBS})(?![a-z])\s*)*"
-                     rf"(?:(?:(?:{BEFORE_LETTER})(?![a-z])[\s:]*)+(?=[*\"'“(]*(?-i:[A-J](?![A-Za-z\d]))))?", re.I)
+                     rf"(?:(?:(?:{BEFORE_LETTER})(?![a-z])[\s:]*)+(?=[*\"'“(]*(?-i:[A-J](?![A-Za-z\d]))))?",
+                     re.I)
 MATHS = re.compile(r"\$\$([^$]+)\$\$|\$((?![ \d][^$]* \$)(?:\\\$|[^$\n])+)\$(?!\d)"
                    r"|\\\(((?:[^\\]|\\[^)(])+)\\\)|\\\[((?:[^\\]|\\[^\][])+)\\\]")
 CHOICE = re.compile(rf"(?:\(([A-J])\)|([A-J])(?=[).:,]|\s*$|\s(?:{REASON})\b|[*\s)]*[{UNSPACED}]))")
-CHOICES = re.compile(rf"\(?[A-J]\)?(?:(?:\s*[,、&]\s*(?:(?:{AND}|{OR})\s)?|\s*(?:{AND}|{OR})\s*)\(?[A-J]\)?(?![A-Za-z\d]))+"
+CHOICES = re.compile(rf"\(?[A-J]\)?(?:(?:\s*[,、&]\s*(?:(?:{AND}|{OR})\s)?|\s*(?:{AND}|{OR})\s*)\(?[A-J]\)?"
+                     rf"(?![A-Za-z\d]))+"
                      rf"(?=\s*$|[.;]|[{UNSPACED}]|\s(?:are|{REASON})\b)")
-TUPLE_AT_END = re.compile(r"(?:\b(?:is|are)\b|区间|集合|[是为為は=:])\s*((?:[([]|\\?\{)[^][(){}\n]{1,100},[^][(){}\n]{1,100}"
+TUPLE_AT_END = re.compile(r"(?:\b(?:is|are)\b|区间|集合|[是为為は=:])\s*((?:[([]|\\?\{)[^][(){}\n]{1,100},"
+                          r"[^][(){}\n]{1,100}"
                           r"(?:[])]|\\?\}))[\s.$]*\Z")
-NO_ANSWER = set("given not unknown unclear undetermined determined possible found provided correct wrong incorrect "
+NO_ANSWER = set("given not unknown unclear undetermined determined possible found provided correct wrong "
+                "incorrect "
                 "right none as in a based obtained therefore required".split())
 
 
 def extract_answer(completion: str) -> str | None:
-    """The final answer that a completion gives, or None. Nothing behind an end-of-turn token or before </think> counts.
+    """The final answer that a completion gives, or None. Nothing behind an end-of-turn token counts, nor a thought
+    before </think>.
 
     The first rule that yields something decides:
         1. the last <answer>...</answer>, unless a box follows it: the rules below, on what is in it
         2. the last \\boxed{...} or \\fbox{...} that is not empty: what is in it, verbatim; if its brace is never
            closed, up to the end of the line. Boxes that are parts of one answer ("x = [3] and y = [5]") are joined
         3. the last JSON field "answer"
-        4. the last explicit statement: "the answer is ...", "answer: ...", "final answer ...", "option B", "#### ...",
-           in some thirty languages. Its maths, choice letter ("B", or "(b)" for a small one), number (without money
-           sign, thousands commas, unit), or short text
+        4. the last explicit statement: "the answer is ...", "answer: ...", "final answer ...", "option B",
+           "#### ...", in some thirty languages. Its maths, choice letter ("B", or "(b)" for a small one), number
+           (without money sign, thousands commas, unit), or short text
         5. a last line that is nothing but a choice letter; a whole text that is a choice ("B. 12")
-        6. the last number, with the formula it stands in. "1.2 (million)": it may be asked for in millions, or not
+        6. the last number, with the formula it stands in. "1.2 (million)" may be asked for in millions, or not
         7. where there is no digit at all, a number in words in the last sentence
     """
     text = completion[-LONGEST_COMPLETION:].replace("\u2212", "-")
@@ -936,13 +958,14 @@ def _ascii(text: str) -> str:
     return re.sub(r"(?![0-9])\d", lambda m: str(unicodedata.decimal(m[0])), text.translate(WIDE))
 
 
-# What may stand between two boxes of one answer: "cm, ", "and y =", a new line with "(b)"; no sum, no correction.
+# What may stand between two boxes of one answer: "cm, ", "and y =", a new line with "(b)"; nothing that corrects.
 LABEL = r"(?:[-•]\s*)?(?:part\s)?\(?[a-h1-9]{1,2}[).:]+"
 NAMED = r"(?:[-•]\s*)?[^\W\d]\s*[=:]"
 JOINT = re.compile(
     rf"\s*(?:[^\W\d]+\s*)?(?:[.;,]?\s*\n\s*(?={LABEL}|{NAMED})|\.\s+(?={NAMED})"
     rf"|[,;、\s]*(?<!\w)(?:{AND}|(?P<or>{OR}))(?![a-z])|[,;、](?:\s*,)?)\s*(?:[-•]\s*)?(?:{LABEL}\s*)?"
-    r"(?:(?!(?:so|thus|hence|therefore|then|corrected|correcting|actually|wait|no|not|but|total|sum|final|finally|answer|"
+    r"(?:(?!(?:so|thus|hence|therefore|then|corrected|correcting|actually|wait|no|not|but|total|sum|final|"
+    r"finally|answer|"
     r"gives|giving|result|instead|again|namely)\b)[^\W\d]+[\s:]*){0,6}=?\s*", re.I)
 
 
@@ -1015,10 +1038,11 @@ def _stated(tail: str) -> str | None:
     if letter := re.match(r"\(?([a-j])\)?$|\(?([a-j])\)\s(?!.*\([a-j]\))", sentence):
         return f"({letter[1] or letter[2]}) {sentence[letter.end():]}".strip()
     if number := _han_number(sentence) or _worded(sentence):
-        if not re.match(rf"\W*(?:of|more|less|fewer|{JOINED})(?!\w)", sentence[number[1]:]) or "/" in number[0]:
+        compared = re.match(rf"\W*(?:of|more|less|fewer|{JOINED})(?!\w)", sentence[number[1]:])
+        if not compared or "/" in number[0]:
             return sentence[:number[1]]
     if number := NUMBER.match(sentence):
-        behind = re.sub(rf"^(?:['’]|-(?=[{FOREIGN}]))[^\W\d]+", "", sentence[number.end():])     # 42'dir, 42-й
+        behind = re.sub(rf"^(?:['’]|-(?=[{FOREIGN}]))[^\W\d]+", "", sentence[number.end():])  # 42'dir, 42-й
         rest = behind.strip(" ,")
         word = WORD.match(rest)[0]
         if rest in ("%", "\\%"):
@@ -1028,10 +1052,12 @@ def _stated(tail: str) -> str | None:
         if re.match(rf"[{UNSPACED}]+-?\d", rest):                                  # 3小时20分钟, 3和5
             return sentence
         clause = re.split(r"[,;(]", rest, maxsplit=1)[0] if re.match(f"[{FOREIGN}]", word) else rest
-        counted = re.match(f"[{FOREIGN}]", word) or len(word) > 1 and (word in UNITS or word not in WORDS_OF_MATHS)
-        joined = re.search(rf"^(?:\w+ )?(?:{JOINED}) \S?\d|[=+^\\]", clause)      # 12 apples for 3 people; 30 min
-        aside = re.match(rf"\s?[,(](?!\s*[-\d.]+ ?(?:,|{AND}|{OR})(?!\w))", behind) and any(
-            w.lower() not in WORDS_OF_MATHS for w in re.findall(rf"(?<!\\)\b[^\W\d_]{{2,}}|[{FOREIGN}]", rest))
+        counted = (re.match(f"[{FOREIGN}]", word)
+                   or len(word) > 1 and (word in UNITS or word not in WORDS_OF_MATHS))
+        joined = re.search(rf"^(?:\w+ )?(?:{JOINED}) \S?\d|[=+^\\]", clause)  # 12 apples for 3 people; 30 min
+        said = re.findall(rf"(?<!\\)\b[^\W\d_]{{2,}}|[{FOREIGN}]", rest)
+        aside = (re.match(rf"\s?[,(](?!\s*[-\d.]+ ?(?:,|{AND}|{OR})(?!\w))", behind)     # 42, 3 more than 39
+                 and any(w.lower() not in WORDS_OF_MATHS for w in said))
         if rest in ("", "/-") or aside or counted and not joined:
             return _plain_number(number[0])
     plain = re.sub(r"\\[a-z]*(?:text|rm|box|begin|end)[a-z]*\s*\{[^{}]*\}", "", sentence)
@@ -1040,12 +1066,13 @@ def _stated(tail: str) -> str | None:
         return sentence
     if inner := _last_value(sentence):
         return inner
-    return sentence if 1 <= len(sentence.split()) <= 4 and sentence.split()[0].lower() not in NO_ANSWER else None
+    said = sentence.split()
+    return sentence if 1 <= len(said) <= 4 and said[0].lower() not in NO_ANSWER else None
 
 
 def _last_value(text: str) -> str | None:
-    """The last number, as plain digits; if it stands in a formula ($...$), what follows the last equals sign there;
-    if it stands in a pair or interval that ends the text ("is (0, 1]."), all of that."""
+    """The last number, as plain digits; if it stands in a formula ($...$), what follows the last equals sign
+    there; if it stands in a pair or interval that ends the text ("is (0, 1]."), all of that."""
     number, formula = (next(iter(_last(pattern, text)), None) for pattern in (NUMBER, MATHS))
     if formula and (number is None or formula.start() <= number.start() < formula.end()):
         answer = _formula(formula).rpartition("=")[2].lstrip(" &\n").rstrip(" &.,\\\n")
@@ -1075,18 +1102,24 @@ def _last_words(text: str) -> str | None:
 SCALES = {word: value for value, words in {
     100: "hundred", 1_000: "thousand тысяч тысячи mille tausend ribu nghìn พัน", 10_000: "万 萬 만",
     100_000: "lakh lakhs लाख", 10**7: "crore crores करोड़", 10**8: "亿 億 억",
-    10**6: "million millions mln millones millón milhões milhão milioni milione millionen миллион миллиона миллионов "
+    10**6: "million millions mln millones millón milhões milhão milioni milione millionen миллион миллиона "
+           "миллионов "
            "млн juta triệu ล้าน",
-    10**9: "billion billions bn milliard milliards milliarden miliardi миллиард миллиарда миллиардов млрд miliar tỷ",
+    10**9: "billion billions bn milliard milliards milliarden miliardi миллиард миллиарда миллиардов млрд "
+           "miliar tỷ",
     10**12: "trillion trillions"}.items() for word in words.split()}
 SCALE = re.compile(rf"\s?({'|'.join(sorted(SCALES, key=len, reverse=True))})(?![A-Za-z])", re.I)
 CARDINALS = {word: n for n, word in enumerate(
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen "
     "eighteen nineteen".split())}
-TENS = {word: 10 * n for n, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
+TENS = {word: 10 * n for n, word in enumerate(
+    "twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
 ORDINALS = {word: n for n, word in enumerate(
-    "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth fifteenth "
-    "sixteenth seventeenth eighteenth nineteenth".split(), 1)} | {word[:-1] + "ieth": n for word, n in TENS.items()}
+    "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth "
+    "fifteenth "
+    "sixteenth seventeenth eighteenth nineteenth".split(), 1)}
+ORDINALS |= {word[:-1] + "ieth": n for word, n in TENS.items()}
 PARTS = {word + s: n for word, n in ORDINALS.items() if n > 2 for s in ("", "s")}
 PARTS |= {"half": 2, "halves": 2, "quarter": 4, "quarters": 4, "hundredth": 100, "hundredths": 100}
 
@@ -1098,8 +1131,8 @@ def _worded_pattern() -> re.Pattern:
     tens, small = one_of(TENS), one_of(CARDINALS)
     below_100 = rf"(?:{tens}(?:[- ]{small})?|{small})"
     below_1000 = rf"(?:(?:(?:an?|{small}) )?hundred(?:(?: and)? {below_100})?|{below_100})"
-    cardinal = rf"(?:(?:{below_1000}|an?)(?: (?:thousand|million|billion|trillion)(?:,?(?: and)? {below_1000})?){{1,4}}" \
-               rf"|{below_1000})"
+    above = rf" (?:thousand|million|billion|trillion)(?:,?(?: and)? {below_1000})?"
+    cardinal = rf"(?:(?:{below_1000}|an?)(?:{above}){{1,4}}|{below_1000})"
     return re.compile(
         rf"\b(?:(?P<minus>minus|negative) )?(?:(?P<ordinal>(?:{tens}[- ])?{one_of(ORDINALS)})"
         rf"|(?:(?P<whole>{cardinal}) and )?(?:(?P<top>an?|{below_100})[ -])?(?P<part>{one_of(PARTS)})"
@@ -1123,12 +1156,13 @@ def _sum_of(words: str | None) -> int:
 
 
 def _worded(text: str) -> tuple[str, int] | None:
-    """The number that a text begins with in English words, and where it ends: "one hundred and five" -> ("105", 20)."""
+    """The number that a text begins with in English words, and where it ends: "thirty-two km" -> ("32", 10)."""
     match = WORDED.match(text)
     if not match:
         return None
     if match["part"]:
-        value = str(_sum_of(match["whole"]) + Fraction(_sum_of(match["top"]) or 1, PARTS[match["part"].lower()]))
+        part = Fraction(_sum_of(match["top"]) or 1, PARTS[match["part"].lower()])
+        value = str(_sum_of(match["whole"]) + part)
     else:
         value = str(_sum_of(match["ordinal"] or match["cardinal"]))
     if match["digits"]:
@@ -1184,11 +1218,14 @@ MOST_BITS = 20_000       # of the numerator or denominator of an exact number
 MOST_WORK = 6_000        # tree nodes visited by the numeric comparisons of one call
 DIGITS = 50              # decimal digits of the numeric comparisons
 
-FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan asin acos atan sinh cosh tanh ln log lg exp sqrt max min "
+FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan asin acos atan sinh cosh tanh ln log lg exp "
+                "sqrt max min "
                 "gcd lcm".split())
 TRIGONOMETRIC = {"sin", "cos", "tan", "cot", "sec", "csc"}
-SYMBOLS = set("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma "
-              "tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar dots "
+SYMBOLS = set("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi "
+              "rho sigma "
+              "tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell "
+              "hbar dots "
               "ldots cdots angle triangle".split())
 WORDS_OF_MATHS = FUNCTIONS | {"pi", "inf", "infty", "infinity", "oo", "and"}
 # Units in their spellings: 5 cm is not 5 m. A unit that only one side has, or that is not here, is ignored.
@@ -1199,9 +1236,12 @@ UNITS = {name: spellings.split()[0] for spellings in (
     "s sec second seconds 秒 秒钟 секунд, min mins minute minutes minuten minutos 分钟 分鐘 minuti минут, "
     "h hr hrs hour hours stunden heures horas ore 小时 小時 時間 시간 часов часа, day days tage jours días 天 日 дней, "
     "week weeks 周 星期, month months 月 个月, year years yr yrs 年, mg 毫克, g gram grams gramm 克 グラム 그램, "
-    "kg kilogram kilograms 千克 公斤 キログラム, lb lbs pound pounds 磅, oz ounce ounces, ml milliliter milliliters 毫升, "
-    "l liter liters litre litres litros 升, cent cents, dollar dollars usd 美元, yuan 元, yen 円, won 원, euro euros eur, "
-    "rupee rupees rs inr, kr, chf, zł, gbp, am, pm, mph, kph, km/h, m/s, hz, kw, gb, mb, sq, deg degree degrees 度, "
+    "kg kilogram kilograms 千克 公斤 キログラム, lb lbs pound pounds 磅, oz ounce ounces, ml milliliter milliliters 毫升,"
+    " "
+    "l liter liters litre litres litros 升, cent cents, dollar dollars usd 美元, yuan 元, yen 円, won 원, euro "
+    "euros eur, "
+    "rupee rupees rs inr, kr, chf, zł, gbp, am, pm, mph, kph, km/h, m/s, hz, kw, gb, mb, sq, deg degree "
+    "degrees 度, "
     "rad radian radians, unit units, th st nd rd").split(",") for name in spellings.split()}
 # What a foreign language puts for "and", "or", "approximately" in an answer; whole words only.
 SPELLED = [(re.compile(pattern, re.I), spelling) for pattern, spelling in (
@@ -1218,14 +1258,17 @@ SPELLED = [(re.compile(pattern, re.I), spelling) for pattern, spelling in (
 )]
 PRICE = re.compile(r'^"? ?(?:Rs\.?|INR|CHF|USD|EUR|GBP|JPY|CNY|RMB|kr\.?|zł)"? ?(-?[\d.,]+) ?"?$')
 LEADING = re.compile(
-    r'^"?\s*(?:(?:so|thus|hence|therefore),? )?(?:(?:the |our |my )?(?:final |correct )?(?:answer|ans|result|solution|'
-    r'total)(?: is| are|:| =)|there (?:are|is|will be)|a total of|it is|(?:答案|答)[是为為:]+|[一总總]?共有?)"?\s*:?\s*(?=[\d\\({[$-])', re.I)
+    r'^"?\s*(?:(?:so|thus|hence|therefore),? )?(?:(?:the |our |my )?(?:final |correct )?(?:answer|ans|result|'
+    r'solution|'
+    r'total)(?: is| are|:| =)|there (?:are|is|will be)|a total of|it is|(?:答案|答)[是为為:]+|[一总總]?共有?)"?\s*:?\s*'
+    r'(?=[\d\\({[$-])', re.I)
 
 
 
 def _translations() -> dict[int, str]:
-    signs = {"−–—‐‑﹣－": "-", "×✕": r"\times ", "·⋅∙•": r"\cdot ", "÷∕⁄": "/", "π": r"\pi ", "∞": r"\infty ", "≤⩽": "<=",
-             "≥⩾": ">=", "≠": "!=", "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∈": r"\in ", "°º˚": r"\circ{}",
+    signs = {"−–—‐‑﹣－": "-", "×✕": r"\times ", "·⋅∙•": r"\cdot ", "÷∕⁄": "/", "π": r"\pi ", "∞": r"\infty ",
+             "≤⩽": "<=", "≥⩾": ">=", "≠": "!=", "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∈": r"\in ",
+             "°º˚": r"\circ{}",
              "′’‘": "'", "≈": r"\approx ", "∅": r"\emptyset ", "√": r"\sqrt ", "ℝ": r"\mathbb{R}", "“”": '"',
              "、": ", ", "∣": "|", "∖": r"\setminus ", "∠": r"\angle ", "\0": ""}
     table = dict.fromkeys([*map(ord, "£¥฿﷼"), *range(0x20A0, 0x20D0)], "") | {ord("¢"): " cent "}
@@ -1242,37 +1285,51 @@ def _translations() -> dict[int, str]:
 
 UNICODE = _translations()
 SAME = dict(pair.split("→") for pair in (
-    r"\dfrac→\frac \tfrac→\frac \cfrac→\frac \nicefrac→\frac \sfrac→\frac \flatfrac→\frac \dbinom→\binom \tbinom→\binom \$→ $→ \leqslant→<= \geqslant→>= \leq→<= "
-    r"\geq→>= \neq→!= \lvert→| \rvert→| \mid→| \vert→| \%→% \lbrace→\{ \rbrace→\} \(→ \)→ \[→ \]→ **→^ p.m.→pm a.m.→am "
-    r"P.M.→pm A.M.→am p.m→pm a.m→am P.M→pm A.M→am \&→& \_→_ \degree→\circ{} \textdegree→\circ{} \lbrack→[ \rbrack→] \lparen→( \rparen→) \langle→( \rangle→) \lor→or \vee→or \land→, "
-    r"\wedge→, \colon→:"
+    r"\dfrac→\frac \tfrac→\frac \cfrac→\frac \nicefrac→\frac \sfrac→\frac \flatfrac→\frac \dbinom→\binom "
+    r"\tbinom→\binom \$→ $→ \leqslant→<= \geqslant→>= \leq→<= \geq→>= \neq→!= \lvert→| \rvert→| \mid→| "
+    r"\vert→| \%→% \lbrace→\{ \rbrace→\} \(→ \)→ \[→ \]→ **→^ p.m.→pm a.m.→am P.M.→pm A.M.→am p.m→pm "
+    r"a.m→am P.M→pm A.M→am \&→& \_→_ \degree→\circ{} \textdegree→\circ{} \lbrack→[ \rbrack→] \lparen→( "
+    r"\rparen→) \langle→( \rangle→) \lor→or \vee→or \land→, \wedge→, \colon→:"
 ).split(" "))
-SAME |= {old: f" {new} " for old, new in SAME.items() if new in ("pm", "am", "or") or old[1:] in ("(", ")", "[", "]")}
-COLOR = re.compile(r"\\(?:text)?color(?:box)?\s*(?:\[\w+\]\s*)?\{[^{}]*\}|\\fcolorbox\s*\{[^{}]*\}\s*\{[^{}]*\}")
-ALIGNED = re.compile(r"\\begin\{(aligned|align\*?|gather(?:ed)?\*?|split|equation\*?|eqnarray\*?)\}(.*?)\\end\{\1\}", re.S)
-INTERVAL = re.compile(r"(^|\\cup|\\in(?![a-z])|[=,]) ?([][])([^][]{1,200}[,;][^][]{1,200})([][])(?= ?(?:$|\\cup|\\setminus|,|\)))")
+SAME |= {old: f" {new} " for old, new in SAME.items()
+         if new in ("pm", "am", "or") or old[1:] in ("(", ")", "[", "]")}
+COLOR = re.compile(r"\\(?:text)?color(?:box)?\s*(?:\[\w+\]\s*)?\{[^{}]*\}|"
+                   r"\\fcolorbox\s*\{[^{}]*\}\s*\{[^{}]*\}")
+ALIGNED = re.compile(r"\\begin\{(aligned|align\*?|gather(?:ed)?\*?|split|equation\*?|eqnarray\*?)\}(.*?)"
+                     r"\\end\{\1\}", re.S)
+INTERVAL = re.compile(r"(^|\\cup|\\in(?![a-z])|[=,]) ?"
+                      r"([][])([^][]{1,200}[,;][^][]{1,200})([][])(?= ?(?:$|\\cup|\\setminus|,|\)))")
 BUILDER = re.compile(r'\\?\{ ?([A-Za-z]) ?(?:\\in ?ℝ ?)?(?:[:|]|,? "(?:such that|s\.t\.?|where|for which)")')
-ALL_REALS = re.compile(r'^(?:[a-z] (?:\\in|=|"?(?:is|can be)"?) )?"?(?:the set of |set of )?(?:(?:all|any)(?: the)? )?'
-                       r'(?:reals|real numbers?|real values)(?: of [a-z])?"?(?! ?(?!except|other|excl|but)\w)', re.I)
-STYLE = re.compile(r"\\(text|textbf|textrm|textit|textsf|texttt|textnormal|textup|textsc|mathnormal|mathtt|bm|ensuremath|mbox|hbox|mathrm|mathbf|mathsf|mathit|"
-                   r"mathbb|bold|operatorname|boldsymbol|emph|underline|overline|bar|vec|hat|widehat|fbox|rm|bf)"
+ALL_REALS = re.compile(r'^(?:[a-z] (?:\\in|=|"?(?:is|can be)"?) )?"?(?:the set of |set of )?(?:(?:all|any)'
+                       r'(?: the)? )?'
+                       r'(?:reals|real numbers?|real values)(?: of [a-z])?"?(?! ?(?!except|other|excl|but)'
+                       r'\w)', re.I)
+STYLE = re.compile(r"\\(text|textbf|textrm|textit|textsf|texttt|textnormal|textup|textsc|mathnormal|mathtt|bm"
+                   r"|ensuremath|mbox|hbox|mathrm|mathbf|mathsf|mathit|"
+                   r"mathbb|bold|operatorname|boldsymbol|emph|underline|overline|bar|vec|hat|widehat|fbox|rm|"
+                   r"bf)"
                    r"\*?\s*\{([^{}]*)\}")
 ORNAMENTS = set("bm mathbf boldsymbol bold underline overline bar vec hat widehat fbox mathit".split())
-LAYOUT = re.compile(r"(?<!\\)\\(?:(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits|quad|qquad|noindent|rm|bf|"
-                    r"tiny|small|normalsize|large|Large|LARGE|huge|Huge|boldmath|checkmark|hfill|pounds|yen|euro|enspace|thinspace|therefore|"
+LAYOUT = re.compile(r"(?<!\\)\\(?:(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits|quad"
+                    r"|qquad|noindent|rm|bf|"
+                    r"tiny|small|normalsize|large|Large|LARGE|huge|Huge|boldmath|checkmark|hfill|pounds|yen|"
+                    r"euro|enspace|thinspace|therefore|"
                     r"(?:hspace\*?|phantom|tag|label)\{[^{}]*\})(?![A-Za-z])\.?|[!,;: ]|$)|~")
-DEGREE = re.compile(r"(?<=\d)\^\s*\{?o\}?(?![A-Za-z])|\^\s*(?:\{\s*\\circ\s*(?:\{\})?\s*\}|\\circ(?![A-Za-z])(?:\{\})?)|\\circ\{\}")
-SPEED = re.compile(r"(?<=\d) ?((?:[kcm]?m|ft|mi|miles|k?g|mg|gal)/(?:s|h|hr|hour|sec|min|m?L|day))(?![A-Za-z])")
+DEGREE = re.compile(r"(?<=\d)\^\s*\{?o\}?(?![A-Za-z])|\^\s*(?:\{\s*\\circ\s*(?:\{\})?\s*\}|\\circ(?![A-Za-z])"
+                    r"(?:\{\})?)|\\circ\{\}")
+SPEED = re.compile(r"(?<=\d) ?((?:[kcm]?m|ft|mi|miles|k?g|mg|gal)/(?:s|h|hr|hour|sec|min|m?L|day))"
+                   r"(?![A-Za-z])")
 COMPARED = {"le": "<=", "lt": "<", "ge": ">=", "gt": ">", "ne": "!="}
 
 
 def _clean(text: str) -> str:
-    """The text with one spelling for everything that only looks different. Words in \\text{} become "quoted"."""
+    """The text with one spelling for what only looks different. Words in \\text{} become "quoted"."""
     text = unicodedata.normalize("NFKC", text.translate(UNICODE)).translate(UNICODE)
     text = _ascii(text).replace('"', " ").strip().rstrip("\\").strip()
     if box := BOX.search(text):
         text = _box_content(text, box.end())
-    text = re.sub(r"(?<=\d)(?:,\s?\\!\s*|\{,\})(?=(?:\d\d\{,\})*\d{3}(?!\d))", "", text)        # 10,\!000 and 10{,}000
+    # 10,\!000 and 10{,}000
+    text = re.sub(r"(?<=\d)(?:,\s?\\!\s*|\{,\})(?=(?:\d\d\{,\})*\d{3}(?!\d))", "", text)
     text = re.sub(r"(?<=\d)(?:\\[,;! ]|~|\\ )+(?=\d{3}(?!\d))", "", text)         # 10\,000
     text = re.sub(r"(\d{0,30})\.(\d{0,30})\\(?:overline|bar|dot)\s?\{(\d{1,30})\}", _repeating, text)
     text = re.sub(r"\\\\ ?\[[\d.]{1,6} ?(?:pt|em|ex|mm|cm)\]", r"\\\\ ", text)    # row spacing in a matrix
@@ -1286,14 +1343,17 @@ def _clean(text: str) -> str:
     for _ in range(4):                                                            # \textbf{\text{...}}
         text = STYLE.sub(_unstyle, text)
     text = re.sub(r"(?<=\d) x (?=\d)", r" \\times ", LAYOUT.sub(" ", text))
-    text = re.sub(r"\\deg +(?:\"?[CF]\"?)(?![A-Za-z])", r"\\deg ", DEGREE.sub(r"\\deg ", SPEED.sub(r' "\1"', text)))
+    text = DEGREE.sub(r"\\deg ", SPEED.sub(r' "\1"', text))
+    text = re.sub(r"\\deg +(?:\"?[CF]\"?)(?![A-Za-z])", r"\\deg ", text)
     text = PRICE.sub(r"\1", LEADING.sub("", text.strip()))
-    text = re.sub(r"^(?:(?:approximately|about|roughly|around|\\approx|etwa|environ|около)\s|约|約|大约|大約)", "", text.strip(), flags=re.I)
+    text = re.sub(r"^(?:(?:approximately|about|roughly|around|\\approx|etwa|environ|около)\s|大?[约約])", "",
+                  text.strip(), flags=re.I)
     text = re.sub(r"ℝ ?[\^_] ?\{? ?(?:\+|> ?0) ?\}?", r"(0,\\infty)", text)
     text = INTERVAL.sub(_interval_ends, BUILDER.sub(r"\\{ \1 |", text))
     if reals := ALL_REALS.match(text):
-        but = re.fullmatch(r'[" ,]*(?:except|other than|excluding|but not)(?: for)?[" ]*([^"]+)[" ]*', text[reals.end():])
-        text = "ℝ" + (f" \\setminus \\{{ {but[1]} \\}}" if but else text[reals.end():])
+        rest = text[reals.end():]
+        holes = re.fullmatch(r'[" ,]*(?:except|other than|excluding|but not)(?: for)?[" ]*([^"]+)[" ]*', rest)
+        text = "ℝ" + (f" \\setminus \\{{ {holes[1]} \\}}" if holes else rest)
     text = re.sub(r"\\(le|lt|ge|gt|ne)(?![A-Za-z])", lambda m: COMPARED[m[1]], text)
     text = re.sub(r"(?<=[)\]]) ?U ?(?=[(\[])", r"\\cup ", text)
     text = re.sub(r"\s+", " ", text.replace("{}", "")).strip()
@@ -1304,7 +1364,7 @@ def _clean(text: str) -> str:
     words = text.strip('" ')
     if number := _han_number(words) or _worded(words):
         rest = words[number[1]:]
-        if not rest or re.match(f"[{FOREIGN}]", rest) or re.fullmatch(r"(?: of (?:the|a|an))? [a-z]{3,}", rest):
+        if not rest or re.match(rf"[{FOREIGN}]|(?: of (?:the|a|an))? [a-z]{{3,}}\Z", rest):
             return number[0] + rest.replace(" of", "")
     return text
 
@@ -1363,7 +1423,7 @@ EXPONENT = re.compile(r"[eE]([+-]?)(\d{1,4})(?![\d.])")
 
 
 def _tokens(text: str) -> list[tuple[str, str]]:
-    """(kind, text) with kind num, name (of a variable), word, or mark (a sign, or a command with its backslash)."""
+    """(kind, text), the kind being num, name (of a variable), word, or mark (a sign, or a command with its \\)."""
     found: list[tuple[str, str]] = []
     end = 0
     while end < len(text) and (match := TOKEN.match(text, end)):
@@ -1371,7 +1431,8 @@ def _tokens(text: str) -> list[tuple[str, str]]:
         number, command, letters, quoted, foreign, sign = match.groups()
         if number:
             power = EXPONENT.match(text, end)  # 1.5e3, 1e-05; but 2e-1 is 2*e - 1
-            if power and (power[0][0] == "E" or not power[1] or "." in number or number == "1" or power[2][0] == "0"):
+            if power and (power[0][0] == "E" or not power[1] or "." in number or number == "1"
+                          or power[2][0] == "0"):
                 end, number = power.end(), number + power[0]
             found.append(("num", number))
         elif quoted is not None or foreign:
@@ -1402,24 +1463,26 @@ def _letters(run: str, last: tuple[str, str], spaced: bool) -> list[tuple[str, s
     if (last[0] == "word" and spaced or len(run) > 3 and (spaced or last[0] in ("", "mark") or low in UNITS)
             or len(run) > 1 and (low in UNITS or low in SCALES) and after_value):
         return [("word", run)]
-    return [("name", run)] if run.isupper() else [("name", letter) for letter in run]  # AB is one name, ab is a times b
+    # AB is one name, ab is a times b
+    return [("name", run)] if run.isupper() else [("name", letter) for letter in run]
 
 
 OPENERS = ("(", "[", "{", "\\{")
 CLOSERS = (")", "]", "}", "\\}", "\\rfloor", "\\rceil")
-STARTERS = {"\\" + name for name in FUNCTIONS | SYMBOLS | {"frac", "binom", "pi", "infty", "begin", "lfloor", "lceil"}}
+STARTERS = {"\\" + name for name in FUNCTIONS | SYMBOLS | set("frac binom pi infty begin lfloor lceil".split())}
 MATRICES = ("pmatrix", "bmatrix", "matrix", "vmatrix", "Bmatrix", "array", "smallmatrix", "cases")
 INF, MINUS_INF = ("inf",), ("neg", ("inf",))
 REALS = ("tuple", "(", ")", [MINUS_INF, INF])
 
 
 class _Parser:
-    """Recursive descent, loosest first: items, relation, union, ratio, sum, product, power, atom. Trees are tuples:
+    """Recursive descent, loosest first: items, relation, union, ratio, over, sum, product, power, atom. Trees:
 
-        (num, Fraction, text) (name, s) (const, s) (inf,) (text, s) (base, digits, base) (add, [x..]) (mul, [x..])
-        (inv, x) (neg, x) (pow, x, y) (pm, x, sign) (deg, x) (pct, x) (unit, x, s) (fn, name, [x..]) (call, name, [x..])
-        (list, [x..]) (either, [x..]) (set, [x..]) (tuple, open, close, [x..]) (matrix, kind, rows) (union, [x..])
-        (diff, x, y) (ratio, [x..]) (rel, [op..], [x..])
+        (num, Fraction, text) (name, s) (const, s) (inf,) (text, s) (base, digits, base)
+        (add, [x..]) (mul, [x..]) (inv, x) (neg, x) (pow, x, y) (pm, x, sign) (deg, x) (pct, x) (unit, x, s)
+        (fn, name, [x..]) (call, name, [x..]) (list, [x..]) (either, [x..]) (set, [x..])
+        (tuple, open, close, [x..]) (matrix, kind, rows) (union, [x..]) (diff, x, y) (ratio, [x..])
+        (rel, [op..], [x..])
     """
 
     def __init__(self, tokens: list[tuple[str, str]]):
@@ -1691,7 +1754,8 @@ class _Parser:
             elif not self.take("'"):
                 break
             text += "'"
-        if text[0] in "fgh" and [t for _, t in self.tokens[self.at:self.at + 6]] == ["^", "{", "-", "1", "}", "("]:
+        ahead = [t for _, t in self.tokens[self.at:self.at + 6]]
+        if text[0] in "fgh" and ahead == ["^", "{", "-", "1", "}", "("]:
             text, self.at = text + "^-1", self.at + 5
         if (text[0] in "fgh" or text in "PFGH") and self.take("("):
             inside = self.closed("(")
@@ -1759,8 +1823,8 @@ class _Parser:
                 rows[-1].append(self.relation())
         self.raw()
         rows = [row for row in rows if row]
-        lines = kind == "cases" or kind == "array" and (len(rows) == 1 or all(row[0][0] == "rel" for row in rows))
-        if lines and all(len(row) == 1 for row in rows):
+        lines = len(rows) == 1 or all(row[0][0] == "rel" for row in rows)
+        if (kind == "cases" or kind == "array" and lines) and all(len(row) == 1 for row in rows):
             return ("list", [row[0] for row in rows]) if len(rows) > 1 else rows[0][0]
         if not rows or any(len(row) != len(rows[0]) for row in rows):
             raise _Refused("a ragged matrix")
@@ -1801,7 +1865,8 @@ def _exact(node: tuple) -> Fraction | None:
         return x ** int(y)
     if kind == "fn" and node[1] == "!":
         x = _exact(node[2][0])
-        return Fraction(math.factorial(int(x))) if x is not None and x.denominator == 1 and 0 <= x <= 1000 else None
+        small = x is not None and x.denominator == 1 and 0 <= x <= 1000
+        return Fraction(math.factorial(int(x))) if small else None
     return None
 
 
@@ -1830,7 +1895,7 @@ class _Numbers:
 
     @cached_property
     def mp(self):
-        """mpmath, sympy's arithmetic, in a context of our own. (sympy's trees evaluate what they are given, at any cost.)"""
+        """mpmath, sympy's arithmetic, in a context of our own. (sympy's trees evaluate anything, at any cost.)"""
         import mpmath
         context = mpmath.MPContext()
         context.dps = DIGITS
@@ -1938,8 +2003,8 @@ class _Numbers:
         raise _Undefined(f"no value of {name}")
 
     def agree(self, a: tuple, b: tuple) -> bool:
-        """Whether two expressions have the same values. Identity is judged at points where both are real, all the way;
-        where those are too few, or with an i in them, in the complex plane on principal branches."""
+        """Whether two expressions have the same values. Identity is judged at points where both are real, all the
+        way; where those are too few, or with an i in them, in the complex plane on principal branches."""
         if not _names(a, b):
             return self.same_value(a, b, 0, False)
         for real in (False,) if ("const", "i") in _walk((a, b)) else (True, False):
@@ -1962,7 +2027,7 @@ class _Numbers:
             return True
         if gap > slack * 10**10:
             return False
-        try:                                  # a zero shrinks as the precision grows, a small number (1/2004!) does not
+        try:  # a zero shrinks as the precision grows, a small number (1/2004!) does not
             self.mp.dps = 2 * DIGITS
             return abs(self.value(a, trial, real) - self.value(b, trial, real)) < gap * slack
         finally:
@@ -1992,13 +2057,14 @@ def is_equivalent(prediction: str, reference: str) -> bool:
     """Whether an answer means the same as the reference answer. Never raises, takes a millisecond.
 
     Each rung decides, or hands on to the next:
-        1. texts    the same after normalisation (spellings of LaTeX and Unicode, layout, money signs, \\text, final
-                    period); words regardless of case; the letter of a choice, with or without the option's text
-        2. shapes   lists and sets in any order, tuples in order, intervals with their kinds of end, matrices entry by
-                    entry; a \\pm b is two values; "x = " before a value is ignored; other equations and inequalities
-                    are compared up to a factor. At the leaves stand numbers and expressions:
-        3. numbers  exactly, as fractions: 1/2, 1 1/2, 50% (also 50), 1,234, 1.5e3; a unit that only one side has is
-                    ignored; a decimal of at least 6 digits may stand for what rounds to it, so 0.33 is not 1/3
+        1. texts    the same after normalisation (spellings of LaTeX and Unicode, layout, money signs, \\text,
+                    final period, numbers in words); words regardless of case; the letter of a choice, with or
+                    without the option's text
+        2. shapes   lists and sets in any order, tuples in order, intervals with their kinds of end, matrices entry
+                    by entry; a \\pm b is two values; "x = " before a value is ignored; other equations and
+                    inequalities are compared up to a factor. At the leaves stand numbers and expressions:
+        3. numbers  exactly, as fractions: 1/2, 1 1/2, 50% (also 50), 1,234, 1.5e3; a unit that only one side has
+                    is ignored; a decimal of at least 6 digits may stand for what rounds to it, so 0.33 is not 1/3
         4. algebra  the same values at random points, to 40 digits
     """
     if not isinstance(prediction, str) or not isinstance(reference, str):
@@ -2040,22 +2106,24 @@ def _phrase(text: str) -> str | None:
 def _choice(text: str) -> tuple[str, str]:
     """(letter, the option's text behind it) of "B", "(B)", "B. 12", "(B) 12"; else two empty strings."""
     text = text.replace('"', " ").strip()
-    text = re.sub(r"^(?:the )?(?:correct )?(?:option|choice|answer)(?: is)?:? (?=\W*[A-J]\b)", "", text, flags=re.I)
+    text = re.sub(r"^(?:the )?(?:correct )?(?:option|choice|answer)(?: is)?:? (?=\W*[A-J]\b)", "", text,
+                  flags=re.I)
     text = re.sub(r"^\([a-j]\)(?=$| \w)", lambda m: m[0].upper(), text.strip())
     text = re.sub(r"^\{\s*(\([A-Z]\))\s*\}", r"\1", text)
-    match = re.fullmatch(r"(?:\(([A-Z])\)|([A-J])[).:]|([A-J])$)\s*((?![(^+\-=_/*'!<>,\[]|\s?(?:and|or)\b).*)", text, re.S)
+    match = re.fullmatch(r"(?:\(([A-Z])\)|([A-J])[).:]|([A-J])$)\s*("
+                         r"(?![(^+\-=_/*'!<>,\[]|\s?(?:and|or)\b).*)", text, re.S)
     return (match[1] or match[2] or match[3], match[4]) if match else ("", "")
 
 
 @lru_cache(maxsize=512)
 def _readings(text: str) -> tuple:
-    """The trees that a text may stand for: with commas as thousands separators, and as separators of items."""
+    """The trees that a text may stand for: with commas between thousands, and with commas between items."""
     joined = text
     if not re.search(r"[(\[]|\\\{", text):
         joined = re.sub(r"(?<![\d.,])(?:\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d{2})+,\d{3})(?!,?\d)",
                         lambda m: m[0].replace(",", ""), text)
     joined = re.sub(r"(?<![\d.,/])\d{1,3}(?: \d{3})+(?! ?[\d/])", lambda m: m[0].replace(" ", ""), joined)
-    scaled = re.fullmatch(r"(.*\d) \((\w+)\)", text)                              # 1.2 (million): so many, or 1.2
+    scaled = re.fullmatch(r"(.*\d) \((\w+)\)", text)  # 1.2 (million): so many, or 1.2
     trees = []
     for candidate in (scaled[1], f'{scaled[1]} "{scaled[2]}"') if scaled else dict.fromkeys((joined, text)):
         try:
@@ -2066,8 +2134,8 @@ def _readings(text: str) -> tuple:
 
 
 def _expand(node: tuple) -> tuple:
-    """Every a \\pm b becomes two items of the list or set around it; lists in lists are joined; a number times a matrix
-    becomes a matrix; relations get one form."""
+    """Every a \\pm b becomes two items of the list or set around it; lists in lists are joined; a number times a
+    matrix becomes a matrix; relations get one form."""
     kind = node[0]
     if kind in ("list", "set", "either"):
         parts = [_expand(x) for x in node[1]]
@@ -2105,7 +2173,7 @@ def _with_sign(node, plus: str):
 
 
 def _relation(ops: list[str], parts: list[tuple]) -> tuple:
-    """A relation with > turned round to <, \\in as equality, and a \\approx b as the choice that it offers."""
+    """A relation with > turned round to <, \\in as equality, and a \\approx b as the choice it offers."""
     near = [i for i, op in enumerate(ops) if op in ("\\approx", "\\sim")]
     if len(near) > 1:
         raise _Refused("a chain of approximations")
@@ -2129,9 +2197,10 @@ def _without(points: list[Fraction]) -> tuple:
 
 
 def _interval(node: tuple) -> tuple:
-    """An inequality with a variable alone on its side, as an interval (two, as their intersection); else as it is."""
+    """An inequality with a variable alone on its side, as an interval (two, as their intersection); else itself."""
     if node[0] == "list":
-        holes = [_exact(x[2][1]) for x in node[1] if x[0] == "rel" and x[1] == ["!="] and x[2][0][0] == "name"]
+        holes = [_exact(x[2][1]) for x in node[1]
+                 if x[0] == "rel" and x[1] == ["!="] and x[2][0][0] == "name"]
         if len(holes) == len(node[1]) and None not in holes and len(_names(node)) == 1:
             return _without(holes)                                                # x != 1, x != 2
         parts = sorted(map(_interval, node[1]), key=lambda x: x[0] != "tuple" or x[3][0] == MINUS_INF)
@@ -2196,8 +2265,9 @@ class _Comparison(_Numbers):
         a, b = self.one_equation(self.one_of(a)), self.one_equation(self.one_of(b))
         (name_a, value_a), (name_b, value_b) = self.named(a), self.named(b)
         if name_a and name_b:
-            return self.same_named(name_a, value_a, name_b, value_b) or a[0] == b[0] == "rel" and self.relations(a, b)
-        if name_a and (b[0] != "rel" or value_a[0] in SOLUTIONS):                 # x in [-2, 7] is -2 <= x <= 7
+            same = self.same_named(name_a, value_a, name_b, value_b)
+            return same or a[0] == b[0] == "rel" and self.relations(a, b)
+        if name_a and (b[0] != "rel" or value_a[0] in SOLUTIONS):  # x in [-2, 7] is -2 <= x <= 7
             a = value_a
         elif name_b and (a[0] != "rel" or value_b[0] in SOLUTIONS):
             b = value_b
@@ -2251,7 +2321,8 @@ class _Comparison(_Numbers):
 
     def united(self, node: tuple, other: tuple) -> tuple:
         """A list of sets as their union, if it is compared with a union."""
-        if node[0] != "list" or other[0] != "union" or any(x[0] not in ("tuple", "union", "set") for x in node[1]):
+        if (node[0] != "list" or other[0] != "union"
+                or any(x[0] not in ("tuple", "union", "set") for x in node[1])):
             return node
         return ("union", [x for part in node[1] for x in (part[1] if part[0] == "union" else [part])])
 
@@ -2276,8 +2347,8 @@ class _Comparison(_Numbers):
         return values[-1] if values is parts else ("rel", ["="], [parts[0], values[-1]])
 
     def named(self, node: tuple):
-        """(name, value) of "x = 5", "n = 2, 3, 4", "x = 1, x = 2"; (names, tuple) of "(p, q) = (3, 2)", "x = 1, y = 2";
-        else (None, node)."""
+        """(name, value) of "x = 5", "n = 2, 3, 4", "x = 1, x = 2"; (names, tuple) of "(p, q) = (3, 2)",
+        "x = 1, y = 2"; else (None, node)."""
         if node[0] == "rel" and node[1] == ["="] and _is_name(node[2][0]):
             left, right = node[2]
             if left[0] in ("name", "call") and left[1] in _names(right):
@@ -2301,7 +2372,7 @@ class _Comparison(_Numbers):
         return name_a == name_b and self.same(a, b)
 
     def relations(self, a: tuple, b: tuple) -> bool:
-        """Equations are the same if left minus right differs by a factor only; inequalities, by a positive one."""
+        """Equations are the same if left minus right differs by a factor; inequalities, by a positive one."""
         (_, ops_a, parts_a), (_, ops_b, parts_b) = a, b
         if len(ops_a) > 1 or len(ops_b) > 1 or any(x[0] in COMPOUND for x in parts_a + parts_b):
             return ops_a == ops_b and self.in_order(parts_a, parts_b)
@@ -2314,7 +2385,8 @@ class _Comparison(_Numbers):
         """1:2 is 2:4, but 1:30 is not 2:60: two digits after the colon may be minutes."""
         if any(x[0] == "num" and len(x[2]) == 2 for x in (a[-1], b[-1])):
             return self.in_order(a, b)
-        return len(a) == len(b) and all(self.same(("mul", [a[0], y]), ("mul", [b[0], x])) for x, y in zip(a[1:], b[1:]))
+        return len(a) == len(b) and all(self.same(("mul", [a[0], y]), ("mul", [b[0], x]))
+                                        for x, y in zip(a[1:], b[1:]))
 
     def units(self, a: tuple, b: tuple) -> bool:
         """False if both have units that are known to differ."""
@@ -2330,8 +2402,9 @@ class _Comparison(_Numbers):
             return False
         a, b = (x[1] if x[0] == "unit" else x for x in (a, b))
         for x, y in ((a, b), (b, a)):
-            if x[0] == "pct" != y[0]:                                             # 50% is 1/2, and people write 50
-                return self.scalars(x[1], y) or self.scalars(("mul", [x[1], ("num", Fraction(1, 100), "")]), y)
+            if x[0] == "pct" != y[0]:  # 50% is 1/2, and people write 50
+                hundredth = ("num", Fraction(1, 100), "")
+                return self.scalars(x[1], y) or self.scalars(("mul", [x[1], hundredth]), y)
         if {INF, MINUS_INF} & {x for x in (a, b) if x in (INF, MINUS_INF)}:
             return a == b
         if b[0] == "base":                                 # the question names it: 1011 answers 1011_2
@@ -2342,13 +2415,14 @@ class _Comparison(_Numbers):
         return (x is None or y is None) and self.agree(a, b)
 
     def rounds(self, decimal: tuple, other: tuple) -> bool:
-        """Whether a decimal of at least 6 digits is the other number cut or rounded: 0.333333 is 1/3, 5.00001 not 5."""
+        """Whether a decimal of at least 6 digits is the other number, cut or rounded: 0.333333 is 1/3."""
         written = _literal(decimal)
         if written is None or written[2] < 6 or _names(other):
             return False
         value, decimals, digits = written
         exact = _exact(other)
-        if exact is not None and (_literal(other) or exact.denominator == 1):   # only floating-point dust is forgiven
+        # only floating-point dust is forgiven
+        if exact is not None and (_literal(other) or exact.denominator == 1):
             return digits >= 15 and abs(value - exact) <= abs(exact) / 10**15
         if exact is None:
             x = self.value(other, 0, False)
