@@ -775,9 +775,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 # GRADING: two functions, text in, verdict out; tests/test_grading.py is its specification
 # ------------------------------------------------------------------------------------------------------------
 # extract_answer finds the answer in a text, is_equivalent says whether it is the right one.
-# Both work on text that a model wrote, so both are bounded by construction, not by a clock: every pattern is linear
-# in its input, texts are cut to a length, expressions have a largest size, depth and magnitude, and the numeric
-# comparison counts its steps. Nothing of the text is ever executed.
+# Both work on text that a model wrote, so both are bounded by construction, not by a clock: every pattern is
+# linear in its input, texts are cut to a length, expressions have a largest size, depth and magnitude, and
+# the numeric comparison counts its steps. Nothing of the text is ever executed.
 
 LONGEST_COMPLETION = 200_000   # characters, from the end: an answer is given at the end
 LONGEST_BOX = 4_000            # characters that a \boxed{} may hold
@@ -789,13 +789,13 @@ END_TOKENS = re.compile(
     r"|<end_of_turn>|<｜[^｜<>\n]{1,30}｜>|\[/?INST\]|\n#{2,3} Instruction|\n\n(?:Question|Q|Human|User):")
 BOX = re.compile(r"(?:\\f?box(?:ed)?|\\framebox|\x08oxed|(?<![A-Za-z\\])boxed(?=\{))(?![A-Za-z])\s*")
 
-# Characters by script, for use in [...]: the letters from Cyrillic on, which no formula has; those written without
-# spaces between words, where a number has letters right beside it; signs of money.
+# Characters by script, for use in [...]: the letters from Cyrillic on, which no formula has; those written
+# without spaces between words, where a number has letters right beside it; signs of money.
 FOREIGN = r"\u0400-\u1fff\u2c00-\u2dff\u3005-\u3007\u3040-\ud7ff\uf900-\ufdff\ufe70-\ufefc"
 UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u9fff\uac00-\ud7af"
 MONEY = r"$¢£¥฿₠-₿﷼"
 
-# Words by language. One of the nouns announces an answer, with a verb, a colon or a number a few words behind it.
+# Words by language. One of the nouns announces an answer, with a verb, a colon or a number soon behind it.
 ANSWER_WORDS = ("antwort|réponse|reponse|respuestas?|respostas?|risposta|antwoord|svaret|svar|vastaus|"
                 "odpowiedź|"
                 "odpowiedz|odpověď|odpoveď|válasz|răspunsul|răspuns|cevap|yanıt|jawaban|jawabannya|jibu|đáp "
@@ -854,7 +854,8 @@ DENIED = re.compile(r"\b(?:no|any|without|that|this|an|your|each|every|to|(?:exp
 HASHES = re.compile(r"####[ \t]*([^\n]*)")
 TAG = re.compile(r"<(?:final[_ ]?)?ans(?:wer)?>|\[(?:final[_ ]?)?answer\](?=.{0,400}\[/)", re.I)
 FIELD = re.compile(r"""["'](?:(?:final|correct|my|the)[ _-]?)*(?:answer|ans|choice|option|result)["']\s*:"""
-                   r"""\s*(?:"((?:\\.|[^"\\\n]){1,2000})"|'((?:\\.|[^'\\\n]){1,2000})'|\[([^][{}\n]{1,2000})\]"""
+                   r"""\s*(?:"((?:\\.|[^"\\\n]){1,2000})"|"""
+                   r"""'((?:\\.|[^'\\\n]){1,2000})'|\[([^][{}\n]{1,2000})\]"""
                    r"""|(?!null\b)([^][\s"',{}]{1,200}))""", re.I)
 SENTENCE_END = re.compile(r"\n|(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bRs)(?:[.!?;](?=\s|$|\*|"
                           r"[\"']))"
@@ -885,19 +886,20 @@ NO_ANSWER = set("given not unknown unclear undetermined determined possible foun
 
 
 def extract_answer(completion: str) -> str | None:
-    """The final answer that a completion gives, or None. Nothing behind an end-of-turn token counts, nor a thought
-    before </think>.
+    """The final answer that a completion gives, or None. Nothing counts that stands behind an
+    end-of-turn token or before </think>.
 
     The first rule that yields something decides:
         1. the last <answer>...</answer>, unless a box follows it: the rules below, on what is in it
-        2. the last \\boxed{...} or \\fbox{...} that is not empty: what is in it, verbatim; if its brace is never
-           closed, up to the end of the line. Boxes that are parts of one answer ("x = [3] and y = [5]") are joined
+        2. the last \\boxed{...} or \\fbox{...} that is not empty: what is in it, verbatim; if its brace is
+           never closed, up to the end of the line. Boxes that are parts of one answer ("x = [3] and y = [5]")
+           are joined
         3. the last JSON field "answer"
         4. the last explicit statement: "the answer is ...", "answer: ...", "final answer ...", "option B",
-           "#### ...", in some thirty languages. Its maths, choice letter ("B", or "(b)" for a small one), number
-           (without money sign, thousands commas, unit), or short text
+           "#### ...", in some thirty languages. Its maths, choice letter ("B", or "(b)" for a small one),
+           number (without money sign, thousands commas, unit), or short text
         5. a last line that is nothing but a choice letter; a whole text that is a choice ("B. 12")
-        6. the last number, with the formula it stands in. "1.2 (million)" may be asked for in millions, or not
+        6. the last number, with the formula it stands in. "1.2 (million)": 1.2 where millions are asked for
         7. where there is no digit at all, a number in words in the last sentence
     """
     text = completion[-LONGEST_COMPLETION:].replace("\u2212", "-")
@@ -958,7 +960,8 @@ def _ascii(text: str) -> str:
     return re.sub(r"(?![0-9])\d", lambda m: str(unicodedata.decimal(m[0])), text.translate(WIDE))
 
 
-# What may stand between two boxes of one answer: "cm, ", "and y =", a new line with "(b)"; nothing that corrects.
+# What may stand between two boxes of one answer: "cm, ", "and y =", a new line with "(b)"; nothing that
+# corrects.
 LABEL = r"(?:[-•]\s*)?(?:part\s)?\(?[a-h1-9]{1,2}[).:]+"
 NAMED = r"(?:[-•]\s*)?[^\W\d]\s*[=:]"
 JOINT = re.compile(
@@ -1156,7 +1159,7 @@ def _sum_of(words: str | None) -> int:
 
 
 def _worded(text: str) -> tuple[str, int] | None:
-    """The number that a text begins with in English words, and where it ends: "thirty-two km" -> ("32", 10)."""
+    """The number that a text begins with in English words, and where it ends: "two km" -> ("2", 3)."""
     match = WORDED.match(text)
     if not match:
         return None
@@ -1423,7 +1426,7 @@ EXPONENT = re.compile(r"[eE]([+-]?)(\d{1,4})(?![\d.])")
 
 
 def _tokens(text: str) -> list[tuple[str, str]]:
-    """(kind, text), the kind being num, name (of a variable), word, or mark (a sign, or a command with its \\)."""
+    """(kind, text) with kind num, name (of a variable), word, or mark (a sign, or a command and its \\)."""
     found: list[tuple[str, str]] = []
     end = 0
     while end < len(text) and (match := TOKEN.match(text, end)):
@@ -1469,14 +1472,16 @@ def _letters(run: str, last: tuple[str, str], spaced: bool) -> list[tuple[str, s
 
 OPENERS = ("(", "[", "{", "\\{")
 CLOSERS = (")", "]", "}", "\\}", "\\rfloor", "\\rceil")
-STARTERS = {"\\" + name for name in FUNCTIONS | SYMBOLS | set("frac binom pi infty begin lfloor lceil".split())}
+STARTERS = {"\\" + name
+            for name in FUNCTIONS | SYMBOLS | {"frac", "binom", "pi", "infty", "begin", "lfloor", "lceil"}}
 MATRICES = ("pmatrix", "bmatrix", "matrix", "vmatrix", "Bmatrix", "array", "smallmatrix", "cases")
 INF, MINUS_INF = ("inf",), ("neg", ("inf",))
 REALS = ("tuple", "(", ")", [MINUS_INF, INF])
 
 
 class _Parser:
-    """Recursive descent, loosest first: items, relation, union, ratio, over, sum, product, power, atom. Trees:
+    """Recursive descent, loosest first: items, relation, union, ratio, over, sum, product, power, atom.
+    Trees are tuples:
 
         (num, Fraction, text) (name, s) (const, s) (inf,) (text, s) (base, digits, base)
         (add, [x..]) (mul, [x..]) (inv, x) (neg, x) (pow, x, y) (pm, x, sign) (deg, x) (pct, x) (unit, x, s)
@@ -1895,7 +1900,7 @@ class _Numbers:
 
     @cached_property
     def mp(self):
-        """mpmath, sympy's arithmetic, in a context of our own. (sympy's trees evaluate anything, at any cost.)"""
+        """mpmath, sympy's arithmetic, in a context of our own. (sympy evaluates anything, at any cost.)"""
         import mpmath
         context = mpmath.MPContext()
         context.dps = DIGITS
@@ -2003,8 +2008,8 @@ class _Numbers:
         raise _Undefined(f"no value of {name}")
 
     def agree(self, a: tuple, b: tuple) -> bool:
-        """Whether two expressions have the same values. Identity is judged at points where both are real, all the
-        way; where those are too few, or with an i in them, in the complex plane on principal branches."""
+        """Whether two expressions have the same values. Identity is judged at points where both are real, all
+        the way; where those are too few, or with an i in them, in the complex plane on principal branches."""
         if not _names(a, b):
             return self.same_value(a, b, 0, False)
         for real in (False,) if ("const", "i") in _walk((a, b)) else (True, False):
@@ -2060,11 +2065,12 @@ def is_equivalent(prediction: str, reference: str) -> bool:
         1. texts    the same after normalisation (spellings of LaTeX and Unicode, layout, money signs, \\text,
                     final period, numbers in words); words regardless of case; the letter of a choice, with or
                     without the option's text
-        2. shapes   lists and sets in any order, tuples in order, intervals with their kinds of end, matrices entry
-                    by entry; a \\pm b is two values; "x = " before a value is ignored; other equations and
-                    inequalities are compared up to a factor. At the leaves stand numbers and expressions:
-        3. numbers  exactly, as fractions: 1/2, 1 1/2, 50% (also 50), 1,234, 1.5e3; a unit that only one side has
-                    is ignored; a decimal of at least 6 digits may stand for what rounds to it, so 0.33 is not 1/3
+        2. shapes   lists and sets in any order, tuples in order, intervals with their kinds of end, matrices
+                    entry by entry; a \\pm b is two values; "x = " before a value is ignored; other equations
+                    and inequalities are compared up to a factor. At the leaves stand numbers and expressions:
+        3. numbers  exactly, as fractions: 1/2, 1 1/2, 50% (also 50), 1,234, 1.5e3; a unit that only one side
+                    has is ignored; a decimal of at least 6 digits may stand for what rounds to it, so 0.33 is
+                    not 1/3
         4. algebra  the same values at random points, to 40 digits
     """
     if not isinstance(prediction, str) or not isinstance(reference, str):
@@ -2134,8 +2140,8 @@ def _readings(text: str) -> tuple:
 
 
 def _expand(node: tuple) -> tuple:
-    """Every a \\pm b becomes two items of the list or set around it; lists in lists are joined; a number times a
-    matrix becomes a matrix; relations get one form."""
+    """Every a \\pm b becomes two items of the list or set around it; lists in lists are joined; a number
+    times a matrix becomes a matrix; relations get one form."""
     kind = node[0]
     if kind in ("list", "set", "either"):
         parts = [_expand(x) for x in node[1]]
@@ -2197,7 +2203,7 @@ def _without(points: list[Fraction]) -> tuple:
 
 
 def _interval(node: tuple) -> tuple:
-    """An inequality with a variable alone on its side, as an interval (two, as their intersection); else itself."""
+    """An inequality with a variable alone on a side, as an interval (two: their intersection); else itself."""
     if node[0] == "list":
         holes = [_exact(x[2][1]) for x in node[1]
                  if x[0] == "rel" and x[1] == ["!="] and x[2][0][0] == "name"]
