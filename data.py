@@ -100,8 +100,8 @@ class Report:
     source: str
     rows: int = 0
     kept: int = 0
-    dropped: dict[str, list[str]] = field(default_factory=dict)     # reason -> "file:line" of each row dropped for it
-    notes: dict[str, list[str]] = field(default_factory=dict)       # what to know of rows -> "file:line" of each
+    dropped: dict[str, list[str]] = field(default_factory=dict)     # reason -> "file:line" of each row
+    notes: dict[str, list[str]] = field(default_factory=dict)       # what to know of kept rows -> the same
     details: dict[str, str] = field(default_factory=dict)           # note -> more about its first row
 
     def drop(self, reason: str, where: str) -> None:
@@ -109,14 +109,14 @@ class Report:
 
     def note(self, remark: str, where: str, detail: str = "") -> None:
         self.notes.setdefault(remark, []).append(where)
-        self.details.setdefault(remark, detail and ": " + detail)
+        self.details.setdefault(remark, detail)
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {self.rows:,} rows, {self.kept:,} kept, {self.rows - self.kept:,} dropped"]
         for title, found in (("", self.dropped), ("note: ", self.notes)):
             for reason, rows in sorted(found.items(), key=lambda item: -len(item[1])):
-                first = Path(rows[0]).name + self.details.get(reason, "")
-                lines.append(f"  {len(rows):>7,}  {title}{reason}  (first: {first})")
+                detail = self.details.get(reason, "") if title else ""
+                lines.append(f"  {len(rows):>7,}  {title}{reason}  (first: {Path(rows[0]).name}){detail}")
         return "\n".join(lines)
 
 
@@ -127,16 +127,20 @@ class Unfit(DataError):
 def texts_of(row: dict, method: str, where: str) -> tuple[str | list[dict], str, list[str]]:
     """(question, reasoning that is context, the one or two responses) of a row, as `method` trains it.
 
-    The question is text, or, where there is more to it (a system prompt, earlier turns), the conversation up to the
-    answer: [{"role": ..., "content": ...}, ...]. Rows may be laid out as
-      - Math-Step-DPO-10K. A whole answer is initial_reason_steps + full_*; where full_* already begins with those
-        steps, it is the whole answer itself. Rows without these columns hold whole answers in chosen/rejected;
-      - TRL's data sets: prompt with chosen/rejected, or with completion; any of them text or messages; messages alone;
-      - Alpaca's and LLaMA-Factory's: instruction, input, output; conversations; system and history beside any of these.
-    Of a conversation the last turn is the answer. Raises DataError where a row is malformed, Unfit where it is dropped.
+    The question is a text or, where there is more to it (a system prompt, earlier turns), the conversation up
+    to the answer: [{"role": ..., "content": ...}, ...]. Rows may be laid out like
+
+      - Math-Step-DPO-10K: a whole answer is initial_reason_steps + full_*; where full_* begins with those
+        steps, it is the whole answer itself. Without these columns, chosen and rejected are whole answers;
+      - TRL's: prompt with chosen and rejected, or with completion, each a text or messages; messages alone;
+      - Alpaca's and LLaMA-Factory's: instruction, input, output; conversations; with system or history.
+
+    Of a conversation the last turn is the answer. Raises DataError where a row is malformed, Unfit where a
+    well-formed one cannot be used.
     """
     of_steps = any(name in row for name in ("initial_reason_steps", "full_chosen", "full_rejected"))
     sides = ["full_chosen", "full_rejected"] if of_steps and method != "stepdpo" else ["chosen", "rejected"]
+    asked = next((name for name in ("prompt", "instruction", "question") if name in row), None)
     talk = next((name for name in ("messages", "conversations") if name in row), None)
     if method == "sft":
         answers = ("response", sides[0], "completion", "output", talk)
@@ -144,68 +148,75 @@ def texts_of(row: dict, method: str, where: str) -> tuple[str | list[dict], str,
     whole = sides[0] == "full_chosen"
     needed = ["initial_reason_steps", *sides] if whole or method == "stepdpo" else sides
     missing = [name for name in needed if name not in row]
-    asked = next((name for name in ("prompt", "instruction", "question") if name in row), None)
-    if not asked and not talk and not all(isinstance(row.get(name), (list, dict)) for name in sides):
+    if not asked and not talk and not all(isinstance(row.get(name), list) for name in sides):
         missing.insert(0, "prompt")
-    if missing or asked == "question":                  # as the pipeline's other files call it
+    if missing or asked == "question":                  # so the pipeline's other files call it
         expect(row, where, "pairs", "problems")
     if missing:
         also = " (or prompt, response)" if method == "sft" else ""
         raise DataError(f"{where}: {method} needs the columns {', '.join(['prompt', *needed])}{also}; found "
-                        f"{', '.join(row) or 'none'}; missing {', '.join(missing)}: rename them or change method")
+                        f"{', '.join(row) or 'none'}; missing {', '.join(missing)}: rename them or change "
+                        "method")
 
-    question = _turns_before(row, where, asked, talk if talk not in sides else None)
+    before = _turns_before(row, where, asked, talk if talk not in sides else None)
     turns, texts = zip(*(_answer(row, name, where) for name in sides))
-    if any(other != turns[0] for other in turns):
-        raise Unfit("chosen and rejected differ before their last turn; only the last one can be trained")
-    if turns[0] and turns[0][0]["role"] in ("system", "user"):       # the conversation from its beginning: it
-        told = [turn["content"].strip() for turn in turns[0]]        # repeats the prompt, if there is one
-        if any(turn["content"].strip() not in told for turn in question if turn["role"] != "system"):
-            raise Unfit(f"the prompt is not among the turns of {sides[0]}")
-        question = [turn for turn in question if turn["role"] == "system" and turn not in turns[0]]
-    question += turns[0]
-    if [turn["role"] for turn in question].count("system") > 1:
-        raise Unfit("more than one system prompt")
+    question = _joined(before, turns[0])
+    if any(_joined(before, other) != question for other in turns):
+        raise Unfit("chosen and rejected differ before their last turn, and only that is trained")
     if not question or question[-1]["role"] in ("assistant", "system"):
         raise Unfit("no turn of the user stands before the answer")
+    if sum(turn["role"] == "system" for turn in question) > 1:
+        raise Unfit("more than one system prompt")
     if len(question) == 1:
         question = question[0]["content"]
 
     steps = text_field(row, "initial_reason_steps", where) if "initial_reason_steps" in needed else ""
-    if whole:                                           # an empty answer stays empty, and is counted as such
-        texts = [text if text.startswith(steps) or not text.strip() else steps + text for text in texts]
-        steps = ""
-    return question, steps, list(texts)
+    if not whole:
+        return question, steps, list(texts)
+    full = lambda text: text.startswith(steps) or not text.strip()      # an empty one is counted as such
+    return question, "", [text if full(text) else steps + text for text in texts]
 
 
 def _turns_before(row: dict, where: str, asked: str | None, talk: str | None) -> list[dict]:
-    """The turns up to the answer that stand in columns of their own: system, history, the prompt with its parts."""
-    system = next((name for name in ("system", "system_prompt") if row.get(name)), None)
-    turns = [{"role": "system", "content": text_field(row, system, where)}] if system else []
-    history = row.get("history") or []
-    if isinstance(history, list) and all(isinstance(turn, dict) for turn in history):
-        turns += messages_field(row, "history", where) if history else []
-    else:                                               # LLaMA-Factory's [[question, answer], ...]
-        for pair in history if isinstance(history, list) else [history]:
-            if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-                raise Unfit("history is neither messages nor [[question, answer], ...]")
-            turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    if asked is None:
-        return turns + (messages_field(row, talk, where) if talk else [])
-    if isinstance(row[asked], list):
-        return turns + messages_field(row, asked, where)
-    text = text_field(row, asked, where)
-    for name in ("context", "passage", "input"):
-        if row.get(name) and not isinstance(row[name], str):
-            raise Unfit(f"{name} belongs to the {asked}, and is no text")
-        if (part := (row.get(name) or "").strip()) and part not in text:
-            text = f"{text}\n{part}" if name == "input" else f"{part}\n{text}"
+    """The turns up to the answer from columns of their own: system, history, the prompt in its parts."""
+    for name in ("tools", "images", "videos", "audios", "chat_template_kwargs"):
+        if row.get(name):
+            raise Unfit(f"the column {name} has no place in the prompt")
+    turns = []
+    for name in ("system", "system_prompt", "system_message"):
+        if row.get(name):
+            turns.append({"role": "system", "content": text_field(row, name, where)})
+    for pair in row.get("history") or []:               # LLaMA-Factory's [[question, answer], ...]
+        if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
+            raise Unfit("history is not [[question, answer], ...]; make it turns of the prompt")
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    name = asked or talk
+    if name is None or isinstance(row[name], list):
+        return turns + (messages_field(row, name, where) if name else [])
+    text = text_field(row, name, where)
+    for part in ("context", "passage", "input"):
+        value = row.get(part) or ""
+        if not isinstance(value, str):
+            raise Unfit(f"{part}, which belongs to the question, is no text")
+        if value.strip() and value.strip() not in text:
+            text = f"{text}\n{value}" if part == "input" else f"{value}\n{text}"
     return turns + [{"role": "user", "content": text}]
+
+
+def _joined(before: list[dict], turns: list[dict]) -> list[dict]:
+    """The conversation up to an answer: what other columns have of it, then the turns before the answer in
+    its own. Where these are the conversation from its beginning, they have to repeat what the others say."""
+    if not turns or turns[0]["role"] not in ("system", "user"):
+        return before + turns
+    told = [turn["content"].strip() for turn in turns]
+    if any(turn["content"].strip() not in told for turn in before if turn["role"] != "system"):
+        raise Unfit("the prompt is not among the turns before the answer")
+    return [turn for turn in before if turn["role"] == "system" and turn not in turns] + turns
 
 
 def _answer(row: dict, name: str, where: str) -> tuple[list[dict], str]:
     """(the turns before it, the answer): a text, or of messages the last."""
-    if not isinstance(row.get(name), (list, dict)):
+    if not isinstance(row[name], (list, dict)):
         return [], text_field(row, name, where)
     *turns, last = messages_field(row, name, where)
     if last["role"] != "assistant":
@@ -214,35 +225,40 @@ def _answer(row: dict, name: str, where: str) -> tuple[list[dict], str]:
 
 
 def messages_field(row: dict, name: str, where: str) -> list[dict]:
-    """row[name], messages [{"role": ..., "content": ...}, ...] or a single one, also as ShareGPT spells them (from,
-    value; human, gpt); DataError otherwise."""
-    given = row[name] if isinstance(row[name], list) else [row[name]]
+    """row[name]: messages, [{"role": ..., "content": ...}, ...], or a single one; also as ShareGPT has them
+    (from, value; human, gpt). Only these two keys come back; a thought (reasoning_content) stands in <think>
+    before the content. DataError where the field is anything else."""
     messages = []
-    for number, message in enumerate(given, 1):
+    for number, message in enumerate(row[name] if isinstance(row[name], list) else [row[name]], 1):
         if not isinstance(message, dict):
-            raise DataError(f"{where}: field {name!r}: found {_kind(row[name])} {_shown(row[name])}; expected text or "
-                            'messages, [{"role": ..., "content": ...}, ...]')
+            found = f"found {_kind(row[name])} {_shown(row[name])}"
+            raise DataError(f"{where}: field {name!r}: {found}; expected text or messages, "
+                            '[{"role": ..., "content": ...}, ...]')
         here = f"{where}: field {name!r}, message {number}"
-        role = text_field(message, "role" if "role" in message else "from", here)
-        content = "content" if "content" in message else "value"
         if message.get("tool_calls"):
-            raise DataError(f"{here}: field 'tool_calls': calls of tools are not rendered; remove the row")
-        if isinstance(message.get(content), list):      # [{"type": "text", "text": ...}]
-            pieces = [piece if isinstance(piece, dict) else {} for piece in message[content]]
-            message = {content: "".join(text_field(piece, "text", here) for piece in pieces)}
-        messages.append({"role": {"human": "user", "gpt": "assistant"}.get(role, role),
-                         "content": text_field(message, content, here)})
+            raise Unfit(f"a call of a tool in {name}")
+        role = text_field(message, "role" if "role" in message else "from", here)
+        content = message.get("content", message.get("value"))
+        if isinstance(content, list):                   # [{"type": "text", "text": ...}]
+            pieces = [piece if isinstance(piece, dict) else {} for piece in content]
+            content = "".join(text_field(piece, "text", here) for piece in pieces)
+        content = text_field({"content": content}, "content", here)
+        for thought in ("reasoning_content", "reasoning", "thinking"):
+            if message.get(thought):
+                content = f"<think>\n{text_field(message, thought, here)}\n</think>\n\n{content}"
+        messages.append({"role": {"human": "user", "gpt": "assistant"}.get(role, role), "content": content})
     if not messages:
         raise DataError(f"{where}: field {name!r}: an empty list; expected messages")
     return messages
 
 
-def encode_dataset(source: str | Path | Iterable[tuple[str, dict]], tokenizer: Tokenizer, method: str, style: str,
-                   max_length: int | None = None) -> tuple[list[Example], Report]:
+def encode_dataset(source: str | Path | Iterable[tuple[str, dict]], tokenizer: Tokenizer, method: str,
+                   style: str, max_length: int | None = None) -> tuple[list[Example], Report]:
     """Read, render and tokenise a file of rows: those that can be trained on, in order, and a Report.
 
-    source: what `read_rows` takes, or (where, row) pairs. max_length: tokens of a side as the model sees it, BOS and
-    end token included; a longer row is dropped, never cut. Raises DataError where a row is malformed, or none is left.
+    source: what `read_rows` takes, or (where, row) pairs. max_length: tokens of a side as the model sees it,
+    BOS and end token included; a longer row is dropped, never cut. DataError where a row is malformed, or
+    none is left.
     """
     if method not in METHODS:
         raise DataError(f"method {method!r} is not known; choose one of {', '.join(METHODS)}")
@@ -263,7 +279,8 @@ def encode_dataset(source: str | Path | Iterable[tuple[str, dict]], tokenizer: T
                 report.drop(f"longer than {max_length} tokens", where)      # without waiting for its tokens
             else:
                 taken.append((where, boundary, texts))
-        encoded = iter(tokenizer.encode_batch([text for _, _, texts in taken for text in texts], bos=style != "chat"))
+        texts = [text for _, _, texts in taken for text in texts]
+        encoded = iter(tokenizer.encode_batch(texts, bos=style != "chat"))
         for where, boundary, texts in taken:
             example = _example(where, [next(encoded) for _ in texts], boundary, end, max_length)
             if isinstance(example, str):
@@ -289,36 +306,35 @@ def _chunks(items: Iterable, size: int) -> Iterator[list]:
 
 def _render(where: str, row: dict, tokenizer: Tokenizer, method: str, style: str,
             report: Report) -> tuple[list[str], int]:
-    """(the whole text of each side but for its end token, the character where the responses begin) of a row. Raises
-    Unfit with the reason where it cannot be trained on; what is worth knowing goes into the report's notes."""
+    """(each side's text from the first character to the one before its end token, the character at which the
+    responses begin) of a row. Unfit with the reason where it cannot be trained on."""
     question, steps, responses = texts_of(row, method, where)
-    if method != "stepdpo":                             # the end token is put there once, by us
-        ends = "|".join(re.escape(tokenizer.backend.id_to_token(id)) for id in tokenizer.stop_ids(style))
-        plain = [re.sub(rf"\s*(?:(?:{ends})\s*)+\Z", "", response) for response in responses]
-        if plain != responses:
-            report.note("an end token at the end of the answer is taken for the one that is put there", where)
-        responses = plain
-    conversation = [{"role": "user", "content": question}] if isinstance(question, str) else question
+    if method != "stepdpo":                             # the end token is put there by us, once
+        bare = [tokenizer.without_end(response, style) for response in responses]
+        if bare != responses:
+            report.note("the end token at the end of the answer is not put there twice", where)
+        responses = bare
+    turns = [question] if isinstance(question, str) else [turn["content"] for turn in question]
 
     names = ("chosen", "rejected") if len(responses) == 2 else ("response",)
-    for name, text in zip(("prompt", *names), (conversation[-1]["content"], *responses)):
+    for name, text in zip(("prompt", *names), (turns[-1], *responses)):
         if not text.strip():
             raise Unfit(f"empty {name}")
     if len(responses) == 2 and responses[0].strip() == responses[1].strip():
         raise Unfit("chosen and rejected are the same")
-    if len(conversation) > 1 and style != "chat":
-        raise Unfit(f"a system prompt or earlier turns, for which --prompt {style} has no place (chat has)")
-    asked = [turn["content"] for turn in conversation]
-    for text in (*asked, *(steps + response for response in responses)):        # a token may be spelled across the seam
-        if style == "raw" and text in asked:            # `raw` is for prompts that are rendered already
-            continue
+    if len(turns) > 1 and style != "chat":
+        raise Unfit(f"a system prompt or earlier turns, for which --prompt {style} has no place: choose chat")
+    if style == "raw":                                  # its prompts are rendered, control tokens and all
+        turns = []
+    whole = [steps + response for response in responses]        # a token may be spelled across the seam
+    for text in (*turns, *whole):
         if token := tokenizer.control_token_in(text):
             raise Unfit(f"the text contains the control token {token}")
         if mark := tokenizer.foreign_mark_in(text):
-            raise Unfit(f"the text contains {mark}, a mark of another model's chats that this tokenizer spells in "
-                        "letters: take it out")
-        if mark := tokenizer.special_token_in(text):
-            report.note(f"the special token {mark} in the text is trained as that token", where)
+            raise Unfit(f"the text contains {mark}, which another model's chats are marked with and this "
+                        "tokenizer spells in letters: take it out")
+        if token := tokenizer.special_token_in(text):
+            report.note(f"the special token {token} in the text is trained as that token", where)
 
     if style == "chat" and method != "stepdpo":
         texts, boundary, remarks = tokenizer.render_answers(question, responses)
@@ -470,22 +486,21 @@ PROMPT_STYLES = ("qwen2-boxed", "alpaca", "deepseek-math", "chat", "raw")
 
 
 def render_prompt(style: str, question: str | list[dict], tokenizer: Tokenizer, begun: str = "") -> str:
-    """The text up to the first character of the reasoning. The first three styles are the paper's, for its models.
+    """The text up to the first character of the reasoning. The first three styles are the paper's.
 
-    question: text; for `chat` also a conversation up to the answer, [{"role": ..., "content": ...}, ...].
-    begun: the reasoning as far as it is known. A thought that the prompt would open is not opened twice.
+    question: a text; for `chat` also the conversation up to the answer, [{"role": ..., "content": ...}, ...].
+    begun: the reasoning, as far as it is there already: a thought is opened once (`Tokenizer.chat_prompt`).
     """
     if style == "chat":
         return tokenizer.chat_prompt(question, begun)
-    if tokenizer is not None and (tokenizer.system or tokenizer.template_args):
-        raise DataError(f"--system and --template_args belong to the chat template; --prompt {style} has no place for "
-                        "them: choose --prompt chat")
-    if not isinstance(question, str):
-        raise DataError(f"a conversation of several turns needs --prompt chat; --prompt {style} has one question")
+    told = tokenizer is not None and (tokenizer.system or tokenizer.template_args)
+    if told or not isinstance(question, str):
+        raise DataError(f"--prompt {style} has no place for --system, --template_args or earlier turns; "
+                        "choose --prompt chat")
     if style == "qwen2-boxed":
         if tokenizer is not None and tokenizer.backend.token_to_id("<|im_start|>") is None:
-            raise DataError(f"{tokenizer.source}: --prompt qwen2-boxed is written with <|im_start|>, which is no "
-                            "control token of this checkpoint; choose --prompt chat, alpaca or raw")
+            raise DataError(f"{tokenizer.source}: --prompt qwen2-boxed is written with <|im_start|>, which "
+                            "is no control token of this checkpoint; choose --prompt chat, alpaca or raw")
         return ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
                 f"<|im_start|>user\n{question}{BOXED}<|im_end|>\n<|im_start|>assistant\n")
     if style == "alpaca":
@@ -503,27 +518,30 @@ def render_prompt(style: str, question: str | list[dict], tokenizer: Tokenizer, 
 # The tokenizer and the chat template
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Marks of the common families' chats. One that a tokenizer has as a token would forge a turn; one that it lacks, in
-# rows that were made for another model, would be trained letter by letter. (<s> and </s> in mid-text may be HTML.)
-_MARKS = re.compile(r"<[|｜](?:im_(?:start|end|sep)|eo[stm](?:_id)?|(?:start|end)_header_id|end|return|user|assistant|"
-                    r"system|(?:begin|start|end)[_▁]?of[_▁]?(?:text|turn|turn_token|sentence|utterance))[|｜]>|"
-                    r"<(?:start|end)_of_turn>|<[be]os>|\[/?INST\]|\A\s*<s>|</s>\s*\Z", re.IGNORECASE)
-_THOUGHT = re.compile(r"think|thought|reason", re.IGNORECASE)
-_TAG = r"(?:<(?!/)[^<>|\s]{1,30}>|\[(?!/)[A-Z_]{1,30}\]|◁(?!/)\w{1,30}▷)"                 # <think>, [THINK], ◁think▷
+# What marks turns and ends in the chats of the common families. As a token it would forge a turn; where a
+# tokenizer lacks it (a row made for another model), it would be trained letter by letter. Inside a text, <s>
+# may be HTML's.
+_MARKS = re.compile(r"<[|｜](im_(start|end|sep)|eo[stm](_id)?|(start|end)_header_id|end|return|user|assistant|"
+                    r"system|(begin|start|end)[_▁]?of[_▁]?(text|turn|turn_token|sentence|utterance))[|｜]>|"
+                    r"<(start|end)_of_turn>|<[be]os>|\[/?INST\]|\A\s*<s>|</s>\s*\Z", re.IGNORECASE)
+# Special tokens of this kind are words that a model writes, whether or not its template mentions them.
+_WORDS = re.compile(r"think|thought|reason|step|solution|answer", re.IGNORECASE)
+# What may open a thought: <think>, [THINK], ◁think▷
+_TAG = r"(?:<(?!/)[^<>|\s]{1,30}>|\[(?!/)[A-Z_]{1,30}\]|◁(?!/)\w{1,30}▷)"
 
 
 class Encoded(NamedTuple):
     ids: list[int]
-    offsets: list[tuple[int, int]]                      # (begin, end) of each token, in characters of the text
+    offsets: list[tuple[int, int]]                      # (begin, end) of each token, in characters
 
 
 class Joints(NamedTuple):
-    """What a chat template writes around an answer; Vicuna's, for one: "USER: ... ASSISTANT: It is 7.</s>"."""
+    """What a chat template writes around an answer. Examples: Vicuna's "... ASSISTANT: It is 7.</s>"."""
     opening: str                                        # the generation prompt: "ASSISTANT:"
     lead: str                                           # between it and the answer: " "
-    closing: str                                        # all that stands behind the answer: "</s>"
-    gap: str                                            # of this what comes before the end token: ""
-    end_id: int | None                                  # the end token; None where the template has none
+    closing: str                                        # all that follows the answer: "</s>"
+    gap: str                                            # the part of it before the end token: ""
+    end_id: int | None                                  # the end token; None if there is none
 
     @property
     def opens_thought(self) -> bool:
@@ -531,111 +549,112 @@ class Joints(NamedTuple):
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer: tokenizer.json run by `tokenizers`, and the conventions that stand in the files around.
+    """A checkpoint's tokenizer: tokenizer.json run by `tokenizers`, and the conventions of the files around.
 
-    bos_id           in front of every text, once; None where the checkpoint wants none (Qwen2). In chats the template
-                     decides
-    eos_id, eos_ids  the tokenizer's own end token (or None); every id that ends a generation, by the folder's files
-    control_ids      the tokens that make up a chat (begin, end, turns): found anywhere in a text, so that rows must not
-                     contain them. Other special tokens (<step>, [THINK]) are words like any other
+    bos_id           in front of every text, once; None where the checkpoint wants none (Qwen2). In a chat it
+                     stands where the template puts it
+    eos_id, eos_ids  the tokenizer's own end token (or None); every id that ends a generation, by the files
+    control_ids      text -> id of the tokens that begin or end texts and turns. They are recognised anywhere,
+                     so a row must not contain them; other special tokens (<step>, [THINK]) are words to train
     chat_template    Jinja source, or None
-    system           the system prompt of every chat that brings none
+    system           system prompt of the chats that bring none
     template_args    further arguments of the template, such as {"enable_thinking": False}
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, *, bos_id: int | None = None, eos_ids: tuple[int, ...] = (),
-                 chat_template: str | None = None, names: dict[str, str] | None = None, source: str = "tokenizer",
+    def __init__(self, backend: tokenizers.Tokenizer, *, bos_id: int | None = None,
+                 eos_ids: tuple[int, ...] = (), chat_template: str | None = None,
+                 names: dict[str, str] | None = None, source: str = "tokenizer",
                  system: str | None = None, template_args: dict | None = None):
-        backend.no_truncation()                         # a tokenizer.json may ask for both, and would cut in silence
+        backend.no_truncation()                         # a tokenizer.json may ask for both: it would cut rows
         backend.no_padding()
-        backend.post_processor = None                   # `encode` adds BOS; and no offsets trimmed of white space
+        backend.post_processor = None                   # `encode` adds BOS; no offsets trimmed of white space
         self.backend, self.source, self.chat_template = backend, source, chat_template
         self.names = names or {}                        # {"eos_token": "</s>", ...}, for the template
         self.system, self.template_args = system, template_args or {}
         self.bos_id, self.eos_ids = bos_id, eos_ids
-        self.other_templates: list[str] = []            # names of chat templates for other purposes
-        self.eos_id = next(iter(eos_ids), None)
+        self.eos_id = eos_ids[0] if eos_ids else None
         if "eos_token" in self.names:
             self.eos_id = backend.token_to_id(self.names["eos_token"])
 
-        ends = {backend.id_to_token(id): id for id in (bos_id, *eos_ids) if id is not None}
-        ends.pop(None, None)                            # of an id that is no token
         added = backend.get_added_tokens_decoder()
-        self.added_ids = {token.content: id for id, token in added.items()} | ends
         special = {token.content for token in added.values() if token.special}
-        in_template = {token for token in special if token in (chat_template or "") and not _THOUGHT.search(token)}
-        control = {*ends, *in_template, *(special & set(self.names.values())), *filter(_MARKS.search, self.added_ids)}
-        self.control_ids = {token: id for token, id in self.added_ids.items() if token in control}
-        self.control_tokens = set(self.control_ids)
+        ends = {backend.id_to_token(id): id for id in (bos_id, *eos_ids) if id is not None}
+        self.added_ids = {token.content: id for id, token in added.items()} | ends
+        control = set(ends) | special & set(self.names.values()) | set(filter(_MARKS.search, self.added_ids))
+        control |= {token for token in special if token in (chat_template or "") and not _WORDS.search(token)}
+        self.control_ids = {token: self.added_ids[token] for token in control}
+        self.control_tokens = control
         self._added, self._control, self._special = map(_any_of, (self.added_ids, control, special - control))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, system: str | None = None,
                         template_args: dict | None = None) -> "Tokenizer":
-        """Read tokenizer.json and, where they are, tokenizer_config.json, special_tokens_map.json, config.json,
-        generation_config.json and the chat template. DataError or CheckpointError where a file is damaged, or disagrees
-        with another. The file is obeyed by Rust code that executes nothing of it, but may be made to take its time."""
+        """Read tokenizer.json and, where they are, tokenizer_config.json, special_tokens_map.json,
+        config.json, generation_config.json and the chat template. DataError or CheckpointError where a file is
+        damaged or disagrees with another. Rust code obeys tokenizer.json: it executes nothing of it, but may
+        take its time."""
         folder = Path(folder)
         path, settings_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
         if not path.is_file():
-            if (folder / "tokenizer.model").is_file():
-                raise DataError(f"{path}: not there; a checkpoint that has only tokenizer.model is converted by "
-                                "transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)")
-            holds = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) if folder.is_dir() else ""
-            raise DataError(f"{folder}: is no checkpoint folder: tokenizer.json is not there, only {holds or 'nothing'}")
+            holds = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) if folder.is_dir() else "nothing"
+            raise DataError(f"{folder}: tokenizer.json is not there, only {holds}; transformers makes it from "
+                            "a tokenizer.model: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)")
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
             opening = backend.encode("").ids            # what the post-processor puts around a text
-            if max(backend.get_vocab().values(), default=0) >= 2**31:   # `Example` keeps ids as int32
+            if max(backend.get_vocab().values(), default=0) >= 2**31:       # `Example` keeps int32
                 raise OverflowError("a token id of 2**31 or more")
         except BaseException as error:
             raise _of_rust(error, str(path)) from None
         config, generation = _settings(folder / "config.json"), _settings(folder / "generation_config.json")
         own = _settings(folder / "special_tokens_map.json") | _settings(settings_path)
-        tokens = {key: value.get("content") if isinstance(value, dict) else value for key, value in own.items()}
-        names = {key: token for key, token in tokens.items() if key.endswith("_token") and isinstance(token, str)}
+        names = {key: value.get("content") if isinstance(value, dict) else value
+                 for key, value in own.items() if key.endswith("_token")}
+        names = {key: token for key, token in names.items() if isinstance(token, str)}
         declared = own.get("added_tokens_decoder")
         for id, added in (declared if isinstance(declared, dict) else {}).items():
             token = added.get("content") if isinstance(added, dict) else None
             if isinstance(token, str) and str(backend.token_to_id(token)) != id:
-                raise DataError(f"{settings_path}: added token {token!r} has id {id}, but tokenizer.json gives it "
-                                f"{backend.token_to_id(token)}; they are not of one checkpoint: fetch both again")
+                raise DataError(f"{settings_path}: added token {token!r} has id {id}, but tokenizer.json "
+                                f"gives it {backend.token_to_id(token)}; fetch both again, of one checkpoint")
 
         known = lambda id: type(id) is int and 0 <= id < 2**31 and backend.id_to_token(id) is not None
-        bos_id = backend.token_to_id(names["bos_token"]) if "bos_token" in names else config.get("bos_token_id")
+        bos_id = config.get("bos_token_id")
+        if "bos_token" in names:
+            bos_id = backend.token_to_id(names["bos_token"])
         wants_bos = own.get("add_bos_token")
         if not isinstance(wants_bos, bool):
             wants_bos = bos_id is not None and opening[:1] == [bos_id]
         if wants_bos and not known(bos_id):
-            raise DataError(f"{settings_path}: add_bos_token is true, but bos_token {names.get('bos_token')!r} is not "
-                            "in tokenizer.json; set one that is, or add_bos_token to false")
+            raise DataError(f"{settings_path}: add_bos_token is true, but bos_token "
+                            f"{names.get('bos_token')!r} is not in tokenizer.json; set one that is, or "
+                            "add_bos_token to false")
         eos_ids = [backend.token_to_id(names["eos_token"])] if "eos_token" in names else []
         for value in (generation.get("eos_token_id"), config.get("eos_token_id")):
             eos_ids += value if isinstance(value, list) else [value]
-        unknown = [id for id in eos_ids if id is not None and not known(id)]
-        if unknown and os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{folder}: eos_token_id {unknown[0]!r:.60} is no token of tokenizer.json; it is ignored",
-                  file=sys.stderr)
-        template, others = _chat_template(folder, own)
-        tokenizer = cls(backend, bos_id=bos_id if wants_bos else None, names=names, source=str(folder),
-                        eos_ids=tuple(dict.fromkeys(filter(known, eos_ids))), chat_template=template, system=system,
-                        template_args=template_args)
-        tokenizer.other_templates = others
-        return tokenizer
+        for id in eos_ids:
+            if id is not None and not known(id) and os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"{folder}: eos_token_id {id!r:.60} is no token of tokenizer.json; it is ignored",
+                      file=sys.stderr)
+        eos_ids = tuple(dict.fromkeys(filter(known, eos_ids)))
+        return cls(backend, bos_id=bos_id if wants_bos else None, eos_ids=eos_ids, names=names,
+                   chat_template=_chat_template(folder, own), source=str(folder), system=system,
+                   template_args=template_args)
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, bos: bool = True) -> Encoded:
-        """Ids and character offsets of a whole text; special tokens in it are recognised, BOS is there once. bos=False
-        for a text that a chat template has made: there BOS is the template's affair."""
+        """Ids and character offsets of a whole text; special tokens in it are recognised. BOS is put in
+        front, once; bos=False for the text of a chat: there it is the template's affair."""
         return self.encode_batch([text], bos)[0]
 
     def encode_batch(self, texts: Sequence[str], bos: bool = True) -> list[Encoded]:
         try:
-            encoded = [Encoded(e.ids, e.offsets) for e in self.backend.encode_batch(texts, add_special_tokens=False)]
+            encoded = self.backend.encode_batch(texts, add_special_tokens=False)
         except BaseException as error:
             raise _of_rust(error, self.source) from None
+        encoded = [Encoded(e.ids, e.offsets) for e in encoded]
         if not bos or self.bos_id is None:
             return encoded
         return [e if e.ids[:1] == [self.bos_id] else Encoded([self.bos_id, *e.ids], [(0, 0), *e.offsets])
@@ -651,8 +670,9 @@ class Tokenizer:
     def continuation(self, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> str:
         """Exactly the text that `new_ids` add after `prompt_ids`.
 
-        Not decode(new_ids): a SentencePiece tokenizer drops the space before a text's first word, and one character may
-        be spread over several tokens. So both are decoded after the prompt's last tokens, whose part is taken off.
+        Not decode(new_ids): a SentencePiece tokenizer drops the space before a text's first word, and one
+        character may be spread over several tokens. So both are decoded after the prompt's last tokens, whose
+        part is taken off.
         """
         context = list(prompt_ids[-16:])
         before = self.decode(context).rstrip("\ufffd")  # a character that new_ids complete
@@ -669,30 +689,42 @@ class Tokenizer:
         return found and found[0]
 
     def foreign_mark_in(self, text: str) -> str | None:
-        """The first mark in `text` that belongs to the chats of other models, if any."""
+        """The first mark in `text` of other models' chats, if any."""
         marks = (found[0].strip() for found in _MARKS.finditer(text))
-        return next((m for m in marks if m not in self.added_ids and m not in (self.chat_template or "")), None)
+        template = self.chat_template or ""             # Llama 2's has [INST], which is no token
+        return next((mark for mark in marks if mark not in self.added_ids and mark not in template), None)
+
+    def without_end(self, answer: str, style: str) -> str:
+        """A whole answer without the end tokens at its end."""
+        ends = "|".join(re.escape(self.backend.id_to_token(id)) for id in self.stop_ids(style))
+        return re.sub(rf"(\s*({ends}))+\s*\Z", "", answer)
+
+    # ---- the chat template
 
     def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The checkpoint's chat template, run on messages [{"role": ..., "content": ...}] as transformers runs it."""
+        """The chat template, run on messages, [{"role": ..., "content": ...}, ...], as transformers does."""
         template = self._template
+        values = {"tools": None, "documents": None} | self.names | self.template_args
         try:
-            values = {"tools": None, "documents": None, **self.names, **self.template_args}
             return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **values)
         except Exception as error:                      # a stranger's program: it may fail in any way
             raise self._template_fails(error) from None
 
     @functools.cached_property
     def _template(self) -> Template:
-        """The chat template, ready to run, with the settings and helpers of transformers. It is a stranger's program:
-        jinja2's sandbox keeps it from Python's internals. How long it takes is not bounded."""
+        """The chat template, ready to run, with the settings and helpers of transformers. It is a stranger's
+        program: jinja2's sandbox keeps it from Python's internals. How long it takes is not bounded."""
         if self.chat_template is None:
-            others = f" called default, only {', '.join(self.other_templates)}" if self.other_templates else ""
-            raise DataError(f"{self.source}: the checkpoint has no chat template{others}; choose --prompt alpaca or raw"
-                            f"{', or save one of these as chat_template.jinja' if others else ''}")
+            named = _settings(Path(self.source) / "tokenizer_config.json").get("chat_template")
+            which = ""
+            if isinstance(named, list):
+                which = ", ".join(str(entry.get("name")) for entry in named if isinstance(entry, dict))
+                which = f" called default, only {which} (save one as chat_template.jinja)"
+            raise DataError(f"{self.source}: the checkpoint has no chat template{which}; choose --prompt "
+                            "alpaca or raw")
         jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                               extensions=["jinja2.ext.loopcontrols", _GenerationTag])
-        jinja.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)     # not HTML's escapes
+        jinja.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)     # jinja2's is for HTML
         # a fixed day, the one that Llama 3's templates fall back to: a prompt must not change overnight
         jinja.globals |= {"strftime_now": datetime(2024, 7, 26).strftime, "raise_exception": _raise}
         try:
@@ -712,15 +744,15 @@ class Tokenizer:
                      "--prompt alpaca or raw")
 
     def conversation(self, question: str | list[dict]) -> list[dict]:
-        """The messages of a question, behind the system prompt if there is one."""
+        """The messages up to an answer; `system` in front, if they bring no system prompt."""
         messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
         if self.system and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.system}, *messages]
+            return [{"role": "system", "content": self.system}, *messages]
         return messages
 
     @functools.cached_property
     def joints(self) -> Joints:
-        """Where an answer joins the template's text, from a conversation with a known one."""
+        """Found by rendering a conversation with a known answer."""
         asked, words = self.conversation("?"), "The answer is 42."
         answered = [*asked, {"role": "assistant", "content": words}]
         prompt, bare = self.render_chat(asked), self.render_chat(asked, add_generation_prompt=False)
@@ -737,48 +769,50 @@ class Tokenizer:
         return Joints(opening, lead, closing, "", None)
 
     def chat_prompt(self, question: str | list[dict], begun: str = "") -> str:
-        """The template's text up to an answer, which may have `begun` already.
+        """The template's text up to an answer, of which the beginning may be known: `begun`.
 
-        That is its generation prompt and the white space that it puts between this and an answer ("ASSISTANT:", " ").
-        A template that has no generation prompt writes the assistant's heading with the answer: then that.
+        That is the generation prompt and the white space that the template has between it and an answer. A
+        template without generation prompt writes the assistant's heading together with the answer: then that.
         """
-        messages = self.conversation(question)
-        prompt, joints = self.render_chat(messages), self.joints
+        messages, joints = self.conversation(question), self.joints
+        prompt = self.render_chat(messages)
         if messages[0]["role"] == "system" and messages[0]["content"].strip() not in prompt:
-            raise Unfit(f"{self.source}: the chat template leaves out the system prompt; put it into the question")
+            raise Unfit(f"{self.source}: the chat template leaves out the system prompt; put it into the "
+                        "question")
         tag = re.match(_TAG, begun.lstrip())
-        if tag and tag[0] in joints.opening:            # the answer brings the thought that the prompt would open
+        if tag and tag[0] in joints.opening:            # the answer brings the thought that this would open
             return prompt[:prompt.rindex(tag[0])]
         if joints.opening == "" or joints.lead.strip() == "":
             return prompt + joints.lead
-        # Qwen3's template: an empty thought stands before an answer without one. Sampling leaves that to the model.
+        # Qwen3's template has an empty thought before an answer without one; sampling leaves it to the model.
         if begun and not joints.opens_thought and not (tag and tag[0] in joints.lead):
             return prompt + joints.lead
         return prompt
 
     def render_answers(self, question: str | list[dict],
                        answers: list[str]) -> tuple[list[str], int, dict[str, str]]:
-        """Whole answers as the template has them: (texts from the first character to the last one before the end token,
-        the character up to which all of them are the prompt that answers are sampled from, remarks with a detail each).
+        """Conversations with whole answers: (their texts up to the end token, the character up to which they
+        all are the prompt that answers are sampled from, remarks -> details).
 
-        Templates are written for a conversation that goes on. Where one takes something out of it (DeepSeek-R1's the
-        thought, Mistral-Nemo's the system prompt), the answer is trained as it would be sampled: whole, and right
-        behind the generation prompt. Only an answer without the thought that this opens cannot stand there.
+        Each is the template's own text. But templates are written for a chat that goes on. Where one takes
+        something out (DeepSeek-R1's the thought, Mistral-Nemo's the system prompt), the answer is trained as
+        it would be sampled: whole, right behind the generation prompt. Only where this opens a thought that
+        the answer does not have, the template is believed.
         """
         messages, prompt, joints = self.conversation(question), self.chat_prompt(question), self.joints
         texts, remarks = [], {}
         if joints.end_id is None and joints.closing.strip():
-            remarks["the chat template's end of an answer is no token of this tokenizer: the answer ends with its "
-                    "end-of-text token instead"] = repr(joints.closing)
+            remarks["what ends an answer in the chat template is no token of this tokenizer; the end-of-text "
+                    "token stands there"] = f": {joints.closing!r}"
         for answer in answers:
             whole = self.render_chat([*messages, {"role": "assistant", "content": answer}], False)
             text = whole.removesuffix(joints.closing)
-            intact = "".join(text.split()).endswith("".join(answer.split())) and whole.endswith(joints.closing)
+            intact = whole.endswith(joints.closing) and _squeezed(text).endswith(_squeezed(answer))
             if not (intact and (text.startswith(prompt) or joints.opens_thought)):
                 text = self.chat_prompt(question, answer) + answer
             if text + joints.closing != whole:
-                remarks["the chat template alters this conversation; trained are the prompt that answers are sampled "
-                        "from and the whole answer"] = _difference(whole, text + joints.closing)
+                remarks["the chat template alters this conversation; trained are the prompt that answers are "
+                        "sampled from and the whole answer"] = _difference(whole, text + joints.closing)
             if not text.startswith(prompt):
                 remarks["this answer is trained behind another prompt than answers are sampled from "
                         "(--template_args may help)"] = _difference(text, prompt)
@@ -786,7 +820,7 @@ class Tokenizer:
         return texts, min(_alike(prompt, text) for text in texts), remarks
 
     def end_of_turn_id(self, style: str) -> int:
-        """What ends a whole answer: <|im_end|> in ChatML, for `chat` what its template puts there, else EOS."""
+        """What ends a whole answer: <|im_end|> in ChatML, in a chat what its template has, else EOS."""
         id = None
         if style == "qwen2-boxed":
             id = self.backend.token_to_id("<|im_end|>")
@@ -794,8 +828,8 @@ class Tokenizer:
             id = self.joints.end_id
         id = self.eos_id if id is None else id
         if id is None:
-            raise DataError(f"{self.source}: no end-of-text token in tokenizer_config.json or config.json; whole "
-                            "answers need one: set eos_token there")
+            raise DataError(f"{self.source}: no end-of-text token in tokenizer_config.json or config.json; "
+                            "whole answers need one: set eos_token there")
         return id
 
     def stop_ids(self, style: str) -> tuple[int, ...]:
@@ -804,7 +838,7 @@ class Tokenizer:
 
 
 class _GenerationTag(Extension):
-    """{% generation %}...{% endgeneration %}: in some templates, around the assistant's words. Its body as it is."""
+    """{% generation %}...{% endgeneration %}, in some templates around the assistant's words: they stay."""
     tags = {"generation"}
 
     def parse(self, parser):
@@ -817,8 +851,8 @@ def _raise(message: str):
 
 
 def _any_of(words: Iterable[str]) -> re.Pattern:
-    """Finds the first of the words, and of two that begin there the longer one."""
-    longest_first = sorted(filter(None, words), key=len, reverse=True)
+    """Finds any of the words; of several that begin at one place the longest."""
+    longest_first = sorted(words, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
@@ -827,14 +861,18 @@ def _alike(a: str, b: str) -> int:
     return len(os.path.commonprefix([a, b]))
 
 
-def _difference(one: str, other: str) -> str:
-    at = _alike(one, other)
-    behind = one[max(0, at - 20):at]
-    return f"behind {behind!r} stands {one[at:at + 20]!r} instead of {other[at:at + 20]!r}"
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _difference(text: str, other: str) -> str:
+    at = _alike(text, other)
+    behind, this, that = text[max(0, at - 20):at], text[at:at + 20], other[at:at + 20]
+    return f": behind {behind!r} stands {this!r} instead of {that!r}"
 
 
 def _of_rust(error: BaseException, source: str) -> BaseException:
-    """What to raise for an error of `tokenizers`. It may panic (a pattern that runs away), which is no Exception."""
+    """What to raise for an error of `tokenizers`. It may panic, which is no Exception."""
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
         return error
     return DataError(f"{source}: damaged or not a tokenizer ({_one_line(error)}); fetch the file again")
@@ -845,22 +883,19 @@ def _settings(path: Path) -> dict:
     return read_json(path) if path.exists() else {}
 
 
-def _chat_template(folder: Path, own: dict) -> tuple[str | None, list[str]]:
-    """(the template, names of others) from chat_template.jinja, tokenizer_config.json (`own`) or chat_template.json. Of
-    several named ones it is `default`."""
+def _chat_template(folder: Path, own: dict) -> str | None:
+    """chat_template.jinja, or the entry in tokenizer_config.json (`own`) or chat_template.json."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         try:
-            return file.read_text(encoding="utf-8"), []
+            return file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise DataError(f"{file}: is not UTF-8 ({_one_line(error)}); fetch the file again") from None
     template = own.get("chat_template") or _settings(folder / "chat_template.json").get("chat_template")
-    if not isinstance(template, list):
-        return (template, []) if isinstance(template, str) else (None, [])
-    named = {entry["name"]: entry.get("template") for entry in template
-             if isinstance(entry, dict) and isinstance(entry.get("name"), str)}
-    default = named.pop("default", None)
-    return default if isinstance(default, str) else None, list(named)
+    if isinstance(template, list):                      # several named ones
+        template = next((entry.get("template") for entry in template
+                         if isinstance(entry, dict) and entry.get("name") == "default"), None)
+    return template if isinstance(template, str) else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
