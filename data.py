@@ -697,7 +697,8 @@ class Tokenizer:
     def without_end(self, answer: str, style: str) -> str:
         """A whole answer without the end tokens at its end."""
         ends = "|".join(re.escape(self.backend.id_to_token(id)) for id in self.stop_ids(style))
-        return re.sub(rf"(\s*({ends}))+\s*\Z", "", answer)
+        bare = re.sub(rf"(({ends})\s*)+\Z", "", answer)
+        return answer if bare == answer else bare.rstrip()
 
     # ---- the chat template
 
@@ -858,7 +859,7 @@ def _any_of(words: Iterable[str]) -> re.Pattern:
 
 def _alike(a: str, b: str) -> int:
     """How many characters two texts begin alike with."""
-    return len(os.path.commonprefix([a, b]))
+    return len(a) if b.startswith(a) else len(os.path.commonprefix([a, b]))
 
 
 def _squeezed(text: str) -> str:
