@@ -25,6 +25,7 @@ Legend: B rows of a micro-batch, N tokens laid end to end in it, M predicted (re
 from __future__ import annotations      # the method stands first, what it is made of behind it
 
 import argparse
+import bisect
 import functools
 import hashlib
 import http.client
@@ -56,7 +57,10 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tqdm import tqdm
 
-from model import CheckpointError, locked, read_json, resolve, strict_json, writing, written
+if __name__ == "__main__":      # python -P does not search a script's own folder
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+from model import CheckpointError, common_length, lay_out, locked, read_json, resolve, strict_json, writing, written
 
 
 class DataError(ValueError):
@@ -77,21 +81,36 @@ LONGEST_TOKEN = 1_000                                   # characters: more than 
 
 @dataclass(slots=True)
 class Example:
-    """One row as tokens: whole sequences from BOS on, equal up to `start` and beyond it up to `shared`."""
+    """One row as tokens: K >= 1 whole sequences from BOS on (2 of a pair, 1 in SFT), alike in their first `start` tokens."""
     where: str                                          # "file:line"
-    chosen: np.ndarray                                  # int32 ids: context + response
-    rejected: np.ndarray | None                         # the same for the other side; None for sft
-    start: int                                          # index of the first response token, on both sides
-    shared: int                                         # tokens held once; >= start, < the length of either side
+    sides: list[np.ndarray]                             # K of them, int32 ids: context + response; chosen, rejected
+    start: int                                          # index of the first response token, on every side
+    steps: list[np.ndarray]                             # of each side: of which step of its solution each response token is
+    problem: str | None = None                          # the prompt x: rows of one problem begin alike and stay together
+    row: dict | None = None                             # the row it was made of, for a variant's own columns
+    reference: bool = False                             # whether its loss asks for log-probs under the reference
+    units: int = 1                                      # what it counts in the mean: a pair is 1, SFT counts its tokens
+    asked: list | None = None                           # of each side (places, tokens): what is predicted, if not the response
 
     @property
-    def sides(self) -> list[np.ndarray]:
-        return [self.chosen] if self.rejected is None else [self.chosen, self.rejected]
+    def chosen(self) -> np.ndarray:
+        return self.sides[0]
+
+    @property
+    def rejected(self) -> np.ndarray | None:
+        return self.sides[1] if len(self.sides) > 1 else None
+
+    @property
+    def predicted(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of each side: the places (in the side) whose hidden states predict, and the tokens that they predict."""
+        if self.asked is not None:
+            return self.asked
+        return [(np.arange(self.start - 1, len(side) - 1), side[self.start:]) for side in self.sides]
 
     @property
     def length(self) -> int:
-        """Tokens that the row takes in a batch."""
-        return self.shared + sum(len(side) - self.shared for side in self.sides)
+        """Tokens that the row takes in a batch, its sides' common beginning once."""
+        return tokens_in_tree(self.sides)
 
 
 @dataclass
@@ -271,27 +290,52 @@ def encode_dataset(source: str | Path | Iterable[tuple[str, dict]], tokenizer: T
         for where, row in chunk:
             report.rows += 1
             try:
-                texts, boundary = _render(where, row, tokenizer, method, style, report)
+                taken.append(_render(where, row, tokenizer, method, style, report))
             except Unfit as reason:
                 report.drop(str(reason), where)
-                continue
-            if max_length is not None and max(map(len, texts)) > LONGEST_TOKEN * max_length:
-                report.drop(f"longer than {max_length} tokens", where)      # without waiting for its tokens
-            else:
-                taken.append((where, boundary, texts))
-        texts = [text for _, _, texts in taken for text in texts]
-        encoded = iter(tokenizer.encode_batch(texts, bos=style != "chat"))
-        for where, boundary, texts in taken:
-            example = _example(where, [next(encoded) for _ in texts], boundary, end, max_length)
-            if isinstance(example, str):
-                report.drop(example, where)
-            else:
-                examples.append(example)
+        examples += to_examples(taken, tokenizer, end, max_length, report, bos=style != "chat")
+    for example in examples:
+        example.reference = method != "sft"
+        if method == "sft":                             # the mean over all answer tokens, not over answers
+            example.units = len(example.chosen) - example.start
     report.kept = len(examples)
     if not examples:
         reasons = "; ".join(f"{len(where)} {reason}" for reason, where in report.dropped.items())
         raise DataError(f"{report.source}: no row is left to use ({reasons})")
     return examples, report
+
+
+class Texts(NamedTuple):
+    """A row before it becomes tokens. context = prompt + steps is read; the K responses are judged."""
+    where: str                                          # "file:line"
+    row: dict
+    problem: str                                        # the question x, as it stands in the row
+    prompt: str                                         # x, rendered
+    steps: str                                          # s_1..s_{k-1}, "" where whole answers are judged
+    responses: list[str]
+
+
+def to_examples(rows: Sequence[Texts], tokenizer: Tokenizer, end: int | None, max_length: int | None,
+                report: Report, bos: bool = True) -> list[Example]:
+    """Tokenise rows of any number of responses; `end`, if any, follows each response. What is dropped goes to
+    `report`. bos: False for prompts that a chat template has made."""
+    fitting = []
+    for row in rows:
+        longest = len(row.prompt) + len(row.steps) + max(map(len, row.responses))
+        if max_length is not None and longest > LONGEST_TOKEN * max_length:     # without waiting for its tokens
+            report.drop(f"longer than {max_length} tokens", row.where)
+        else:
+            fitting.append(row)
+    texts = [row.prompt + row.steps + response for row in fitting for response in row.responses]
+    encoded = iter(tokenizer.encode_batch(texts, bos))
+    examples = []
+    for row in fitting:
+        made = _example(row, [next(encoded) for _ in row.responses], end, max_length)
+        if isinstance(made, str):
+            report.drop(made, row.where)
+        else:
+            examples.append(made)
+    return examples
 
 
 def _chunks(items: Iterable, size: int) -> Iterator[list]:
@@ -304,10 +348,8 @@ def _chunks(items: Iterable, size: int) -> Iterator[list]:
     yield chunk
 
 
-def _render(where: str, row: dict, tokenizer: Tokenizer, method: str, style: str,
-            report: Report) -> tuple[list[str], int]:
-    """(each side's text from the first character to the one before its end token, the character at which the
-    responses begin) of a row. Unfit with the reason where it cannot be trained on."""
+def _render(where: str, row: dict, tokenizer: Tokenizer, method: str, style: str, report: Report) -> Texts:
+    """A row's texts as they are trained. Unfit with the reason where it cannot be trained on."""
     question, steps, responses = texts_of(row, method, where)
     if method != "stepdpo":                             # the end token is put there by us, once
         bare = [tokenizer.without_end(response, style) for response in responses]
@@ -315,6 +357,7 @@ def _render(where: str, row: dict, tokenizer: Tokenizer, method: str, style: str
             report.note("the end token at the end of the answer is not put there twice", where)
         responses = bare
     turns = [question] if isinstance(question, str) else [turn["content"] for turn in question]
+    problem = "\n\n".join(turns)
 
     names = ("chosen", "rejected") if len(responses) == 2 else ("response",)
     for name, text in zip(("prompt", *names), (turns[-1], *responses)):
@@ -336,36 +379,43 @@ def _render(where: str, row: dict, tokenizer: Tokenizer, method: str, style: str
         if token := tokenizer.special_token_in(text):
             report.note(f"the special token {token} in the text is trained as that token", where)
 
-    if style == "chat" and method != "stepdpo":
-        texts, boundary, remarks = tokenizer.render_answers(question, responses)
-        for remark, detail in remarks.items():
-            report.note(remark, where, detail)
-        return texts, boundary
-    context = render_prompt(style, question, tokenizer, steps + responses[0]) + steps
-    return [context + response for response in responses], len(context)
+    if style != "chat" or method == "stepdpo":
+        prompt = render_prompt(style, question, tokenizer, steps + responses[0])
+        return Texts(where, row, problem, prompt, steps, responses)
+    prompt, responses, remarks = tokenizer.render_answers(question, responses)
+    for remark, detail in remarks.items():
+        report.note(remark, where, detail)
+    return Texts(where, row, problem, prompt, "", responses)
 
 
-def _example(where: str, sides: list[Encoded], boundary: int, end: int | None, max_length: int | None) -> Example | str:
-    """Tokens of a row, or the reason to drop it. boundary: the character at which every side's response begins."""
-    start = min(response_start(side.offsets, boundary) for side in sides)
-    ids = [np.array(side.ids + ([] if end is None else [end]), dtype=np.int32) for side in sides]
-    if max_length is not None and max(map(len, ids)) > max_length:
+def _example(row: Texts, encoded: list[Encoded], end: int | None, max_length: int | None) -> Example | str:
+    """Tokens of a row, or the reason to drop it. encoded: of prompt + steps + each response, in one piece."""
+    boundary = len(row.prompt) + len(row.steps)         # the character at which every side's response begins
+    start = min(response_start(side.offsets, boundary) for side in encoded)
+    sides = [np.array(side.ids + ([] if end is None else [end]), dtype=np.int32) for side in encoded]
+    if max_length is not None and max(map(len, sides)) > max_length:
         return f"longer than {max_length} tokens"
     if start == 0:
         return "no token of context before the response"
-    if min(map(len, ids)) <= start:
+    if min(map(len, sides)) <= start:
         return "a response without a token of its own"
-    if len(ids) == 1:
-        return Example(where, ids[0], None, start, len(ids[0]))
-    chosen, rejected = ids
-    if not np.array_equal(chosen[:start], rejected[:start]):
+    if any(not np.array_equal(side[:start], sides[0][:start]) for side in sides):
         return "the context is not tokenised alike on both sides"
-    if np.array_equal(chosen, rejected):
+    if len({side.tobytes() for side in sides}) < len(sides):
         return "chosen and rejected are the same"
-    shorter = min(map(len, ids))
-    differ = np.flatnonzero(chosen[:shorter] != rejected[:shorter])
-    # where one side is the beginning of the other, it keeps its last token
-    return Example(where, chosen, rejected, start, int(differ[0]) if len(differ) else shorter - 1)
+    steps = []
+    for side, ids, response in zip(encoded, sides, row.responses):
+        of_token = step_of_tokens(side.offsets, row.steps + response, len(row.prompt))[start:]
+        steps.append(np.concatenate([of_token, of_token[-1:]])[:len(ids) - start])      # the end token is of the last step
+    return Example(row.where, sides, start, steps, row.problem, row.row)
+
+
+def step_of_tokens(offsets: Sequence[tuple[int, int]], solution: str, begin: int) -> np.ndarray:
+    """(tokens,) int32: of which step (0 = the first) of the solution each token's last character is. The solution
+    begins at character `begin` of the text that the offsets are of; what stands before it counts as step 0."""
+    starts = [begin + start for start, _ in step_starts(solution)][1:]
+    ends = np.array([end for _, end in offsets])
+    return np.searchsorted(starts, ends - 1, side="right").astype(np.int32)
 
 
 def response_start(offsets: Sequence[tuple[int, int]], boundary: int) -> int:
@@ -387,25 +437,32 @@ def response_start(offsets: Sequence[tuple[int, int]], boundary: int) -> int:
 
 @dataclass
 class Batch:
-    """A micro-batch of B rows, end to end in one line of N tokens: no padding, and what two sides share is there once.
+    """A micro-batch of B rows as one radix tree, laid out in a flat row of N tokens: no padding, and what begins alike
+    is there once, whether in the sides of a pair or in several pairs of one problem.
 
-        row 0                                       row 1
-        [ x s_1..s_{k-1} | s_win ... | s_lose ... ] [ x s_1.. | s_win ... | s_lose ... ]       segments
-          parent -1        parent 0    parent 0       parent -1 parent 3    parent 3
+        one pair                                    two pairs of a problem, cut at steps 2 and 3
+        [ x s_1..s_{k-1} | s_win ... | s_lose ... ] [ x s_1 | s_2 | s_win' .. | s_lose' .. | s_win .. | s_lose .. ]
+          parent -1        parent 0    parent 0       -1      0     1           1            0          0
 
-    A segment sees its parent whole and itself causally; s_win and s_lose never see each other. Positions go on from the
-    parent's end, so both branches begin at the same one. The last token of the shared part predicts the first token of
-    BOTH branches. A response token inside the shared part (whole answers that begin alike) is predicted once for each
-    side, from the one copy.
+    A segment sees its parents whole and itself causally; siblings never see each other. Positions go on from the
+    parent's end, so all branches of a fork begin at the same one.
+
+    A hidden state predicts the token after it: `predict_at` are the P places where one is wanted, each once, and
+    `source[m]` says which of them predicts targets[m]. The token before a fork predicts the first token of every
+    branch, so P < M: it meets the vocabulary once.
     """
     input_ids: torch.Tensor                             # (N,) int64
     position_ids: torch.Tensor                          # (N,) int64
     lengths: list[int]                                  # tokens of each segment, in order; they add up to N
     parents: list[int]                                  # the segment that each one continues; -1 = none
-    predict_at: torch.Tensor                            # (M,) int64: where the hidden state is that predicts targets[m]
-    targets: torch.Tensor                               # (M,) int64: response tokens
-    response: torch.Tensor                              # (M,) int64: chosen of row i -> i, rejected of row i -> B + i
+    predict_at: torch.Tensor                            # (P,) int64, ascending: places in the flat row
+    source: torch.Tensor                                # (M,) int64: the hidden state, of the P, that predicts targets[m]
+    targets: torch.Tensor                               # (M,) int64: response tokens, row by row and side by side
+    response: torch.Tensor                              # (M,) int64: pair i has responses 2i (chosen), 2i + 1 (rejected)
+    step: torch.Tensor                                  # (M,) int64: the step of its solution that targets[m] is of
     rows: torch.Tensor                                  # (B,) int64: indices into the dataset
+    examples: list[Example]                             # the B rows themselves
+    responses: int                                      # R: how many there are
 
     def to(self, device) -> "Batch":
         move = lambda value: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
@@ -413,67 +470,113 @@ class Batch:
 
 
 def collate(examples: Sequence[Example], rows: Sequence[int]) -> Batch:
-    """Lay examples[rows[0]], examples[rows[1]], ... end to end. `examples` is the whole dataset."""
-    ids, positions, lengths, parents, predict_at, targets, response = [], [], [], [], [], [], []
-    offset = 0                                          # where in the line the next segment begins
-
-    def append(tokens, first_position, parent):
-        nonlocal offset
-        ids.append(tokens)
-        positions.append(np.arange(first_position, first_position + len(tokens)))
-        lengths.append(len(tokens))
-        parents.append(parent)
-        offset += len(tokens)
-
-    for i, row in enumerate(rows):
-        example = examples[row]
-        trunk, trunk_at = len(lengths), offset
-        append(example.chosen[:example.shared], 0, -1)
-        for side, tokens in enumerate(example.sides):
-            at = np.arange(example.start - 1, len(tokens) - 1)          # token t is predicted at t - 1, within the side
-            predict_at.append(np.where(at < example.shared, trunk_at + at, offset + at - example.shared))
-            targets.append(tokens[example.start:])
-            response.append(np.full(len(at), side * len(rows) + i))
-            if example.shared < len(tokens):            # sft: everything is trunk
-                append(tokens[example.shared:], example.shared, trunk)
-    flat = lambda parts: torch.from_numpy(np.concatenate(parts).astype(np.int64))
-    return Batch(flat(ids), flat(positions), lengths, parents, flat(predict_at), flat(targets), flat(response),
-                 torch.tensor(list(rows), dtype=torch.int64))
+    """Lay examples[rows[0]], examples[rows[1]], ... into one tree. `examples` is the whole dataset."""
+    chosen = [examples[row] for row in rows]
+    texts = [side for example in chosen for side in example.sides]
+    families = [family_of(example, row) for example, row in zip(chosen, rows) for _ in example.sides]
+    layout = lay_out(texts, families)
+    predicted = [each for example in chosen for each in example.predicted]
+    steps = [step for example in chosen for step in example.steps]
+    at = np.concatenate([places[where] for places, (where, _) in zip(layout.places, predicted)])
+    predict_at, source = np.unique(at, return_inverse=True)
+    tensor = lambda values: torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))
+    return Batch(
+        tensor(layout.tokens), tensor(layout.positions), layout.lengths, layout.parents, tensor(predict_at),
+        tensor(source), tensor(np.concatenate([tokens for _, tokens in predicted])),
+        tensor(np.repeat(np.arange(len(texts)), [len(tokens) for _, tokens in predicted])),
+        tensor(np.concatenate(steps)), tensor(rows), chosen, len(texts))
 
 
-def epoch_plan(lengths: Sequence[int], *, batch_size: int, micro_batch_size: int | None = None,
-               micro_batch_tokens: int | None = None, world_size: int = 1, seed: int = 0,
-               epoch: int = 0) -> list[list[list[list[int]]]]:
+def family_of(example: Example, row: int) -> str | int:
+    """Rows of one family begin alike: those of one problem; a row whose problem is not known is its own."""
+    return row if example.problem is None else example.problem
+
+
+def tokens_in_tree(texts: Sequence[np.ndarray]) -> int:
+    """Tokens that texts take in a batch, where what begins alike is there once."""
+    return add_to_tree([], texts)
+
+
+def add_to_tree(tree: list[tuple[bytes, np.ndarray]], texts: Iterable[np.ndarray]) -> int:
+    """Put texts into `tree`, a sorted list, and return how many tokens they add to it: of each text those that it does
+    not have in common with a neighbour in that order."""
+    added = 0
+    for text in texts:
+        key = text.astype(">i4").tobytes()              # big-endian bytes sort as the numbers do
+        at = bisect.bisect(tree, key, key=lambda entry: entry[0])
+        neighbours = tree[max(0, at - 1):at + 1]
+        added += len(text) - max((common_length(text, other) for _, other in neighbours), default=0)
+        tree.insert(at, (key, text))
+    return added
+
+
+def epoch_plan(examples: Sequence[Example], *, batch_size: int, micro_batch_size: int | None = None,
+               micro_batch_tokens: int | None = None, world_size: int = 1, seed: int = 0, epoch: int = 0,
+               order: Sequence[int] | None = None, group_by_prompt: bool = False) -> list[list[list[list[int]]]]:
     """plan[step][rank] = that rank's micro-batches, each a list of row indices. A pure function; every row once.
 
-    Which rows make a step depends on (seed, epoch, batch_size) alone, not on how the work is spread: runs on 1 and on 8
-    processes take the same steps. Within a step the rows are sorted by length and dealt, longest first, to the rank
-    with the fewest tokens so far; each rank packs its rows in that order into micro-batches of at most
-    `micro_batch_size` rows and `micro_batch_tokens` tokens (a longer row travels alone). The last step of an epoch may
-    be short, and a rank may then have nothing to do in it.
+    Which rows make a step depends on (seed, epoch, batch_size) alone, or on `order`, not on how the work is spread: runs
+    on 1 and on 8 processes take the same steps. Within a step the rows of one problem stay together, since they share
+    their beginning; such families are dealt, largest first, to the rank with the fewest tokens so far, and packed in
+    that order into micro-batches of at most `micro_batch_size` rows and `micro_batch_tokens` tokens, as counted in the
+    tree (a longer row travels alone). A family larger than that, or than a rank's share, is cut. The last step of an
+    epoch may be short, and a rank may then have nothing to do in it.
     """
-    # raw bits of PCG64, sorted: unlike permutation(), the stream is promised to stay the same in every version of numpy
-    order = np.argsort(np.random.PCG64([seed, epoch]).random_raw(len(lengths)), kind="stable")
+    if order is None:
+        order = shuffled(examples, seed, epoch, group_by_prompt)
     plan = []
     for begin in range(0, len(order), batch_size):
-        step = sorted(order[begin:begin + batch_size].tolist(), key=lambda row: -lengths[row])
+        families: dict = {}                             # in order of appearance
+        for row in order[begin:begin + batch_size]:
+            families.setdefault(family_of(examples[row], row), []).append(row)
+        most = math.inf if micro_batch_tokens is None else micro_batch_tokens
+        if world_size > 1:
+            sides_of = lambda rows: [side for row in rows for side in examples[row].sides]
+            most = min(most, -(-sum(tokens_in_tree(sides_of(rows)) for rows in families.values()) // world_size))
+        pieces = [piece for rows in families.values() for piece in _cut(rows, examples, micro_batch_size, most)]
         ranks, loads = [[] for _ in range(world_size)], [0] * world_size
-        for row in step:
+        for tokens, rows in sorted(pieces, key=lambda piece: -piece[0]):
             rank = loads.index(min(loads))
-            ranks[rank].append(row)
-            loads[rank] += lengths[row]
-        plan.append([_pack(rows, lengths, micro_batch_size, micro_batch_tokens) for rows in ranks])
+            ranks[rank].append((tokens, rows))
+            loads[rank] += tokens
+        plan.append([_pack(mine, micro_batch_size, micro_batch_tokens) for mine in ranks])
     return plan
 
 
-def _pack(rows: list[int], lengths: Sequence[int], max_rows: int | None, max_tokens: int | None) -> list[list[int]]:
+def shuffled(examples: Sequence[Example], seed: int, epoch: int, group_by_prompt: bool) -> list[int]:
+    """The rows in random order; or the problems in random order, the rows of each side by side."""
+    # raw bits of PCG64, sorted: unlike permutation(), the stream is promised to stay the same in every version of numpy
+    draws = np.random.PCG64([seed, epoch]).random_raw(len(examples))
+    if group_by_prompt:
+        number: dict = {}                               # family -> its place of first appearance
+        families = [number.setdefault(family_of(e, row), len(number)) for row, e in enumerate(examples)]
+        draws = draws[families]                         # one draw for all rows of a problem
+    return np.argsort(draws, kind="stable").tolist()
+
+
+def _cut(family: list[int], examples: Sequence[Example], most_rows: int | None, most_tokens: float) -> list:
+    """[(tokens in the tree, rows)] of a family: one piece if it fits, else several of neighbours, which share the most."""
+    pieces, tree, piece, tokens = [], [], [], 0
+    for row in sorted(family, key=lambda row: examples[row].chosen.tolist()) if len(family) > 1 else family:
+        more = add_to_tree(tree, examples[row].sides)
+        if piece and (len(piece) == most_rows or tokens + more > most_tokens):
+            pieces.append((tokens, piece))
+            tree, piece, tokens = [], [], 0
+            more = add_to_tree(tree, examples[row].sides)
+        piece.append(row)
+        tokens += more
+    return pieces + [(tokens, piece)]
+
+
+def _pack(pieces: list[tuple[int, list[int]]], max_rows: int | None, max_tokens: int | None) -> list[list[int]]:
     batches, tokens = [], 0
-    for row in rows:
-        tokens += lengths[row]
-        if not batches or len(batches[-1]) == max_rows or (max_tokens is not None and tokens > max_tokens):
+    for more, rows in pieces:
+        tokens += more
+        full = batches and max_rows is not None and len(batches[-1]) + len(rows) > max_rows
+        if not batches or full or (max_tokens is not None and tokens > max_tokens):
             batches.append([])
-            tokens = lengths[row]
-        batches[-1].append(row)
+            tokens = more
+        batches[-1] += rows
     return batches
 
 
@@ -791,9 +894,9 @@ class Tokenizer:
         return prompt
 
     def render_answers(self, question: str | list[dict],
-                       answers: list[str]) -> tuple[list[str], int, dict[str, str]]:
-        """Conversations with whole answers: (their texts up to the end token, the character up to which they
-        all are the prompt that answers are sampled from, remarks -> details).
+                       answers: list[str]) -> tuple[str, list[str], dict[str, str]]:
+        """Conversations with whole answers: (the prompt that answers are sampled from, as far as they all begin
+        with it; the rest of each up to its end token; remarks -> details).
 
         Each is the template's own text. But templates are written for a chat that goes on. Where one takes
         something out (DeepSeek-R1's the thought, Mistral-Nemo's the system prompt), the answer is trained as
@@ -818,7 +921,8 @@ class Tokenizer:
                 remarks["this answer is trained behind another prompt than answers are sampled from "
                         "(--template_args may help)"] = _difference(text, prompt)
             texts.append(text + joints.gap)
-        return texts, min(_alike(prompt, text) for text in texts), remarks
+        start = min(_alike(prompt, text) for text in texts)
+        return prompt[:start], [text[start:] for text in texts], remarks
 
     def end_of_turn_id(self, style: str) -> int:
         """What ends a whole answer: <|im_end|> in ChatML, in a chat what its template has, else EOS."""
@@ -1830,25 +1934,30 @@ def show_row(where: str, row: dict, example: Example | None, tokenizer: Tokenize
     if example is None:
         return "\n".join(parts)
 
-    batch = collate([example], [0])
-    own = [len(side) - example.shared for side in example.sides]
-    times = [0] * example.start + [len(own)] * (example.shared - example.start) + [1] * sum(own)  # each token predicted
-    legend = "(. read only   ^ loss" + ("   2 loss, once for each side)" if 2 in times else ")")
-    parts += ["", _paint(f"the same as {len(batch.input_ids)} tokens in a batch   {legend}", "title")]
-    titles = ("what both sides share, computed once" if len(own) == 2 else "the whole row",
-              "chosen, sees segment 0 and itself", "rejected, sees segment 0 and itself")
-    offset = 0
-    for segment, (title, role, length) in enumerate(zip(titles, COLOURS, batch.lengths)):
-        here = slice(offset, offset + length)
-        ids, positions = batch.input_ids[here].tolist(), batch.position_ids[here]
-        trunk = example.chosen[:example.shared].tolist() if segment else ()
-        picture = token_picture(ids, times[here], tokenizer, trunk)
+    layout = lay_out(example.sides, [0] * len(example.sides))
+    sides_at = np.zeros((len(example.sides), len(layout.tokens)), dtype=int)     # 1 read, 2 predicted by that side
+    for side, places in enumerate(layout.places):
+        sides_at[side, places] = 1
+        sides_at[side, places[example.start:]] = 2
+    times = (sides_at == 2).sum(0)                      # how often each token is predicted
+    legend = "(. read only   ^ loss" + ("   2 predicted for both sides: it cancels in the difference)" if 2 in times else ")")
+    parts += ["", _paint(f"the same as {len(layout.tokens)} tokens in a batch   {legend}", "title")]
+    begin, trunk = 0, {-1: []}                          # of each segment: the tokens up to its end
+    for segment, (length, parent) in enumerate(zip(layout.lengths, layout.parents)):
+        here = slice(begin, begin + length)
+        ids, positions = layout.tokens[here].tolist(), layout.positions[here]
+        through = [name for name, side in zip(of, sides_at) if side[begin]]
+        title = " and ".join(through) if len(example.sides) > 1 else "the whole row"
+        title += ", computed once" if len(through) > 1 else f", sees segment {parent} and itself" if parent >= 0 else ""
+        role = "context" if len(through) > 1 or len(example.sides) == 1 else through[0]
+        picture = token_picture(ids, times[here].tolist(), tokenizer, trunk[parent])
         parts.append(_block(f"segment {segment}: {title}; {length} tokens, positions {positions[0]}..{positions[-1]}",
                             picture, role))
-        offset += length
+        trunk[segment] = trunk[parent] + ids
+        begin += length
     ends = "no end token follows: the solution goes on" if method == "stepdpo" else \
         f"the answer ends with {tokenizer.decode([int(example.chosen[-1])])}"
-    return "\n".join(parts + [f"{len(batch.targets)} tokens carry loss; {ends}"])
+    return "\n".join(parts + [f"{sum(len(tokens) for _, tokens in example.predicted)} tokens carry loss; {ends}"])
 
 
 def show_solution(where: str, row: dict, style: str) -> str:
@@ -1879,17 +1988,26 @@ def statistics(examples: Sequence[Example], report: Report) -> str:
     pairs = [e for e in examples if e.rejected is not None]
     if pairs:
         columns |= {"rejected (loss)": [len(e.rejected) - e.start for e in pairs],
-                    "shared by both sides": [e.shared for e in pairs]}
+                    "alike on both sides": [common_length(e.chosen, e.rejected) for e in pairs]}
     columns["whole row in a batch"] = [e.length for e in examples]
     lines = [str(report), "", f"{'tokens':<24}{'min':>8}{'5 %':>8}{'median':>8}{'95 %':>8}{'max':>8}{'sum':>14}"]
     for name, values in columns.items():
         spread = "".join(f"{value:>8,.0f}" for value in np.percentile(values, [0, 5, 50, 95, 100]))
         lines.append(f"  {name:<22}{spread}{sum(values):>14,}")
-    if pairs:
-        separate, shared = sum(len(side) for e in pairs for side in e.sides), sum(e.length for e in pairs)
-        lines += ["", f"work saved by sharing the prefix: {1 - shared / separate:.1%}   (P + S_win + S_lose = "
-                      f"{shared:,} tokens instead of 2 P + S_win + S_lose = {separate:,})"]
-    return "\n".join(lines)
+    families: dict = {}
+    for row, example in enumerate(examples):
+        families.setdefault(family_of(example, row), []).append(row)
+    return "\n".join(lines + ["", tokens_shared(examples, list(families.values()))])
+
+
+def tokens_shared(examples: Sequence[Example], micro_batches: Iterable[list[int]]) -> str:
+    """What the tree saves: tokens of all texts one by one, of rows alone, and of rows together in these micro-batches."""
+    separate = sum(len(side) for example in examples for side in example.sides)
+    alone = sum(example.length for example in examples)
+    together = sum(tokens_in_tree([side for row in rows for side in examples[row].sides]) for rows in micro_batches)
+    saved = lambda tokens: f"{tokens:,} ({1 - tokens / separate:.1%} saved)"
+    return (f"tokens: {separate:,} text by text; what begins alike once: {saved(alone)} in each row, "
+            f"{saved(together)} in rows of one problem too")
 
 
 def show(args: argparse.Namespace) -> int:
@@ -2048,8 +2166,10 @@ def run_command(run: Callable[[], int], debug: bool = False) -> int:
                        "--max_length, or with --gradient_checkpointing (stepdpo.py); with a lower --batch_size (eval.py)")
         elif lost:
             message = "another process of this run has ended; if it failed, it says why. The same command continues"
-        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, OSError):      # a disk may be full for one process only
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, OSError):      # a disk may be full for one only
             print(f"error: {message}", file=sys.stderr)
+        else:
+            time.sleep(2)                               # torchrun ends the others as soon as one has ended: the first speaks
         return 2
 
 

@@ -39,6 +39,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+if __name__ == "__main__":      # python -P does not search a script's own folder
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
 from data import (BOXED, LONGEST_TOKEN, PROMPT_STYLES, STEP_STYLES, DataError, Endpoint, RequestRefused, Tokenizer,
                   complain, expect, first_error_from_values, next_prefix, read_rows, render_prompt, same_step, split_steps,
                   text_field, writable, write_rows)
