@@ -861,14 +861,16 @@ class Tokenizer:
         answered = [*asked, {"role": "assistant", "content": words}]
         prompt, bare = self.render_chat(asked), self.render_chat(asked, add_generation_prompt=False)
         opening = prompt[_alike(prompt, bare):]
-        before, _, closing = self.render_chat(answered, add_generation_prompt=False).rpartition(words)
+        before, found, closing = self.render_chat(answered, add_generation_prompt=False).rpartition(words)
+        if not found:                                   # each answer is then found to be altered
+            return Joints(opening, "", "", "", None)
         lead = before[len(prompt):] if before.startswith(prompt) else ""
         if end := self._added.search(closing):
             return Joints(opening, lead, closing, closing[:end.start()], self.added_ids[end[0]])
-        if not closing.strip():                         # GLM-4: what begins the next turn ends this one
-            longer = self.render_chat([*answered, {"role": "user", "content": "?"}])
-            end = self._added.match(longer.rpartition(words)[2].lstrip())
-            if end and self.added_ids[end[0]] in self.eos_ids:
+        if not closing.strip():                         # the end may come with a next turn: the mark that ends
+            longer = self.render_chat([*answered, {"role": "user", "content": "?"}])    # this one, or begins
+            end = self._added.match(longer.rpartition(words)[2].lstrip())               # that one (GLM-4)
+            if end and (self.added_ids[end[0]] in self.eos_ids or re.search("end|eo[stm]|</s>", end[0])):
                 return Joints(opening, lead, closing, "", self.added_ids[end[0]])
         return Joints(opening, lead, closing, "", None)
 

@@ -440,16 +440,23 @@ def test_the_end_token_of_a_template(real, tmp_path):
     with pytest.raises(DataError, match=r"control token <\|im_start\|>"):
         encode(plain, PAIR | {"chosen": " 5<|im_start|>user"})
 
-    glm = with_template(real["llama3"], TURNS.replace("USER", "<|eot_id|>{{ m.content }}").replace("BOT", "{{ m.content }}"))
-    assert glm.decode([glm.end_of_turn_id("chat")]) == "<|end_of_text|>"
-    glm.eos_ids += (glm.control_ids["<|eot_id|>"],)
-    del glm.joints
-    assert glm.decode([glm.end_of_turn_id("chat")]) == "<|eot_id|>"
+    bare = TURNS.replace("BOT", "{{ m.content }}")
+    for after, end in (("<|reserved_special_token_0|>", "<|end_of_text|>"), ("<|eot_id|>", "<|eot_id|>")):
+        tokenizer = with_template(real["llama3"], bare.replace("USER", after + "{{ m.content }}"))
+        assert tokenizer.decode([tokenizer.end_of_turn_id("chat")]) == end
+    glm = with_template(real["llama3"], bare.replace("USER", "<|reserved_special_token_0|>{{ m.content }}"))
+    glm.eos_ids += (glm.added_ids["<|reserved_special_token_0|>"],)
+    assert glm.decode([glm.end_of_turn_id("chat")]) == "<|reserved_special_token_0|>"
 
     letters = with_template(real["tinyllama"], CHATML)
     (example,), report = encode(letters, {"prompt": "3 + 4?", "response": "7"}, method="sft", style="chat")
     assert letters.decode(example.chosen).endswith("assistant\n7</s>")
     assert "no token of this tokenizer" in str(report) and r"'<|im_end|>\n'" in str(report)
+
+    deaf = with_template(real["qwen2.5"], "<|im_start|>{{ messages[0].content }}<|im_start|>")
+    (example,), report = encode(deaf, {"prompt": "3 + 4?", "response": "7"}, method="sft", style="chat")
+    assert deaf.decode(example.chosen) == "<|im_start|>3 + 4?<|im_start|>7<|im_end|>"
+    assert "alters this conversation" in str(report)
 
 
 def test_system_prompt_and_template_arguments(real, tmp_path):
