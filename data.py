@@ -205,7 +205,8 @@ def _turns_before(row: dict, where: str, asked: str | None, talk: str | None) ->
     for name in ("system", "system_prompt", "system_message"):
         if row.get(name):
             turns.append({"role": "system", "content": text_field(row, name, where)})
-    for pair in row.get("history") or []:               # LLaMA-Factory's [[question, answer], ...]
+    history = row.get("history") or []                  # LLaMA-Factory's [[question, answer], ...]
+    for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
             raise Unfit("history is not [[question, answer], ...]; make it turns of the prompt")
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
@@ -354,7 +355,7 @@ def _render(where: str, row: dict, tokenizer: Tokenizer, method: str, style: str
     if method != "stepdpo":                             # the end token is put there by us, once
         bare = [tokenizer.without_end(response, style) for response in responses]
         if bare != responses:
-            report.note("the end token at the end of the answer is not put there twice", where)
+            report.note("the answer brings its end token; it stands there once all the same", where)
         responses = bare
     turns = [question] if isinstance(question, str) else [turn["content"] for turn in question]
     problem = "\n\n".join(turns)
@@ -369,8 +370,8 @@ def _render(where: str, row: dict, tokenizer: Tokenizer, method: str, style: str
         raise Unfit(f"a system prompt or earlier turns, for which --prompt {style} has no place: choose chat")
     if style == "raw":                                  # its prompts are rendered, control tokens and all
         turns = []
-    whole = [steps + response for response in responses]        # a token may be spelled across the seam
-    for text in (*turns, *whole):
+    solutions = [steps + response for response in responses]    # a token may be spelled across the seam
+    for text in (*turns, *solutions):
         if token := tokenizer.control_token_in(text):
             raise Unfit(f"the text contains the control token {token}")
         if mark := tokenizer.foreign_mark_in(text):
@@ -639,7 +640,7 @@ class Encoded(NamedTuple):
 
 
 class Joints(NamedTuple):
-    """What a chat template writes around an answer. Examples: Vicuna's "... ASSISTANT: It is 7.</s>"."""
+    """What a chat template writes around an answer, here in Vicuna's: "USER: 3 + 4? ASSISTANT: It is 7.</s>"."""
     opening: str                                        # the generation prompt: "ASSISTANT:"
     lead: str                                           # between it and the answer: " "
     closing: str                                        # all that follows the answer: "</s>"

@@ -610,6 +610,7 @@ def test_rows_of_other_trainers_for_sft(tiny, tmp_path, capsys, row):
     ({"prompt": [SYSTEM, *SAID], "system": "Subtract.", "chosen": "5", "rejected": "6"}, "more than one system prompt"),
     ({"prompt": [*SAID, RIGHT | {"tool_calls": [{}]}, *SAID], "chosen": "5", "rejected": "6"}, "call of a tool"),
     ({"prompt": "2 + 3?", "tools": [{}], "chosen": "5", "rejected": "6"}, "column tools has no place"),
+    ({"prompt": "2 + 3?", "history": 5, "chosen": "5", "rejected": "6"}, "history is not"),
     ({"prompt": "2 + 3?", "history": "Hi", "chosen": "5", "rejected": "6"}, "history is not"),
     ({"prompt": "2 + 3?", "context": ["Ann has 2."], "chosen": "5", "rejected": "6"}, "context, which belongs to the question, is no text")])
 def test_conversations_that_cannot_be_trained_on(tiny, row, reason):
@@ -633,7 +634,7 @@ def test_end_marks_in_the_rows(real):
     plain, _ = encode(real["qwen2.5"], row(""), method="dpo", style="chat")
     for end in ("<|im_end|>", "<|im_end|>\n", "\n<|im_end|><|im_end|>"):
         examples, report = encode(real["qwen2.5"], row(end), method="dpo", style="chat")
-        assert examples[0].chosen.tolist() == plain[0].chosen.tolist() and "not put there twice" in str(report)
+        assert examples[0].chosen.tolist() == plain[0].chosen.tolist() and "brings its end token" in str(report)
     for end in ("</s>", "<|eot_id|>", "<end_of_turn>", "<｜end▁of▁sentence｜>", "<|END_OF_TURN_TOKEN|>", "<|end|>\n"):
         with pytest.raises(DataError, match=f"{re.escape(end.strip())}, which another model's chats"):
             encode(real["qwen2.5"], row(end), method="dpo", style="chat")
