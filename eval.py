@@ -33,6 +33,9 @@ from typing import Callable, Container, Iterable, Iterator, NamedTuple, Sequence
 
 import torch
 
+if __name__ == "__main__":      # python -P does not search a script's own folder
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
 from data import (BOXED, LONGEST_TOKEN, PROMPT_STYLES, STEP_STYLES, DataError, Endpoint, Journal,
                   RequestRefused, Tokenizer, add_chat_options, check_out, complain, digest, expect,
                   first_error_from_values, next_prefix, positive, progress, read_rows, render_prompt,
