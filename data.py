@@ -829,7 +829,7 @@ _CLOSER = (
 _AFTER = rf"(?(before)(?:[ \t](?=步))?{_CJK}{{1,4}}?|(?<![①-⑩\u20e3])[ \t]?[^\W\d_]{{1,12}})(?={_CLOSER})"
 _LABEL = re.compile(
     rf"(?:^|{_EOL}){_DRESS}(?P<before>{_LETTER}{{1,24}}?(?:n[or]\.[ \t]*)?[(（]?)??(?P<number>{_NUMERAL})"
-    rf"(?P<after>{_AFTER})?(?P<closer>{_CLOSER})?", re.IGNORECASE)
+    rf"(?(before)(?:[ \t]*(?:/|of)[ \t]*\d{{1,4}})?)(?P<after>{_AFTER})?(?P<closer>{_CLOSER})?", re.IGNORECASE)
 # "Step" in the languages that people train in, and "1." or "2)". Other labels, as "Case 1:" or "(1)", often
 # number a part of a solution only.
 _SURE = re.compile(
@@ -889,9 +889,9 @@ def _find_steps(text: str, style: str) -> tuple[str, list[tuple[int, int]]]:
         (begin, end), *others = places
         label = own[begin:end].strip(" *_#>\r\n")
         if style == "auto" and tried not in ("paragraph", "line") and not _SURE.search(label):
-            finer = _places(own, "paragraph")
-            finer = finer if len(finer) > 1 else _places(own, "line")
-            if len(finer) > len(places) + 2:            # more than a beginning and an end is without a label
+            paragraphs = len(_places(own, "paragraph"))
+            # more is without a label than an end, or, among lines, than a beginning and an end
+            if paragraphs > len(places) + 1 or paragraphs < 2 and len(_places(own, "line")) > len(places) + 2:
                 continue
         name = f"{tried}s" if tried in ("paragraph", "line") else f"{label!r} labels"
         starts = [(0, thought + end), *((thought + begin, thought + end) for begin, end in others)]
@@ -914,9 +914,9 @@ def _places(text: str, style: str) -> list[tuple[int, int]]:
         labels = _inline(text)
     else:
         counted = _counted(text)
-        words = [word for word in counted if word and len(counted[word]) > 1] + ["step"]
+        words = [word for word in counted if word and len(counted[word]) > 1]
         words.sort(key=lambda word: not _SURE.search(word))
-        labels = counted.get("" if style == "number" else words[0], [])
+        labels = counted.get("" if style == "number" else words[0] if words else "step", [])
     return [label.span() for label in labels]
 
 
@@ -1025,7 +1025,9 @@ def same_step(a: str, b: str, style: str = "auto") -> bool:
     def result(step):
         # one step alone is no sequence: its label may have any number
         label = None if style in ("paragraph", "line") else _LABEL.search(step)
-        begin = step_starts(step, style)[0][1] or (label.end() if label and label["closer"] else 0)
+        begin = step_starts(step, style)[0][1]
+        if not begin and label and (label["closer"] is not None or (label["before"] or "").strip().lower() == "step"):
+            begin = label.end()
         own = step[begin:]
         value = last_value(own)
         return " ".join(own.lower().split()) if value is None else value
