@@ -828,7 +828,7 @@ _CLOSER = (
     r"|[ \t]+[-–—]|[-–—](?=[ \t])|[ \t]*(?=[(（\r\n]|\Z))(?:[:：.)）\]】}*_$]|</[a-z]+>)*")
 _AFTER = rf"(?(before)(?:[ \t](?=步))?{_CJK}{{1,4}}?|(?<![①-⑩\u20e3])[ \t]?[^\W\d_]{{1,12}})(?={_CLOSER})"
 _LABEL = re.compile(
-    rf"(?:^|{_EOL}){_DRESS}(?P<before>{_LETTER}{{1,24}}?(?:n[or]\.[ \t]*)?[(（]?)??(?P<number>{_NUMERAL})"
+    rf"(?:^|{_EOL}){_DRESS}(?P<before>{_LETTER}{{1,24}}?(?:n[or]\.[ \t]*|[ \t][(（])?)??(?P<number>{_NUMERAL})"
     rf"(?(before)(?:[ \t]*(?:/|of)[ \t]*\d{{1,4}})?)(?P<after>{_AFTER})?(?P<closer>{_CLOSER})?", re.IGNORECASE)
 # "Step" in the languages that people train in, and "1." or "2)". Other labels, as "Case 1:" or "(1)", often
 # number a part of a solution only.
@@ -878,8 +878,8 @@ def _find_steps(text: str, style: str) -> tuple[str, list[tuple[int, int]]]:
     if not thought and re.match(r"\s*<think(?:ing)?>", text):
         return "one step", [(0, 0)]                     # it never came to an end
     own = text[thought:]
-    tries = [("step", 2), ("heading", 2), ("inline", 2), ("heading", 1), ("number", 2), ("paragraph", 2),
-             ("line", 2)]
+    tries = [("step", 2), ("heading", 2), ("inline", 2), ("heading", 1), ("number", 2), ("word", 2),
+             ("paragraph", 2), ("line", 2)]
     if style != "auto":
         tries = [(style, 1)]
     for tried, least in tries:
@@ -890,8 +890,9 @@ def _find_steps(text: str, style: str) -> tuple[str, list[tuple[int, int]]]:
         label = own[begin:end].strip(" *_#>\r\n")
         if style == "auto" and tried not in ("paragraph", "line") and not _SURE.search(label):
             paragraphs = len(_places(own, "paragraph"))
+            lines = len(_places(own, "line")) if paragraphs == 1 else 0
             # more is without a label than an end, or, among lines, than a beginning and an end
-            if paragraphs > len(places) + 1 or paragraphs < 2 and len(_places(own, "line")) > len(places) + 2:
+            if tried == "heading" or paragraphs > len(places) + 1 or lines > len(places) + 2:
                 continue
         name = f"{tried}s" if tried in ("paragraph", "line") else f"{label!r} labels"
         starts = [(0, thought + end), *((thought + begin, thought + end) for begin, end in others)]

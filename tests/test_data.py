@@ -179,6 +179,21 @@ def test_which_files_of_a_hub_dataset(monkeypatch, capsys, dataset, split, files
     assert all(len(data._hub_files(f"o/n:{one}", split)) == 1 for one in listed), "what it lists can be given"
 
 
+def test_the_reported_hub_datasets(cases, monkeypatch):
+    """Lists of files after public bug reports: train's alone, or a refusal that names what there is."""
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file, repo_type: file)
+    taken = {}
+    for _, case in read_rows(cases / "hub.jsonl"):
+        monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name, repo_type: case["files"])
+        try:
+            taken[case["id"]] = [path.as_posix() for path in data._hub_files("owner/name")]
+        except DataError as error:
+            taken[case["id"]] = str(error)
+    assert taken["H03"] == ["data/train.jsonl"] and "found: data/x.csv" in taken["H05"]
+    assert "owner/name:socratic/test" in taken["H01"] and "owner/name:all/auxiliary_train" in taken["H07"]
+
+
 @pytest.mark.parametrize("files, found", [(["README.md", "dataset_infos.json", "data/x.csv"], "found: .*data/x.csv"),
                                           (["train.jsonl.gz"], "found: train.jsonl.gz"), ([], "found: nothing")])
 def test_a_hub_dataset_without_rows(monkeypatch, files, found):

@@ -144,6 +144,16 @@ def test_the_style_is_told_and_one_step_is_warned_of(tmp_path, capsys):
     assert re.search("WARNING: 3 of 4 solutions are ONE step each.*--steps .*line", told.err)
 
 
+@pytest.mark.parametrize("unit", ["1:\n", "a 1:\n", "\nStep 1:", "\r", "\n\n", "\\[", "*", "(", "\\text{", "\n- ", "1 ", "\n1 (", "</think>",
+                                  "一", "\nab ab ab"])
+def test_steps_of_hostile_text_take_linear_time(unit):
+    """100,000 characters in every style: one that looks back at each label for all the text took minutes."""
+    text, start = unit * (100_000 // len(unit)), time.process_time()
+    for style in data.STEP_STYLES:
+        split_steps(text, style)
+    assert time.process_time() - start < 10
+
+
 def first_step(question, steps, answer):
     return 0
 
