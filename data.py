@@ -563,12 +563,12 @@ def _chat_template(folder: Path, own: dict) -> str | None:
 
 def read_rows(source: str | Path, bad: list[DataError] | None = None,
               split: str = "train") -> Iterator[tuple[str, dict]]:
-    """Yield (where, row) for every object of a .jsonl or .json file (one object a line, or an array of them), of a
-    .parquet file, or of the `split` of a hub dataset: owner/name, or owner/name:PATH, the beginning of a path in it.
+    """Yield (where, row) for every object of a .jsonl or .json file (one a line, or an array of them), of a
+    .parquet file, or of the `split` of a hub dataset: owner/name, or owner/name:PATH where paths begin so.
 
-    `where` ("file:line") goes in front of every later complaint about the row. UTF-8, with or without BOM; LF or
-    CRLF; blank lines are skipped. A row that cannot be read raises DataError, or, where a list `bad` is given, is
-    appended to it and the rest goes on.
+    `where` ("file:line") goes in front of every later complaint about the row. UTF-8, with or without BOM; LF
+    or CRLF; blank lines are skipped. A row that cannot be read raises DataError, or, where a list `bad` is
+    given, is appended to it and the rest goes on.
     """
     path, hub = Path(source), re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", str(source))
     if path.is_file():
@@ -576,15 +576,16 @@ def read_rows(source: str | Path, bad: list[DataError] | None = None,
     elif path.exists():
         raise DataError(f"{path}: is a folder or device; give a .jsonl, .json or .parquet file")
     elif not hub or not hub[1] and path.suffix in (*_READERS, ".csv", ".gz"):
-        raise DataError(f"{path}: no such file; give a .jsonl, .json or .parquet file, or a hub dataset (owner/name)")
+        raise DataError(f"{path}: no such file; give a .jsonl, .json or .parquet file, or a hub dataset "
+                        "(owner/name)")
     else:
         files = _hub_files(str(source), split)
     count = 0
     for file in files:
         if file.suffix not in _READERS:
             found = file.suffix or "a file without suffix"
-            raise DataError(f"{file}: cannot read {found}; expected .jsonl, .json or .parquet: unpack or convert "
-                            "the file")
+            raise DataError(f"{file}: cannot read {found}; expected .jsonl, .json or .parquet: unpack or "
+                            "convert the file")
         for where, row in _READERS[file.suffix](file):
             count += 1
             if isinstance(row, dict):
@@ -617,8 +618,8 @@ def _read_json(path: Path) -> Iterator[tuple[str, object]]:
     wrapped = [name for name in ("data", "rows", "examples", "instances", "train", "validation", "test")
                if isinstance(value, dict) and isinstance(value.get(name), list)]
     if len(wrapped) > 1:
-        value = DataError(f"{path}: holds several lists of rows ({', '.join(wrapped)}); write the one that is "
-                          "meant into a file of its own")
+        value = DataError(f"{path}: holds several lists of rows ({', '.join(wrapped)}); write the one that "
+                          "is meant into a file of its own")
     elif wrapped:
         value = value[wrapped[0]]
     if isinstance(value, list):
@@ -628,12 +629,8 @@ def _read_json(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def _lines_of(path: Path) -> Iterator[tuple[str, bytes]]:
-    with path.open("rb") as lines:                      # bytes: only \n ends a line, no other separator of Unicode
+    with path.open("rb") as lines:           # bytes: of Unicode's many line ends only \n is one
         for number, line in enumerate(lines, 1):
-            if number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                raise DataError(f"{path}:1: is UTF-16; save the file as UTF-8")
-            if number == 1 and line[:2] == b"\x1f\x8b":
-                raise DataError(f"{path}:1: is compressed by gzip; unpack it")
             line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():
                 yield f"{path}:{number}", line
@@ -646,34 +643,33 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
     except ImportError:
         raise DataError(f"{path}: parquet files need pyarrow: pip install pyarrow") from None
     try:
-        rows = (row for batch in pyarrow.parquet.ParquetFile(path).iter_batches() for row in batch.to_pylist())
-        for number, row in enumerate(rows, 1):
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
+        for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
             yield f"{path}:row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable parquet file ({_one_line(error)})") from None
 
 
 _READERS = {".parquet": _read_parquet, ".jsonl": _read_json, ".json": _read_json}
-_NO_ROWS = re.compile(r"(^|/)([._]|(dataset_infos?|dataset_dict|state|config|package)\.json$)|metadata|croissant",
-                      re.IGNORECASE)
+_NO_ROWS = re.compile(r"(^|/)([._]|(dataset_infos?|dataset_dict|state|config)\.json$)|metadata|croissant")
 # what may stand behind a split's name: the number of a shard (four digits are a year, unless alone), a digest
 _SHARD = re.compile(r"(/\d+|[-_](\d{1,3}|\d{5,})([-_]of[-_]\d+)?)?(-[0-9a-f]{16})?\.\w+$")
-_SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "dev": "dev", "val": "dev",
-           "valid": "dev", "validation": "dev", "eval": "dev"}
+_SPLITS = dict(train="train", training="train", test="test", testing="test",
+               dev="dev", val="dev", valid="dev", validation="dev", eval="dev")
 
 
 def _hub_files(dataset: str, split: str = "train") -> list[Path]:
-    """The files of one split of a hub dataset, downloaded, or from the cache. DataError where it is not clear which
-    are meant: where there are several configurations, or none of the files says that it is this split."""
+    """The files of one split of a hub dataset, downloaded, or from the cache. DataError where it is not clear
+    which are meant: there are several configurations, or no file says that it is of this split."""
     from huggingface_hub import hf_hub_download
     dataset, _, wanted = dataset.partition(":")
     names = _hub_names(dataset)
-    groups: dict[str, list[str]] = {}                   # "main/train" -> its shards
+    groups: dict[str, list[str]] = {}                   # "main/train" -> its shards, in one format
     for suffix in _READERS:
-        of_suffix = [name for name in names if name.endswith(suffix) and not _NO_ROWS.search(name)]
-        known = set(groups)                             # in another format
-        for name in of_suffix:
-            if (group := _SHARD.sub("", name)) not in known:
+        found = [name for name in names if name.endswith(suffix) and not _NO_ROWS.search(name.lower())]
+        in_other_format = set(groups)
+        for name in found:
+            if (group := _SHARD.sub("", name)) not in in_other_format:
                 groups.setdefault(group, []).append(name)
     if not groups:
         raise DataError(f"{dataset}: no .parquet, .jsonl or .json file of rows in it (found: "
@@ -710,7 +706,7 @@ def _hub_names(dataset: str) -> list[str]:
     from huggingface_hub import HfApi, snapshot_download
     try:
         return sorted(HfApi().list_repo_files(dataset, repo_type="dataset"))
-    except Exception as error:                          # offline, no such dataset, no permission: the hub raises many
+    except Exception as error:                          # offline, no such dataset, no permission: many kinds
         try:
             folder = Path(snapshot_download(dataset, repo_type="dataset", local_files_only=True))
             return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
@@ -720,7 +716,7 @@ def _hub_names(dataset: str) -> list[str]:
 
 
 def _parse(raw: bytes, where: str) -> object:
-    """One JSON value, or the DataError that says why not. NaN, which pandas writes, is a number like others."""
+    """One JSON value, or the DataError that says why not. NaN, which pandas writes, is a number here."""
     try:
         return strict_json(raw, constant=float)
     except UnicodeDecodeError as error:
@@ -730,21 +726,21 @@ def _parse(raw: bytes, where: str) -> object:
         return DataError(f"{where}: JSON nested too deeply; a row is a flat object of text fields")
     except ValueError as error:
         begins = _quote(raw[:60].decode("utf-8", "replace"))
-        return DataError(f"{where}: malformed JSON ({_one_line(error)}; begins {begins}); correct or remove it")
+        return DataError(
+            f"{where}: malformed JSON ({_one_line(error)}; begins {begins}); correct or remove it")
 
 
 def text_field(row: dict, name: str, where: str) -> str:
     """row[name], if it is text that a tokenizer and a file can carry; DataError otherwise."""
     value = row.get(name)
-    if name not in row:
-        raise DataError(f"{where}: field {name!r}: not there (found: {', '.join(row) or 'nothing'}); expected text")
     if not isinstance(value, str):
-        raise DataError(f"{where}: field {name!r}: found {_kind(value)} {_shown(value)}; expected text")
-    if "\0" in value:
-        raise DataError(f"{where}: field {name!r}: a NUL character at position {value.index(chr(0))}; remove it")
-    if lone := re.search("[\ud800-\udfff]", value):
-        raise DataError(f"{where}: field {name!r}: half a surrogate pair (\\u{ord(lone[0]):x}) at position "
-                        f"{lone.start()}, which is no character: the text was cut or decoded wrongly; remove the row")
+        found = f"found {_kind(value)} {_shown(value)}"
+        if name not in row:
+            found = f"not there (found: {', '.join(row) or 'nothing'})"
+        raise DataError(f"{where}: field {name!r}: {found}; expected text")
+    if broken := re.search("[\0\ud800-\udfff]", value):            # NUL, or half a surrogate pair
+        raise DataError(f"{where}: field {name!r}: U+{ord(broken[0]):04X} at position {broken.start()} is no "
+                        "character: the text was cut or decoded wrongly; remove it")
     return value
 
 
@@ -752,7 +748,8 @@ def text_field(row: dict, name: str, where: str) -> str:
 _STAGES = {"pairs": ({"prompt", "chosen", "rejected"}, "stepdpo.py --data F"),
            "rectified attempts": ({"completion", "full_rejected"}, "data.py pairs F"),
            "valued attempts": ({"completion", "values"}, "data.py localize F --judge values"),
-           "attempts": ({"completion", "correct"}, "eval.py --problems F --rollouts 8, or data.py localize F"),
+           "attempts": ({"completion", "correct"},
+                        "eval.py --problems F --rollouts 8, or data.py localize F"),
            "errors": ({"prefix", "full_rejected"}, "eval.py --problems F --samples 20"),
            "problems": ({"question", "answer"}, "eval.py --problems F")}
 
@@ -761,20 +758,20 @@ def expect(row: dict, where: str, *wanted: str) -> None:
     """DataError where a row is known to be of another stage of the pipeline than the `wanted` ones."""
     found = next((name for name, (columns, _) in _STAGES.items() if columns <= row.keys()), None)
     if found and found not in wanted:
-        raise DataError(f"{where}: the file holds {found}, and {wanted[0]} belong here; what goes on with {found} is "
-                        f"{_STAGES[found][1]}")
+        raise DataError(f"{where}: the file holds {found}, and {wanted[0]} belong here; what goes on with "
+                        f"{found} is {_STAGES[found][1]}")
 
 
 def writable(row: dict, where: str) -> dict:
-    """The fields of a row that the next stage's file can hold: not the dates, bytes, decimals and NaNs of parquet files.
-    DataError where text is broken, whatever the field."""
+    """The fields of a row that the next stage's file can hold: not the dates, bytes, decimals and NaNs of
+    parquet files. DataError where text is broken, whatever the field."""
     kept = {}
     for name, value in row.items():
         try:
             json.dumps({name: value}, ensure_ascii=False, allow_nan=False).encode()
         except (UnicodeEncodeError, RecursionError):
-            raise DataError(f"{where}: half a surrogate pair in it, or too deep an object (field {name!r}); make the row "
-                            "again") from None
+            raise DataError(f"{where}: half a surrogate pair in it, or too deep an object (field {name!r}); "
+                            "make the row again") from None
         except (TypeError, ValueError):
             continue
         kept[name] = value
@@ -782,8 +779,8 @@ def writable(row: dict, where: str) -> dict:
 
 
 def _kind(value) -> str:
-    kinds = {dict: "an object", list: "a list", str: "text", bool: "true/false", int: "a number", float: "a number",
-             type(None): "null"}
+    kinds = {dict: "an object", list: "a list", str: "text", bool: "true/false", int: "a number",
+             float: "a number", type(None): "null"}
     return kinds.get(type(value), type(value).__name__)
 
 
@@ -829,7 +826,8 @@ _CLOSER = (
 _AFTER = rf"(?(before)(?:[ \t](?=步))?{_CJK}{{1,4}}?|(?<![①-⑩\u20e3])[ \t]?[^\W\d_]{{1,12}})(?={_CLOSER})"
 _LABEL = re.compile(
     rf"(?:^|{_EOL}){_DRESS}(?P<before>{_LETTER}{{1,24}}?(?:n[or]\.[ \t]*|[ \t][(（])?)??(?P<number>{_NUMERAL})"
-    rf"(?(before)(?:[ \t]*(?:/|of)[ \t]*\d{{1,4}})?)(?P<after>{_AFTER})?(?P<closer>{_CLOSER})?", re.IGNORECASE)
+    rf"(?(before)(?:[ \t]*(?:/|of)[ \t]*\d{{1,4}})?)(?P<after>{_AFTER})?(?P<closer>{_CLOSER})?",
+    re.IGNORECASE)
 # "Step" in the languages that people train in, and "1." or "2)". Other labels, as "Case 1:" or "(1)", often
 # number a part of a solution only.
 _SURE = re.compile(
@@ -867,8 +865,8 @@ def tell_styles(styles: Counter) -> None:
         print("steps: " + ", ".join(f"{count:,} {style}" for style, count in most) + more)
     if 2 * styles["one step"] > styles.total():
         print(f"WARNING: {styles['one step']:,} of {styles.total():,} solutions are ONE step each: the first "
-              "wrong step is then always the first, and a pair two whole answers without an end. Look at some "
-              "(data.py show), and say with --steps how steps are told apart: "
+              "wrong step is then always the first, and a pair two whole answers without an end. Look at "
+              "some (data.py show), and say with --steps how steps are told apart: "
               f"{', '.join(STEP_STYLES[1:])}", file=sys.stderr)
 
 
@@ -997,13 +995,14 @@ def _lines(text: str) -> list[tuple[int, int]]:
 
 # A value: a number, fraction, root or power, or several of them without a gap, as "1:2", "2\sqrt{3}", "3x^2".
 _NUMBER, _BRACES = r"\d+(?:[.,]\d+)*", r"\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}"
-_ATOM = rf"(?:{_NUMBER}|\\[dt]?frac\s*{_BRACES}\s*{_BRACES}|\\sqrt\s*{_BRACES}|[A-Za-z]?\^(?:{_BRACES}|{_NUMBER}))"
+_ATOM = (rf"(?:{_NUMBER}|\\[dt]?frac\s*{_BRACES}\s*{_BRACES}|\\sqrt\s*{_BRACES}"
+         rf"|[A-Za-z]?\^(?:{_BRACES}|{_NUMBER}))")
 _VALUE = re.compile(rf"([-−–](\s*)\\?\$?)?({_ATOM}(?:(?:\s*/\s*|:)?{_ATOM})*)")
 
 
 def last_value(text: str) -> Fraction | str | None:
-    """The last value in a text with its sign: "so x = -\\frac{1}{2}." -> Fraction(-1, 2). Text where it is no plain
-    number; None where there is none."""
+    """The last value in a text with its sign: "so x = -\\frac{1}{2}." -> Fraction(-1, 2). Text where it is no
+    plain number; None where there is none."""
     text = re.sub(r"\{,\}|,?\\[!,]", ",", text)        # LaTeX's ways to write 10,000
     found = [match for match in _VALUE.finditer(text) if re.search(r"\d", match[3])]
     if not found:
@@ -1011,7 +1010,7 @@ def last_value(text: str) -> Fraction | str | None:
     minus, gap, value = found[-1].groups()
     value = re.sub(r"\s|,(?=\d{3}(?!\d))", "", value)
     value = re.sub(r"^\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}$", r"\1/\2", value)
-    if minus:                                           # "= - 5" and "is -5" have a sign, "10 - 5" and "x-5" have none
+    if minus:            # "= - 5" and "is -5" have a sign, not "10 - 5" and "x-5"
         before = text[:found[-1].start()]
         if before.rstrip()[-1:] in tuple("=<>≤≥≈([{:") or not gap and not re.match(r"[\w)\]}%]", before[-1:]):
             value = "-" + value
@@ -1022,13 +1021,14 @@ def last_value(text: str) -> Fraction | str | None:
 
 
 def same_step(a: str, b: str, style: str = "auto") -> bool:
-    """Whether two steps, labels aside, come to the same: to the same last value, or, without values, in the same words."""
+    """Whether two steps, labels aside, come to the same: to the same last value, or, without values, in the
+    same words."""
     def result(step):
         # one step alone is no sequence: its label may have any number
         label = None if style in ("paragraph", "line") else _LABEL.search(step)
         begin = step_starts(step, style)[0][1]
-        if not begin and label and (label["closer"] is not None or (label["before"] or "").strip().lower() == "step"):
-            begin = label.end()
+        closed = label and (label["closer"] is not None or str(label["before"]).strip().lower() == "step")
+        begin = begin or (label.end() if closed else 0)
         own = step[begin:]
         value = last_value(own)
         return " ".join(own.lower().split()) if value is None else value

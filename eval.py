@@ -97,8 +97,8 @@ class Fields:
         roles = [turn.get("role", turn.get("from")) if isinstance(turn, dict) else None for turn in value]
         asked = [turn for turn, role in zip(value, roles) if role in ("user", "human")]
         if len(asked) != 1 or not {"user", "human", "assistant", "gpt"}.issuperset(roles):
-            raise DataError(f"{self.where}: field {name!r}: found turns of {roles!r:.80}; expected text, or one "
-                            "turn of the user and no system prompt (--system gives one to all rows)")
+            raise DataError(f"{self.where}: field {name!r}: found turns of {roles!r:.80}; expected text, or "
+                            "one turn of the user and no system prompt (--system gives one to all rows)")
         content = asked[0].get("content", asked[0].get("value"))
         if isinstance(content, list) and len(content) == 1 and isinstance(content[0], dict):
             content = content[0].get("text")     # [{"type": "text", "text": ...}]
@@ -106,7 +106,7 @@ class Fields:
 
 
 def read_problem(where: str, row: dict) -> Problem:
-    """One row of any of these layouts; DataError where it has no question, no answer, or a prefix that is no text.
+    """One row of any of these layouts; DataError where question or answer is missing or not clear.
 
         the pipeline's own     {id, question, answer, prefix, ...}
         anyone's               {question | problem | prompt | ..., answer | final_answer | ground_truth | ...}
@@ -147,12 +147,12 @@ def read_problem(where: str, row: dict) -> Problem:
 def question_of(fields: Fields) -> str:
     """The text of a problem: what it is about, the instruction and the question, each once."""
     if name := fields.first("system systemprompt history"):
-        raise DataError(f"{fields.where}: field {name!r} is not used here: write it into the question, or remove "
-                        "it (--system gives all rows a system prompt)")
+        raise DataError(f"{fields.where}: field {name!r} is not used here: write it into the question, or "
+                        "remove it (--system gives all rows a system prompt)")
     name = fields.first(QUESTIONS)
     if name is None:
-        raise DataError(f"{fields.where}: no question (found: {', '.join(fields.row) or 'nothing'}); expected a "
-                        "field 'question', 'problem', 'prompt' or 'instruction'")
+        raise DataError(f"{fields.where}: no question (found: {', '.join(fields.row) or 'nothing'}); "
+                        "expected a field 'question', 'problem', 'prompt' or 'instruction'")
     names = [fields.first(CONTEXTS), fields.first("instruction"), name]
     if name == fields.names.get("instruction"):
         names = [*names, fields.first("input")]
@@ -172,8 +172,8 @@ def gold_of(fields: Fields, question: str, solution: str | None = None) -> tuple
     if answer is None and solution:
         name, answer = "solution", solution if "####" in solution else boxed_answer(solution)
     if answer is None:
-        raise DataError(f"{where}: no answer (found: {', '.join(row)}); expected a field 'answer', 'final_answer' "
-                        "or 'ground_truth', or a 'solution' with \\boxed{...} or ####")
+        raise DataError(f"{where}: no answer (found: {', '.join(row)}); expected a field 'answer', "
+                        "'final_answer' or 'ground_truth', or a 'solution' with \\boxed{...} or ####")
     if isinstance(answer, str) and "####" in answer:
         working, _, answer = answer.rpartition("####")
     elif isinstance(answer, str) and answer.startswith('["'):       # Skywork: a list, written as text
@@ -213,31 +213,24 @@ def choices_of(fields: Fields) -> list[tuple[str, str]]:
     elif isinstance(found, list):
         found = dict(zip(ascii_uppercase, found)) if len(found) <= 26 else None
     elif found is None:
-        found = choice_columns(fields)
-        if not found:
+        given = str(fields.row.get(fields.first(CHOSEN)))
+        found = {}
+        for key, column in sorted(fields.names.items()):
+            match = re.fullmatch(r"(option|choice|op|ending|sol|)([a-j]|\d)", key)
+            # columns a and b alone may also be the numbers of a sum
+            if match and (match[1] or re.fullmatch(r"\s*[A-Ja-j]\s*", given)):
+                found[match[2].upper()] = fields.row[column]
+        if len(found) < 2 or "".join(found) not in "ABCDEFGHIJ0123456789":
             return []
     if not isinstance(found, dict) or not all(type(text) in (str, int, float) for text in found.values()):
-        raise DataError(f"{fields.where}: field {name!r}: expected a list of up to 26 choices, or an object of "
-                        "them with their labels")
+        raise DataError(f"{fields.where}: field {name!r}: expected a list of up to 26 choices, or an object "
+                        "of them with their labels")
     texts = [str(text).strip() for text in found.values()]
     letters = [re.match(rf"[\[(]?{letter}\s*[\]).:]\s*", text, re.IGNORECASE)
                for letter, text in zip(ascii_uppercase, texts)]
     if all(letters):                             # "A) 4", "B) 6", ...
         texts = [text[letter.end():] for text, letter in zip(texts, letters)]
     return list(zip(map(str, found), texts))
-
-
-def choice_columns(fields: Fields) -> dict:
-    """{label: text} of choices that have a column each, as far as their labels count on."""
-    given = fields.row.get(fields.first(CHOSEN))
-    for family, labels in (("", ascii_uppercase), ("option", ascii_uppercase), ("choice", ascii_uppercase),
-                           ("op", ascii_uppercase), ("option", "123456789"), ("choice", "123456789"),
-                           ("sol", "123456789"), ("ending", "0123456789")):
-        there = list(itertools.takewhile(lambda label: family + label.lower() in fields.names, labels))
-        # columns a and b may also be the numbers of a sum
-        if len(there) > 1 and (family or str(given).strip().upper() in there):
-            return {label: fields.row[fields.names[family + label.lower()]] for label in there}
-    return {}
 
 
 def right_choice(fields: Fields, choices: list[tuple[str, str]], solution: str | None = None) -> str:
@@ -264,7 +257,8 @@ def right_choice(fields: Fields, choices: list[tuple[str, str]], solution: str |
         found = same_text or {i for i, text in enumerate(texts) if is_equivalent(said, text)}
     if len(found) != 1 or max(found) >= len(texts):
         raise DataError(f"{fields.where}: field {fields.names.get(name, 'solution')!r}: found {said!r:.60}; "
-                        f"expected the letter, the text or the index (from 0) of one choice of {texts!r:.200}")
+                        "expected the letter, the text or the index (from 0) of one choice of "
+                        f"{texts!r:.200}")
     return ascii_uppercase[found.pop()]
 
 
@@ -274,12 +268,12 @@ def boxed_answer(solution: str) -> str | None:
 
 
 def read_attempt(where: str, row: dict) -> tuple[Problem, str]:
-    """A graded sample: its problem, with all of the row carried along, and its whole reasoning with the prefix."""
+    """A graded sample: its problem, with all of the row carried along, and its reasoning, prefix included."""
     problem = read_problem(where, row)
     text = problem.prefix + text_field(row, "completion", where)
     if type(row.get("sample", 0)) is not int:
-        raise DataError(f"{where}: field 'sample': found {row['sample']!r:.60}; expected a number, as eval.py "
-                        "writes it")
+        raise DataError(f"{where}: field 'sample': found {row['sample']!r:.60}; expected a number, as "
+                        "eval.py writes it")
     correct = row["correct"] if type(row.get("correct")) is bool else grade(text, problem.answer)[1]
     return replace(problem, carried=writable(row, where) | {"id": problem.id, "correct": correct}), text
 
@@ -287,8 +281,8 @@ def read_attempt(where: str, row: dict) -> tuple[Problem, str]:
 def make_distinct(problems: list[Problem]) -> list[str]:
     """Rename ids that stand in an earlier row: 0, 0 -> 0, "0~2". Returns a line on each.
 
-    The next stages know a sample by (id, sample) and would throw the second problem's away, after they were paid
-    for. It happens where sets are merged. (Attempts at one problem share an id, not a sample.)"""
+    The next stages know a sample by (id, sample) and would throw the second problem's away, after it was
+    paid for. It happens where sets are merged. (Attempts at one problem share an id, not a sample.)"""
     place, times, lines = {}, Counter(), []
     for problem in problems:
         old, sample = problem.id, problem.carried.get("sample", 0)
@@ -297,8 +291,8 @@ def make_distinct(problems: list[Problem]) -> list[str]:
             problem.id = f"{old}~{times[str(old), sample] + 1}"
         place[str(problem.id), sample] = problem.where
         if problem.id != old:
-            lines.append(f"{problem.where}: id {old!r} stands in {place[str(old), sample]} already; here it becomes "
-                         f"{problem.id!r}")
+            lines.append(f"{problem.where}: id {old!r} stands in {place[str(old), sample]} already; here it "
+                         f"becomes {problem.id!r}")
         if "id" in problem.carried:
             problem.carried["id"] = problem.id
     return lines
@@ -325,8 +319,8 @@ def read_file(args: argparse.Namespace, bad: list[DataError]) -> list:
         # localize judges no others
         items = [item for item in wrong if item[0].carried.get("stop_reason") != "length"]
         if cut := len(wrong) - len(items):
-            notes.append(f"{args.problems}: {cut} of {len(wrong)} wrong attempts were cut off by the length limit "
-                         "and are left out")
+            notes.append(f"{args.problems}: {cut} of {len(wrong)} wrong attempts were cut off by the length "
+                         "limit and are left out")
     renamed = make_distinct([item[0] for item in items] if args.rollouts else items)
     notes += renamed[:1]
     if renamed[1:]:
@@ -850,7 +844,8 @@ def arguments() -> argparse.ArgumentParser:
     add = parser.add_argument_group("what").add_argument
     add("--model", metavar="M", help="checkpoint folder or hub id")
     add("--problems", metavar="F", required=True,
-        help="problems, or graded attempts for --rollouts (.jsonl, .json, .parquet, hub id)")
+        help="problems, or graded attempts for --rollouts: .jsonl, .json, .parquet, or a hub dataset "
+             "(owner/name, whose test split is read, or owner/name:config/split)")
     add("--out", metavar="OUT", type=Path, required=True, help="graded samples, JSONL; beside it the .summary.json")
     add("--limit", metavar="K", type=whole, help="only the first K rows")
     add("--restart", action="store_true", help="begin anew, whatever an earlier run has left at OUT")

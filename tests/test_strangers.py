@@ -584,9 +584,9 @@ ROWS = {      # name: (the file's content, the message, with the line that is to
     "a number": (lambda r: lines(r) + b"5\n", ":4: found a number where an object"),
         "a text": (lambda r: lines(r) + b'"x"\n', ":4: found text where an object"),
     "nothing": (lambda r: b"", "holds no rows; expected one JSON object a line"), "blank lines": (lambda r: b"\n\n \n\t\r\n", "holds no rows"),
-    "NUL in a text": (asked("a\0b"), r":2: field '(prompt|question)': a NUL character at position 1; remove it|:2: half a surrogate"),
+    "NUL in a text": (asked("a\0b"), r":2: field '(prompt|question)': U.0000 at position 1 is no character: .*; remove it|:2: half a surrogate"),
         "NUL bytes": (lambda r: lines(r) + b"\0\0\0", ":4: malformed JSON"),
-    "half a surrogate pair": (asked("a\ud800b"), r":2: (field '(prompt|question)': )?half a surrogate pair"),
+    "half a surrogate pair": (asked("a\ud800b"), r":2: (field '(prompt|question)': U.D800 at position 1|half a surrogate pair)"),
     "a number for a text": (asked(5), ":2: field '(prompt|question)': found a number '5'; expected text"),
         "null": (asked(None), ":2: (field .*: found null|no question)"),
     "an object for a text": (asked({"a": [1]}), ":2: field .*: found an object"), "true": (asked(True), ":2: field .*: found true/false"),
@@ -599,11 +599,11 @@ ROWS = {      # name: (the file's content, the message, with the line that is to
     "NaN": (asked(float("nan")), ":2: field '(prompt|question)': found a number 'NaN'"),
         "Infinity": (asked(-float("inf")), ":2: field '(prompt|question)': found a number '-Infinity'"),
     "5001 digits": (lambda r: lines(r) + b'{"a": 1' + b"0" * 5000 + b"}\n", ":4: malformed JSON .Exceeds the limit"),
-    "UTF-16": (lambda r: lines(r).decode().encode("utf-16"), ":1: is UTF-16; save the file as UTF-8"),
-        "UTF-32": (lambda r: lines(r).decode().encode("utf-32"), ":1: is UTF-16"),
+    "UTF-16": (lambda r: lines(r).decode().encode("utf-16"), ":1: byte 0 is not UTF-8 .*; save the file as UTF-8"),
+        "UTF-32": (lambda r: lines(r).decode().encode("utf-32"), ":1: byte 0 is not UTF-8"),
     "UTF-16 without mark": (lambda r: lines(r).decode().encode("utf-16-le"), ":1: malformed JSON"), "Windows-1252": (
         lambda r: lines(r) + '{"a": "it’s"}\n'.encode("cp1252"), r":4: byte 9 is not UTF-8 \(found 0x92\); save the file as UTF-8"),
-    "gzip": (lambda r: gzip.compress(lines(r)), ":1: is compressed by gzip; unpack it"),
+    "gzip": (lambda r: gzip.compress(lines(r)), ":1: byte 1 is not UTF-8"),
         "a web page": (lambda r: b"<html>\n", ":1: malformed JSON .*begins '<html>"),
     "a Git LFS pointer": (lambda r: b"version https://git-lfs.github.com/spec/v1\n", ":1: malformed JSON"),
         "a line end in a text": (lambda r: b'{"a": "b\nc"}\n', ":1: malformed JSON .Invalid control"),
@@ -774,7 +774,7 @@ def test_fuzz_reading_rows(tmp_path_factory, content):
             list(read_rows(file, bad := []))
             assert all(type(error) is DataError for error in bad)
         except DataError as error:
-            assert re.search("no rows|UTF-16|gzip", str(error))
+            assert "no rows" in str(error)
 
 
 LABELLED = st.lists(st.sampled_from(["Step 1:", "\nStep 2:", "\nStep ", "**Step 3:**", "\n### Step 4 -", "\n1. ", "\n2) ", "\n3.", "\n12. ", "\n\n",
