@@ -1016,36 +1016,38 @@ def _chat_template(folder: Path, own: dict) -> str | None:
 # Rows: files of strangers, read strictly
 # ----------------------------------------------------------------------------------------------------------------------
 
-def read_rows(source: str | Path, bad: list[DataError] | None = None) -> Iterator[tuple[str, dict]]:
-    """Yield (where, row) for every object of a .jsonl, .json (an array, or one object a line) or .parquet file, or of a
-    hub dataset.
+def read_rows(source: str | Path, bad: list[DataError] | None = None,
+              split: str = "train") -> Iterator[tuple[str, dict]]:
+    """Yield (where, row) for every object of a .jsonl or .json file (one a line, or an array of them), of a
+    .parquet file, or of the `split` of a hub dataset: owner/name, or owner/name:PATH where paths begin so.
 
-    `where` ("file:line") goes in front of every later complaint about the row. UTF-8, with or without BOM; LF or CRLF;
-    blank lines are skipped. A row that cannot be read raises DataError, or, where a list `bad` is given, is appended to
-    it and the rest goes on.
+    `where` ("file:line") goes in front of every later complaint about the row. UTF-8, with or without BOM; LF
+    or CRLF; blank lines are skipped. A row that cannot be read raises DataError, or, where a list `bad` is
+    given, is appended to it and the rest goes on.
     """
-    path = Path(source)
+    path, hub = Path(source), re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", str(source))
     if path.is_file():
         files = [path]
     elif path.exists():
         raise DataError(f"{path}: is a folder or device; give a .jsonl, .json or .parquet file")
-    elif path.suffix in _READERS or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        raise DataError(f"{path}: no such file; give a .jsonl, .json or .parquet file, or a hub dataset (owner/name)")
+    elif not hub or not hub[1] and path.suffix in (*_READERS, ".csv", ".gz"):
+        raise DataError(f"{path}: no such file; give a .jsonl, .json or .parquet file, or a hub dataset "
+                        "(owner/name)")
     else:
-        files = _hub_files(str(source))
+        files = _hub_files(str(source), split)
     count = 0
     for file in files:
         if file.suffix not in _READERS:
             found = file.suffix or "a file without suffix"
-            raise DataError(f"{file}: cannot read {found}; expected .jsonl, .json or .parquet")
+            raise DataError(f"{file}: cannot read {found}; expected .jsonl, .json or .parquet: unpack or "
+                            "convert the file")
         for where, row in _READERS[file.suffix](file):
             count += 1
             if isinstance(row, dict):
                 yield where, row
                 continue
             error = row if isinstance(row, DataError) else DataError(
-                f"{where}: found {_kind(row)} where an object (a row with named fields) belongs; one {{...}} a line, "
-                "or an array of them in a file that is called .json")
+                f"{where}: found {_kind(row)} where an object (a row with named fields) belongs")
             if bad is None:
                 raise error
             bad.append(error)
@@ -1053,27 +1055,40 @@ def read_rows(source: str | Path, bad: list[DataError] | None = None) -> Iterato
         raise DataError(f"{source}: holds no rows; expected one JSON object a line")
 
 
-def _read_lines(path: Path) -> Iterator[tuple[str, object]]:
-    with path.open("rb") as lines:                      # bytes: only \n ends a line, no other separator of Unicode
-        for number, line in enumerate(lines, 1):
-            where = f"{path}:{number}"
-            if number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                raise DataError(f"{where}: is UTF-16; save the file as UTF-8")
-            if number == 1 and line[:2] == b"\x1f\x8b":
-                raise DataError(f"{where}: is compressed by gzip; unpack it")
-            if line.removeprefix(b"\xef\xbb\xbf").strip():
-                yield where, _parse(line, where)
-
-
 def _read_json(path: Path) -> Iterator[tuple[str, object]]:
-    with path.open("rb") as file:
-        head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not head.startswith(b"["):
-        yield from _read_lines(path)
+    """Values with their places: one a line, or those of the one array or object that the whole file is."""
+    lines = _lines_of(path)
+    first, more = next(lines, None), next(lines, None)
+    if first is None:
         return
-    rows = _parse(path.read_bytes(), str(path))
-    for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
-        yield f"{path}:item {number}", row
+    where, line = first
+    value, array = _parse(line, where), line.lstrip().startswith(b"[")
+    if more and (array or isinstance(value, DataError)):            # begun here, it may end many lines later
+        whole = _parse(path.read_bytes(), where)
+        if array or not isinstance(whole, DataError):
+            value, more = whole, None
+    if more:
+        yield from ((where, _parse(line, where)) for where, line in _lines_of(path))
+        return
+    wrapped = [name for name in ("data", "rows", "examples", "instances", "train", "validation", "test")
+               if isinstance(value, dict) and isinstance(value.get(name), list)]
+    if len(wrapped) > 1:
+        value = DataError(f"{path}: holds several lists of rows ({', '.join(wrapped)}); write the one that "
+                          "is meant into a file of its own")
+    elif wrapped:
+        value = value[wrapped[0]]
+    if isinstance(value, list):
+        yield from ((f"{path}:item {number}", row) for number, row in enumerate(value, 1))
+    else:
+        yield where, value
+
+
+def _lines_of(path: Path) -> Iterator[tuple[str, bytes]]:
+    with path.open("rb") as lines:           # bytes: of Unicode's many line ends only \n is one
+        for number, line in enumerate(lines, 1):
+            line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.strip():
+                yield f"{path}:{number}", line
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
@@ -1083,35 +1098,82 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
     except ImportError:
         raise DataError(f"{path}: parquet files need pyarrow: pip install pyarrow") from None
     try:
-        rows = (row for batch in pyarrow.parquet.ParquetFile(path).iter_batches() for row in batch.to_pylist())
-        for number, row in enumerate(rows, 1):
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
+        for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
             yield f"{path}:row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable parquet file ({_one_line(error)})") from None
 
 
-_READERS = {".jsonl": _read_lines, ".json": _read_json, ".parquet": _read_parquet}
+_READERS = {".parquet": _read_parquet, ".jsonl": _read_json, ".json": _read_json}
+_NO_ROWS = re.compile(r"(^|/)([._]|(dataset_infos?|dataset_dict|state|config)\.json$)|metadata|croissant")
+# what may stand behind a split's name: the number of a shard (four digits are a year, unless alone), a digest
+_SHARD = re.compile(r"(/\d+|[-_](\d{1,3}|\d{5,})([-_]of[-_]\d+)?)?(-[0-9a-f]{16})?\.\w+$")
+_SPLITS = dict(train="train", training="train", test="test", testing="test",
+               dev="dev", val="dev", valid="dev", validation="dev", eval="dev")
 
 
-def _hub_files(dataset: str) -> list[Path]:
-    """The training files of a hub dataset, downloaded: those of one format, "train" in the name where any has it."""
-    from huggingface_hub import HfApi, hf_hub_download
+def _hub_files(dataset: str, split: str = "train") -> list[Path]:
+    """The files of one split of a hub dataset, downloaded, or from the cache. DataError where it is not clear
+    which are meant: there are several configurations, or no file says that it is of this split."""
+    from huggingface_hub import hf_hub_download
+    dataset, _, wanted = dataset.partition(":")
+    names = _hub_names(dataset)
+    groups: dict[str, list[str]] = {}                   # "main/train" -> its shards, in one format
+    for suffix in _READERS:
+        found = [name for name in names if name.endswith(suffix) and not _NO_ROWS.search(name.lower())]
+        in_other_format = set(groups)
+        for name in found:
+            if (group := _SHARD.sub("", name)) not in in_other_format:
+                groups.setdefault(group, []).append(name)
+    if not groups:
+        raise DataError(f"{dataset}: no .parquet, .jsonl or .json file of rows in it (found: "
+                        f"{', '.join(names[:8]) or 'nothing'}); convert it to one of these")
+    named = [group for group in groups if wanted in (group, *groups[group])]
+    begins = re.compile(rf"(^|/){re.escape(wanted)}(?![a-z])" if wanted else "", re.IGNORECASE)
+    meant = named or [group for group in groups if begins.search(group)]
+    # the words of a path, one of which may be its split; the others are its configuration
+    splits, configurations = {}, set()
+    for group in meant:
+        words = re.findall("[a-z]+", group.lower())
+        splits[group] = next((_SPLITS[word] for word in reversed(words) if word in _SPLITS), None)
+        if splits[group]:
+            configurations.add(tuple(word for word in words if word not in _SPLITS))
+    of_split = [group for group in meant if splits[group] == split]
+    if len(of_split) == len(configurations) == 1:
+        meant = of_split
+    said = _SPLITS.keys() & re.findall("[a-z]+", wanted.lower())
+    if len(meant) != 1 or not said and splits[meant[0]] not in (split, None):
+        listed = [f"{dataset}:{group}" for group in meant or groups]
+        more = f" ... ({len(listed) - 12} more)" if len(listed) > 12 else ""
+        raise DataError(f"{dataset}: which of its files hold the {split} rows that are wanted? Give one of: "
+                        + ", ".join(listed[:12]) + more)
+    files = groups[meant[0]]
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{dataset}: reading {', '.join(files)}", file=sys.stderr)
     try:
-        names = sorted(HfApi().list_repo_files(dataset, repo_type="dataset"))
-        for suffix in (".parquet", ".jsonl", ".json"):
-            files = [name for name in names if name.endswith(suffix)]
-            files = [name for name in files if "train" in name] or files
-            if files:
-                return [Path(hf_hub_download(dataset, name, repo_type="dataset")) for name in files]
-    except Exception as error:                          # offline, no such dataset, no permission: the hub raises many
-        raise DataError(f"{dataset}: neither a file here nor a dataset of the hub ({_one_line(error)})") from None
-    raise DataError(f"{dataset}: no .parquet, .jsonl or .json file in it (found: {', '.join(names[:8]) or 'nothing'})")
+        return [Path(hf_hub_download(dataset, name, repo_type="dataset")) for name in files]
+    except Exception as error:                          # no connection, no permission: the hub raises many
+        raise DataError(f"{dataset}: cannot be fetched from the hub ({_one_line(error)})") from None
+
+
+def _hub_names(dataset: str) -> list[str]:
+    from huggingface_hub import HfApi, snapshot_download
+    try:
+        return sorted(HfApi().list_repo_files(dataset, repo_type="dataset"))
+    except Exception as error:                          # offline, no such dataset, no permission: many kinds
+        try:
+            folder = Path(snapshot_download(dataset, repo_type="dataset", local_files_only=True))
+            return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        except Exception:
+            raise DataError(f"{dataset}: neither a file here nor a dataset of the hub ({_one_line(error)})"
+                            ) from None
 
 
 def _parse(raw: bytes, where: str) -> object:
-    """One JSON value, or the DataError that says why not."""
+    """One JSON value, or the DataError that says why not. NaN, which pandas writes, is a number here."""
     try:
-        return strict_json(raw)
+        return strict_json(raw, constant=float)
     except UnicodeDecodeError as error:
         found = f"found 0x{raw[error.start]:02x}"
         return DataError(f"{where}: byte {error.start} is not UTF-8 ({found}); save the file as UTF-8")
@@ -1119,21 +1181,21 @@ def _parse(raw: bytes, where: str) -> object:
         return DataError(f"{where}: JSON nested too deeply; a row is a flat object of text fields")
     except ValueError as error:
         begins = _quote(raw[:60].decode("utf-8", "replace"))
-        return DataError(f"{where}: malformed JSON ({_one_line(error)}; begins {begins}); correct or remove it")
+        return DataError(
+            f"{where}: malformed JSON ({_one_line(error)}; begins {begins}); correct or remove it")
 
 
 def text_field(row: dict, name: str, where: str) -> str:
     """row[name], if it is text that a tokenizer and a file can carry; DataError otherwise."""
     value = row.get(name)
-    if name not in row:
-        raise DataError(f"{where}: field {name!r}: not there (found: {', '.join(row) or 'nothing'}); expected text")
     if not isinstance(value, str):
-        raise DataError(f"{where}: field {name!r}: found {_kind(value)} {_shown(value)}; expected text")
-    if "\0" in value:
-        raise DataError(f"{where}: field {name!r}: a NUL character at position {value.index(chr(0))}; remove it")
-    if lone := re.search("[\ud800-\udfff]", value):
-        raise DataError(f"{where}: field {name!r}: half a surrogate pair (\\u{ord(lone[0]):x}) at position "
-                        f"{lone.start()}, which is no character: the text was cut or decoded wrongly; remove the row")
+        found = f"found {_kind(value)} {_shown(value)}"
+        if name not in row:
+            found = f"not there (found: {', '.join(row) or 'nothing'})"
+        raise DataError(f"{where}: field {name!r}: {found}; expected text")
+    if broken := re.search("[\0\ud800-\udfff]", value):            # NUL, or half a surrogate pair
+        raise DataError(f"{where}: field {name!r}: U+{ord(broken[0]):04X} at position {broken.start()} is no "
+                        "character: the text was cut or decoded wrongly; remove it")
     return value
 
 
@@ -1141,7 +1203,8 @@ def text_field(row: dict, name: str, where: str) -> str:
 _STAGES = {"pairs": ({"prompt", "chosen", "rejected"}, "stepdpo.py --data F"),
            "rectified attempts": ({"completion", "full_rejected"}, "data.py pairs F"),
            "valued attempts": ({"completion", "values"}, "data.py localize F --judge values"),
-           "attempts": ({"completion", "correct"}, "eval.py --problems F --rollouts 8, or data.py localize F"),
+           "attempts": ({"completion", "correct"},
+                        "eval.py --problems F --rollouts 8, or data.py localize F"),
            "errors": ({"prefix", "full_rejected"}, "eval.py --problems F --samples 20"),
            "problems": ({"question", "answer"}, "eval.py --problems F")}
 
@@ -1150,20 +1213,20 @@ def expect(row: dict, where: str, *wanted: str) -> None:
     """DataError where a row is known to be of another stage of the pipeline than the `wanted` ones."""
     found = next((name for name, (columns, _) in _STAGES.items() if columns <= row.keys()), None)
     if found and found not in wanted:
-        raise DataError(f"{where}: the file holds {found}, and {wanted[0]} belong here; what goes on with {found} is "
-                        f"{_STAGES[found][1]}")
+        raise DataError(f"{where}: the file holds {found}, and {wanted[0]} belong here; what goes on with "
+                        f"{found} is {_STAGES[found][1]}")
 
 
 def writable(row: dict, where: str) -> dict:
-    """The fields of a row that the next stage's file can hold: not the dates, bytes, decimals and NaNs of parquet files.
-    DataError where text is broken, whatever the field."""
+    """The fields of a row that the next stage's file can hold: not the dates, bytes, decimals and NaNs of
+    parquet files. DataError where text is broken, whatever the field."""
     kept = {}
     for name, value in row.items():
         try:
             json.dumps({name: value}, ensure_ascii=False, allow_nan=False).encode()
         except (UnicodeEncodeError, RecursionError):
-            raise DataError(f"{where}: half a surrogate pair in it, or too deep an object (field {name!r}); make the row "
-                            "again") from None
+            raise DataError(f"{where}: half a surrogate pair in it, or too deep an object (field {name!r}); "
+                            "make the row again") from None
         except (TypeError, ValueError):
             continue
         kept[name] = value
@@ -1171,8 +1234,8 @@ def writable(row: dict, where: str) -> dict:
 
 
 def _kind(value) -> str:
-    kinds = {dict: "an object", list: "a list", str: "text", bool: "true/false", int: "a number", float: "a number",
-             type(None): "null"}
+    kinds = {dict: "an object", list: "a list", str: "text", bool: "true/false", int: "a number",
+             float: "a number", type(None): "null"}
     return kinds.get(type(value), type(value).__name__)
 
 
@@ -1196,39 +1259,46 @@ def _one_line(error) -> str:
 # Steps of a solution
 # ----------------------------------------------------------------------------------------------------------------------
 
-# A label begins a line, and the step's own words follow it. In the order in which "auto" tries them.
-_LABELS = {
-    "step": r"(?:^|\n)Step \d+:",                                                       # the paper's
-    "heading": r"(?:^|\n)[ \t>#*_]*(?:Step|STEP)[ \t]+\d+[ \t]*[:.)\-–]?(?:\*\*|__)?",  # "**Step 1:**", "### Step 1 -"
-    "number": r"(?:^|\n)[ \t>#*_]*(\d+)[.)](?:\*\*|__)?(?=\s)",                         # "1. ...", "2) ..."
-    "paragraph": r"\n[ \t]*\n\s*",                                                      # blank lines
-}
-STEP_STYLES = ("auto", *_LABELS)
+STEP_STYLES = ("auto", "step", "heading", "number", "paragraph", "line")
+
+# A label begins a line: dress, a word, a running number and what closes them, as in "**Step 1:**", "(1)",
+# "\textbf{Step one.}", "Étape 1 :", "第一步：", "1단계:". Any word of any language will do, if it counts 1, 2, ...
+_NUMERALS = ("one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen",
+             "first second third fourth fifth sixth seventh eighth ninth tenth",
+             "i ii iii iv v vi vii viii ix x", "① ② ③ ④ ⑤ ⑥ ⑦ ⑧ ⑨ ⑩",
+             "一 二 三 四 五 六 七 八 九 十 十一 十二 十三 十四 十五")
+_COUNT = {name: number for names in _NUMERALS for number, name in enumerate(names.split(), 1)}
+_NAMES = "|".join(sorted(_COUNT, key=len, reverse=True))
+_ORDINAL = r"(?:st|nd|rd|th|[eè](?:re|me)?|[ºª°]|\ufe0f?\u20e3)"      # the last draws a key around a digit
+_NUMERAL = rf"(?:\d{{1,4}}(?!\d){_ORDINAL}?|(?<![a-z])(?:{_NAMES})(?![a-z]))"
+_EOL = r"(?:\r?\n|\r(?!\n))"
+_DRESS = r"(?:\$?\\(?:text|emph|under|bold|math|sub|sect|para)[a-z]*\*?\{|<[a-z]+>|[^\w\r\n=+|$]|_){0,12}"
+_LETTER = r"[^\r\n\d.,:;!?=+*/()\[\]{}<>|$\\\"'。，：；！？、．（）【】]"         # \w lacks the vowel signs of Hindi
+_CJK = r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"     # kana, Chinese characters, Hangul: they need no space
+_CLOSER = (
+    rf"(?:[ \t]*(?:[:：)）\]】}}、．]|\.(?!\d)|\*\*|__|</[a-z]+>)|(?<=[①-⑩\u20e3])|(?<={_CJK})[,， \t]"
+    r"|[ \t]+[-–—]|[-–—](?=[ \t])|[ \t]*(?=[(（\r\n]|\Z))(?:[:：.)）\]】}*_$]|</[a-z]+>)*")
+_AFTER = rf"(?(before)(?:[ \t](?=步))?{_CJK}{{1,4}}?|(?<![①-⑩\u20e3])[ \t]?[^\W\d_]{{1,12}})(?={_CLOSER})"
+_LABEL = re.compile(
+    rf"(?:^|{_EOL}){_DRESS}(?P<before>{_LETTER}{{1,24}}?(?:n[or]\.[ \t]*|[ \t][(（])?)??(?P<number>{_NUMERAL})"
+    rf"(?(before)(?:[ \t]*(?:/|of)[ \t]*\d{{1,4}})?)(?P<after>{_AFTER})?(?P<closer>{_CLOSER})?",
+    re.IGNORECASE)
+# "Step" in the languages that people train in, and "1." or "2)". Other labels, as "Case 1:" or "(1)", often
+# number a part of a solution only.
+_SURE = re.compile(
+    r"(?<![^\W\d_])(?:step|[ée]tape|schritt|paso|passo|pas|stap|steg|trin|vaihe|krok|korak|lépés|adım|bước"
+    r"|langkah|hakbang|hatua|шаг|крок|βήμα|चरण|ধাপ|(?:ال)?خطوة|مرحله|گام|שלב|ขั้นตอนที่)(?![^\W\d_])"
+    r"|步|ステップ|手順|단계|^[^\w([（]*\d+[.)]", re.IGNORECASE)
+_THOUGHT = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]|<\|end_of_thought\|>|◁/think▷")
 
 
 def step_starts(text: str, style: str = "auto") -> list[tuple[int, int]]:
     """(begin, begin of its own words) of each step of a solution; between the two stands its label.
 
-    What comes before the first label belongs to the first step. Numbers without the word "Step" are labels only in the
-    sequence 1, 2, 3: a line of working may begin with "12. " as well. `auto` takes the first style that finds a label
-    (of numbers and paragraphs: two).
+    What comes before the first label belongs to the first step; so does a thought that ends in </think>.
+    `auto` is the first style that finds two steps, or one behind the word "Step"; lines are its last resort.
     """
-    if style == "auto":
-        for style, least in (("step", 1), ("heading", 1), ("number", 2), ("paragraph", 2)):
-            starts = step_starts(text, style)
-            if len(starts) >= 2 or least == 1 and starts[0][1] > 0:
-                return starts
-        return [(0, 0)]
-    starts = []
-    for label in re.finditer(_LABELS[style], text):
-        if style == "number" and int(label[1][:9]) != len(starts) + 1:
-            continue
-        if style == "paragraph" and (not text[:label.start()].strip() or label.end() == len(text)):
-            continue                                    # blank lines at the ends separate nothing
-        starts.append((label.start(), label.end()))
-    if style == "paragraph":
-        return [(0, len(text) - len(text.lstrip()) if text.strip() else 0)] + starts
-    return [(0, starts[0][1])] + starts[1:] if starts else [(0, 0)]
+    return _find_steps(text, style)[1]
 
 
 def split_steps(text: str, style: str = "auto") -> list[str]:
@@ -1237,15 +1307,157 @@ def split_steps(text: str, style: str = "auto") -> list[str]:
     return [text[a:b] for a, b in zip(begins, begins[1:])]
 
 
+def step_style(text: str, style: str = "auto") -> str:
+    """What tells the steps of a solution apart: "'Step 1:' labels", "paragraphs", "lines" or "one step"."""
+    return _find_steps(text, style)[0]
+
+
+def tell_styles(styles: Counter) -> None:
+    """Say how many solutions are of which style; and, loudly, where most of them are one step."""
+    if styles:
+        most = styles.most_common(5)
+        more = f", {len(styles) - 5} more styles" if len(styles) > 5 else ""
+        print("steps: " + ", ".join(f"{count:,} {style}" for style, count in most) + more)
+    if 2 * styles["one step"] > styles.total():
+        print(f"WARNING: {styles['one step']:,} of {styles.total():,} solutions are ONE step each: the first "
+              "wrong step is then always the first, and a pair two whole answers without an end. Look at "
+              "some (data.py show), and say with --steps how steps are told apart: "
+              f"{', '.join(STEP_STYLES[1:])}", file=sys.stderr)
+
+
+def _find_steps(text: str, style: str) -> tuple[str, list[tuple[int, int]]]:
+    """How the steps are told apart, in words ("'Step 1:' labels", "paragraphs"), and their `step_starts`."""
+    thought = max((end.end() for end in _THOUGHT.finditer(text)), default=0)
+    if not thought and re.match(r"\s*<think(?:ing)?>", text):
+        return "one step", [(0, 0)]                     # it never came to an end
+    own = text[thought:]
+    tries = [("step", 2), ("heading", 2), ("inline", 2), ("heading", 1), ("number", 2), ("word", 2),
+             ("paragraph", 2), ("line", 2)]
+    if style != "auto":
+        tries = [(style, 1)]
+    for tried, least in tries:
+        places = _places(own, tried)
+        if len(places) < least:
+            continue
+        (begin, end), *others = places
+        label = own[begin:end].strip(" *_#>\r\n")
+        if style == "auto" and tried not in ("paragraph", "line") and not _SURE.search(label):
+            paragraphs = len(_places(own, "paragraph"))
+            lines = len(_places(own, "line")) if paragraphs == 1 else 0
+            # more is without a label than an end, or, among lines, than a beginning and an end
+            if tried == "heading" or paragraphs > len(places) + 1 or lines > len(places) + 2:
+                continue
+        name = f"{tried}s" if tried in ("paragraph", "line") else f"{label!r} labels"
+        starts = [(0, thought + end), *((thought + begin, thought + end) for begin, end in others)]
+        return name if others else "one step", starts
+    return "one step", [(0, 0)]
+
+
+def _places(text: str, style: str) -> list[tuple[int, int]]:
+    """Begin and end of the label, or of the gap, in front of each step."""
+    if style == "line":
+        return _lines(text)
+    if style == "paragraph":
+        first = len(text) - len(text.lstrip())
+        gaps = [gap.span() for gap in re.finditer(rf"{_EOL}[ \t]*{_EOL}\s*", text)]
+        inner = [(begin, end) for begin, end in gaps if begin > first and end < len(text)]
+        return [(0, first if text.strip() else 0), *inner]
+    if style == "step":
+        labels = re.finditer(rf"(?:^|{_EOL})Step \d+:", text)
+    elif style == "inline":
+        labels = _inline(text)
+    else:
+        counted = _counted(text)
+        words = [word for word in counted if word and len(counted[word]) > 1]
+        words.sort(key=lambda word: not _SURE.search(word))
+        labels = counted.get("" if style == "number" else words[0] if words else "step", [])
+    return [label.span() for label in labels]
+
+
+def _number(name: str) -> int:
+    return _COUNT.get(name.casefold()) or int(re.match(r"\d+", name)[0])
+
+
+@functools.lru_cache(maxsize=1)                         # `auto` asks more than once
+def _counted(text: str) -> dict[str, list[re.Match]]:
+    """The labels of each word, those that count 1, 2, 3, ...; "" are numbers without a word."""
+    counted = {}
+    for label in _LABEL.finditer(text):
+        word = re.sub(r"[\s#№_-]", "", (label["before"] or "") + (label["after"] or "")).casefold()
+        labels, closer = counted.setdefault(word, []), label["closer"]
+        follows = _number(label["number"]) == len(labels) + 1
+        if word == "step":                              # in any order; the next one without a colon, too
+            follows = follows or closer is not None
+        elif word:                                      # a count that begins anew goes on
+            follows = closer is not None and (follows or bool(labels))
+        elif label["number"][-1] not in "①②③④⑤⑥⑦⑧⑨⑩\u20e3":
+            sign = (closer or "").strip()[:1]           # "12 eggs" and "3 - x" are none, but "3 - Ann has"
+            words = re.match(r"\s*[^\W\d_]{2}", text[label.end():label.end() + 9])
+            follows = follows and sign != "" and (sign not in "-–—" or words is not None)
+        if follows:
+            labels.append(label)
+    return counted
+
+
+def _inline(text: str) -> list[re.Match]:
+    """Labels on one line, "Step 1: ... Step 2: ..." or "1) ... 2) ...", in the dress of the first."""
+    one_line = len(text.strip().splitlines()) == 1      # amid text, a number without a word says nothing
+    firsts = (label for label in _LABEL.finditer(text)
+              if _number(label["number"]) == 1 and label["closer"] and (one_line or label["before"]))
+    first = next(firsts, None)
+    if first is None:
+        return []
+    before = re.escape(text[first.start():first.start("number")].lstrip())
+    after = re.escape(text[first.end("number"):first.end()].rstrip())
+    pattern = rf"(?<=[\s.!?;,)。！？；，）]){before}({_NUMERAL}){after}(?!(?<=\.)\d)"
+    labels = [first]
+    for label in re.compile(pattern, re.IGNORECASE).finditer(text, first.end()):
+        if _number(label[1]) == len(labels) + 1:
+            labels.append(label)
+    return labels if len(labels) > 1 else []
+
+
+# What lines lie inside of: formulas on display, environments, code, drawings.
+_CLOSES = {"\\[": "\\]", "$$": "$$", "\\begin": "\\end", "```": "```", "[asy]": "[/asy]"}
+_MARKS = re.compile("|".join(map(re.escape, {*_CLOSES, *_CLOSES.values()})))
+_GOES_ON = re.compile(r"[=<>≤≥≈≠+×÷/|&)}]|\\\[|\$\$|\\begin|```|\[asy\]")
+
+
+def _lines(text: str) -> list[tuple[int, int]]:
+    """A step a line, but for lines that go on with the one above: in or at the head of a formula on display,
+    of code or a table; behind a colon or comma; set in; in lower case behind an unfinished sentence."""
+    places, inside, above, end, margin = [], [], "", 0, 0
+    for line in re.finditer(r"[^\r\n]+", text):
+        words, indent = line[0].strip(), len(line[0].expandtabs(4)) - len(line[0].expandtabs(4).lstrip())
+        if not words:
+            continue
+        if not places:
+            margin = indent
+        lead_in = above.endswith((":", "：", ",", "，", "、", "=", "+", "\\\\")) or \
+            len(places) == 1 and re.fullmatch(r".{,60}step by step[.!]?", above, re.IGNORECASE)
+        wrapped = words[0].islower() and words[1:2].isalpha() and above[-1:] not in ".!?;。！？；"
+        if not places or not (inside or lead_in or wrapped or _GOES_ON.match(words) or indent > margin + 1):
+            bullet = re.match(r"\s*(?:[-*•‣◦·–—]\s+)?", line[0])
+            places.append((end, line.start() + bullet.end()))
+        for mark in _MARKS.findall(words):
+            if inside[-1:] == [mark]:
+                inside.pop()
+            elif mark in _CLOSES:
+                inside.append(_CLOSES[mark])
+        above, end = words, line.end()
+    return places or [(0, 0)]
+
+
 # A value: a number, fraction, root or power, or several of them without a gap, as "1:2", "2\sqrt{3}", "3x^2".
 _NUMBER, _BRACES = r"\d+(?:[.,]\d+)*", r"\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}"
-_ATOM = rf"(?:{_NUMBER}|\\[dt]?frac\s*{_BRACES}\s*{_BRACES}|\\sqrt\s*{_BRACES}|[A-Za-z]?\^(?:{_BRACES}|{_NUMBER}))"
+_ATOM = (rf"(?:{_NUMBER}|\\[dt]?frac\s*{_BRACES}\s*{_BRACES}|\\sqrt\s*{_BRACES}"
+         rf"|[A-Za-z]?\^(?:{_BRACES}|{_NUMBER}))")
 _VALUE = re.compile(rf"([-−–](\s*)\\?\$?)?({_ATOM}(?:(?:\s*/\s*|:)?{_ATOM})*)")
 
 
 def last_value(text: str) -> Fraction | str | None:
-    """The last value in a text with its sign: "so x = -\\frac{1}{2}." -> Fraction(-1, 2). Text where it is no plain
-    number; None where there is none."""
+    """The last value in a text with its sign: "so x = -\\frac{1}{2}." -> Fraction(-1, 2). Text where it is no
+    plain number; None where there is none."""
     text = re.sub(r"\{,\}|,?\\[!,]", ",", text)        # LaTeX's ways to write 10,000
     found = [match for match in _VALUE.finditer(text) if re.search(r"\d", match[3])]
     if not found:
@@ -1253,7 +1465,7 @@ def last_value(text: str) -> Fraction | str | None:
     minus, gap, value = found[-1].groups()
     value = re.sub(r"\s|,(?=\d{3}(?!\d))", "", value)
     value = re.sub(r"^\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}$", r"\1/\2", value)
-    if minus:                                           # "= - 5" and "is -5" have a sign, "10 - 5" and "x-5" have none
+    if minus:            # "= - 5" and "is -5" have a sign, not "10 - 5" and "x-5"
         before = text[:found[-1].start()]
         if before.rstrip()[-1:] in tuple("=<>≤≥≈([{:") or not gap and not re.match(r"[\w)\]}%]", before[-1:]):
             value = "-" + value
@@ -1264,12 +1476,14 @@ def last_value(text: str) -> Fraction | str | None:
 
 
 def same_step(a: str, b: str, style: str = "auto") -> bool:
-    """Whether two steps, labels aside, come to the same: to the same last value, or, without values, in the same words."""
+    """Whether two steps, labels aside, come to the same: to the same last value, or, without values, in the
+    same words."""
     def result(step):
+        # one step alone is no sequence: its label may have any number
+        label = None if style in ("paragraph", "line") else _LABEL.search(step)
         begin = step_starts(step, style)[0][1]
-        if style in ("auto", "number") and not begin:   # one numbered step alone is no sequence, and may begin at 2
-            label = re.match(_LABELS["number"], step)
-            begin = label.end() if label else step_starts(step, "number")[0][1]
+        closed = label and (label["closer"] is not None or str(label["before"]).strip().lower() == "step")
+        begin = begin or (label.end() if closed else 0)
         own = step[begin:]
         value = last_value(own)
         return " ".join(own.lower().split()) if value is None else value
@@ -1815,7 +2029,7 @@ OF_AN_ATTEMPT = ("id", "sample", "prefix", "completion", "extracted", "correct",
 
 def localize(args: argparse.Namespace) -> int:
     """attempts -> errors: of a wrong attempt the prefix up to its first wrong step, that step, the rest."""
-    bad, wrong, stages, problems = [], {}, Counter(), set()
+    bad, wrong, stages, styles, problems = [], {}, Counter(), Counter(), set()
     valued = () if args.judge == "values" else ("attempts",)
     for key, row in read_attempts(args.file, bad, *valued, "valued attempts", "rectified attempts"):
         stages["attempts"] += 1
@@ -1827,11 +2041,13 @@ def localize(args: argparse.Namespace) -> int:
             stages["cut off"] += 1
             continue
         steps = split_steps(row["text"], args.steps)
+        styles[step_style(row["text"], args.steps)] += 1
         if row.get("steps", steps) != steps:
             bad.append(DataError(f"{row['where']}: field 'steps': not the text cut by --steps {args.steps}; "
                                  "give the style that eval.py --rollouts was given"))
             continue
         wrong[key] = row | {"steps": steps}
+    tell_styles(styles)
     try:
         verdicts, continued = judge_all(wrong, args.judge, args, bad)
     except Stop:
@@ -2315,7 +2531,8 @@ def show_solution(where: str, row: dict, style: str) -> str:
             except DataError as error:
                 raise DataError(f"{where}: {error}") from None
     verdict = {True: "right", False: "wrong"}.get(row.get("correct"), "not graded")
-    parts = [_paint(f"{where}   {len(steps)} steps (--steps {style}), {verdict}", "title"), "",
+    found = step_style("".join(steps), style)
+    parts = [_paint(f"{where}   {len(steps)} steps (--steps {style}: {found}), {verdict}", "title"), "",
              _block("question", text_field(row, "question", where), "context")]
     for i, (step, after, before) in enumerate(zip(steps, *counts.values()), 1):
         title = f"step {i}" + (f"; from its end {after[0]} of {after[1]} rollouts succeed" if after else "")
@@ -2359,7 +2576,9 @@ def show(args: argparse.Namespace) -> int:
     if args.row is not None and args.row > len(rows):
         raise DataError(f"{args.data}: --row {args.row}: the file has rows 1 to {len(rows)}")
     if {"question", "completion"} <= columns.keys():   # an attempt; with `prompt`, a completion is trained on
-        print(show_solution(*rows[(args.row or 1) - 1], args.steps))
+        print(show_solution(*rows[(args.row or 1) - 1], args.steps) + "\n")
+        whole = (str(row.get("prefix") or "") + str(row.get("completion")) for _, row in rows)
+        tell_styles(Counter(step_style(text, args.steps) for text in whole))
         return 0
     if not args.model:
         raise DataError("--model is needed to show the tokens of training rows: a checkpoint, whose tokenizer is read")
@@ -2378,6 +2597,11 @@ def show(args: argparse.Namespace) -> int:
     if where not in kept:
         print(_paint("dropped: " + next(reason for reason, rows in report.dropped.items() if where in rows), "title"))
     print("\n" + statistics(examples, report))
+    if "initial_reason_steps" in columns:
+        print()
+        whole = (str(row["initial_reason_steps"]) + str(row.get("full_chosen") or row.get("chosen"))
+                 for _, row in rows)
+        tell_styles(Counter(step_style(text, args.steps) for text in whole))
     return 0
 
 
@@ -2432,7 +2656,8 @@ def arguments() -> argparse.ArgumentParser:
                     "loss mask, and statistics of the file. Of a file of attempts: a solution cut into its "
                     "steps.")
     command.add_argument("--data", required=True, metavar="F",
-                         help=".jsonl, .json or .parquet file, or a hub dataset")
+                         help=".jsonl, .json or .parquet file, or a hub dataset: owner/name, or, with the "
+                              "beginning of a path in it, owner/name:config/split")
     command.add_argument("--model", metavar="M", help="checkpoint folder (or hub id) whose tokenizer is used")
     command.add_argument("--prompt", choices=PROMPT_STYLES, default="chat",
                          help="prompt style; chat is the checkpoint's own template (default: %(default)s)")
@@ -2491,8 +2716,8 @@ def arguments() -> argparse.ArgumentParser:
     for command in commands.choices.values():
         command.add_argument("--steps", choices=STEP_STYLES, default="auto",
                              help='how steps are told apart: step ("Step 1:", the paper), heading ("**Step 1:**", '
-                                  '"Step 1."), number ("1."), paragraph (blank lines); auto, the default: the first of '
-                                  'these that is found')
+                                  '"Schritt 1.", "第一步："), number ("1.", "(1)"), paragraph (blank lines), '
+                                  'line; auto, the default: the first of these that finds two')
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 

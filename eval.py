@@ -15,6 +15,7 @@ from __future__ import annotations      # the method stands first, what it is ma
 
 import argparse
 import itertools
+import json
 import math
 import os
 import random
@@ -48,8 +49,19 @@ from model import (CheckpointError, Llama, choose_device, fingerprint, join_proc
 # READERS: problems, in the layouts that the public sets have
 # ---------------------------------------------------------------------------------------------------------------------
 
-CARRIED = ("level", "subject", "dataset", "step", "rejected", "full_rejected", "solution")  # from problem to samples
+# what goes along from a problem to its samples
+CARRIED = ("level", "subject", "dataset", "step", "rejected", "full_rejected", "solution")
 LATEX_ENDS = re.compile(r"(?:\\end\{problem\}|\\noindent|\\\\|\s)+$")        # what Odyssey's texts end in
+# What the public sets call their fields, in order of preference; case, "_", "-" and spaces do not matter.
+QUESTIONS = "question problem prompt messages conversations instruction query squestion problemtext ctx input"
+CONTEXTS = "context passage body story article paragraph background"        # what a question is about
+ANSWERS = ("finalanswer expectedanswer groundtruth groundtruthanswer goldanswer referenceanswer "
+           "correctanswer answer gold gt target answers lsolutions")
+INDICES = "label answerindex answeridx cop"                                 # of a choice, from 0
+CHOSEN = f"correct answerkey answer correctanswer correctoption gold target groundtruth {INDICES}"
+OPTIONS = "options choices endings answerchoices"
+WORKINGS = "solution rationale reasoning output"
+IDS = "id idx uniqueid problemid questionid"
 
 
 @dataclass
@@ -62,55 +74,191 @@ class Problem:
     carried: dict                                # what goes along into the rows that come of it
 
 
+class Fields:
+    """The fields of a row by what the public sets call them. Empty ones (null, "", []) are as if absent."""
+
+    def __init__(self, row: dict, where: str):
+        self.row, self.where = row, where
+        present = [name for name, value in row.items() if value is not None and value != [] and value != ""]
+        self.names = {re.sub(r"[\W_]", "", name).lower(): name for name in reversed(present)}
+
+    def first(self, names: str) -> str | None:
+        """The row's own name for the first of these that it has."""
+        return next((self.names[name] for name in names.split() if name in self.names), None)
+
+    def text(self, name: str) -> str:
+        """A field's text; of a conversation, what the user asks."""
+        value = self.row[name]
+        if isinstance(value, list) and all(isinstance(part, str) for part in value):
+            value = "\n".join(value)
+        if not isinstance(value, list):
+            return text_field({name: value}, name, self.where)
+        roles = [turn.get("role", turn.get("from")) if isinstance(turn, dict) else None for turn in value]
+        asked = [turn for turn, role in zip(value, roles) if role in ("user", "human")]
+        if len(asked) != 1 or not {"user", "human", "assistant", "gpt"}.issuperset(roles):
+            raise DataError(f"{self.where}: field {name!r}: found turns of {roles!r:.80}; expected text, or "
+                            "one turn of the user and no system prompt (--system gives one to all rows)")
+        content = asked[0].get("content", asked[0].get("value"))
+        if isinstance(content, list) and len(content) == 1 and isinstance(content[0], dict):
+            content = content[0].get("text")     # [{"type": "text", "text": ...}]
+        return text_field({name: content}, name, self.where)
+
+
 def read_problem(where: str, row: dict) -> Problem:
-    """One row of any of these layouts; DataError where it has no question, no answer, or a prefix that is not text.
+    """One row of any of these layouts; DataError where question or answer is missing or not clear.
 
         the pipeline's own     {id, question, answer, prefix, ...}
-        anyone's               {question | problem | prompt | instruction, answer}; answer: text, number, list of one
+        anyone's               {question | problem | prompt | ..., answer | final_answer | ground_truth | ...}
         GSM8K                  {question, answer: "working #### 18"}
         MATH                   {problem, solution: "... \\boxed{18} ...", level, type}
-        AQuA                   {question, options: ["A)18", ...], correct: "A"}
+        SVAMP, Alpaca          {Body, Question, Answer}, {instruction, input, answer}
+        verl                   {prompt: [{role: "user", content}], reward_model: {ground_truth}}
+        multiple choice        {question, options: ["A)18", ...], correct: "A"}, and others: see `choices_of`
         Odyssey                {"Problem_7": {question, answer, label, level}}
     """
     if len(row) == 1 and isinstance(inner := next(iter(row.values())), dict):
         clean = {k: LATEX_ENDS.sub("", v) if isinstance(v, str) else v for k, v in inner.items()}
         row = {"id": next(iter(row))} | clean
-    name = next((name for name in ("question", "problem", "prompt", "instruction") if name in row), "question")
-    question = text_field(row, name, where)
-    if not question.strip():
-        raise DataError(f"{where}: field {name!r} is empty; expected the text of a problem")
+    fields = Fields(row, where)
+    question, choices = question_of(fields), choices_of(fields)
     kept = writable(row, where)
     carried = {key: kept[key] for key in CARRIED if kept.get(key) is not None}
-    for own, public in (("subject", ("type", "label")), ("solution", ("rationale", "reasoning", "output"))):
-        found = next((row[key] for key in public if isinstance(row.get(key), str)), None)
-        if own not in carried and found is not None:
-            carried[own] = found
+    for own, public in (("subject", "type" if choices else "type label"), ("solution", WORKINGS)):
+        name = fields.first(public)
+        if own not in carried and name and isinstance(row[name], str):
+            carried[own] = row[name]
 
-    answer, solution = row.get("answer"), carried.get("solution")
-    if isinstance(row.get("options"), list):
-        options = [re.sub(r"^\s*\(?[A-Z]\s*\)\s*", "", str(option)) for option in row["options"]]
-        question += "\nAnswer Choices: " + " ".join(f"({letter}) {o}" for letter, o in zip(ascii_uppercase, options))
-        answer = row.get("correct", answer)
-    if isinstance(answer, list) and len(answer) == 1:
-        answer = answer[0]
-    if type(answer) in (int, float) and abs(answer) < math.inf:
-        answer = str(int(answer) if answer == int(answer) else answer)
-    if isinstance(answer, str) and "####" in answer:
-        working, _, answer = answer.rpartition("####")
-        carried.setdefault("solution", working.strip())
-    elif isinstance(answer, str):
-        answer = boxed_answer(answer) or answer
-    elif answer is None and isinstance(solution, str):
-        answer = boxed_answer(solution)
+    if choices:
+        answer = right_choice(fields, choices, carried.get("solution"))
+        if not all(text in question for _, text in choices):        # some sets write them into the question
+            letters = zip(ascii_uppercase, choices)
+            question += "\nAnswer Choices: " + " ".join(f"({letter}) {text}" for letter, (_, text) in letters)
+    else:
+        answer, working = gold_of(fields, question, carried.get("solution"))
+        if working:
+            carried.setdefault("solution", working)
+    ids = (row[fields.names[name]] for name in IDS.split() if name in fields.names)
+    id = next((id for id in ids if type(id) in (str, int)), int(re.search(r"\d+$", where)[0]))
+    prefix = text_field(row, "prefix", where) if row.get("prefix") is not None else ""
+    return Problem(where, id, question, answer, prefix, carried)
+
+
+def question_of(fields: Fields) -> str:
+    """The text of a problem: what it is about, the instruction and the question, each once."""
+    if name := fields.first("system systemprompt history"):
+        raise DataError(f"{fields.where}: field {name!r} is not used here: write it into the question, or "
+                        "remove it (--system gives all rows a system prompt)")
+    name = fields.first(QUESTIONS)
+    if name is None:
+        raise DataError(f"{fields.where}: no question (found: {', '.join(fields.row) or 'nothing'}); "
+                        "expected a field 'question', 'problem', 'prompt' or 'instruction'")
+    names = [fields.first(CONTEXTS), fields.first("instruction"), name]
+    if name == fields.names.get("instruction"):
+        names = [*names, fields.first("input")]
+    parts = [fields.text(part) for part in dict.fromkeys(names) if part]
+    if not fields.text(name).strip():
+        raise DataError(f"{fields.where}: field {name!r} is empty; expected the text of a problem")
+    repeated = [any(part.strip() in after for after in parts[i + 1:]) for i, part in enumerate(parts)]
+    return "\n".join(part for part, again in zip(parts, repeated) if not again)
+
+
+def gold_of(fields: Fields, question: str, solution: str | None = None) -> tuple[str, str | None]:
+    """The right answer as text (of a list, the set of its answers), and the working that came with it."""
+    row, where, name = fields.row, fields.where, fields.first(ANSWERS)
+    answer, working = row[name] if name else None, None
+    if name is None and isinstance(row.get("reward_model"), dict):
+        name, answer = "reward_model", row["reward_model"].get("ground_truth")
+    if answer is None and solution:
+        name, answer = "solution", solution if "####" in solution else boxed_answer(solution)
     if answer is None:
         raise DataError(f"{where}: no answer (found: {', '.join(row)}); expected a field 'answer', "
-                        "or a 'solution' with \\boxed{...}")
-    answer = text_field({"answer": answer}, "answer", where).strip()
-    if not answer:
-        raise DataError(f"{where}: field 'answer' is empty; a problem without an answer cannot be graded")
-    id = next((row[key] for key in ("id", "idx", "unique_id") if type(row.get(key)) in (str, int)), None)
-    prefix = text_field(row, "prefix", where) if row.get("prefix") is not None else ""
-    return Problem(where, int(re.search(r"\d+$", where)[0]) if id is None else id, question, answer, prefix, carried)
+                        "'final_answer' or 'ground_truth', or a 'solution' with \\boxed{...} or ####")
+    if isinstance(answer, str) and "####" in answer:
+        working, _, answer = answer.rpartition("####")
+    elif isinstance(answer, str) and answer.startswith('["'):       # Skywork: a list, written as text
+        try:
+            answer = json.loads(answer)
+        except ValueError:
+            pass                                 # it only looks like one
+
+    def plain(value) -> str:
+        if isinstance(value, bool):              # in the words that the question asks for
+            return str(value) if "true" in question.lower() else "Yes" if value else "No"
+        if type(value) in (int, float) and abs(value) < math.inf:
+            return str(int(value) if value == int(value) else value)
+        value = text_field({name: value}, name, where).strip()
+        return boxed_answer(value) or value
+
+    answers = [plain(value) for value in (answer if isinstance(answer, list) else [answer])]
+    if not all(answers):
+        raise DataError(f"{where}: field {name!r} is empty; a problem without an answer cannot be graded")
+    return ", ".join(answers), working and working.strip()
+
+
+def choices_of(fields: Fields) -> list[tuple[str, str]]:
+    """(label, text) of each choice; [] where the row has none. They stand
+
+        in a list              options | choices | endings: ["4", "6", ...] or ["A) 4", "B) 6", ...]
+        under their labels     {"A": "4", "B": "6", ...};  {text: [...], label: [...]};  [{label, text}, ...]
+        in columns             A, B, C, ...;  option_a, option_b, ...;  ending0, ending1, ...
+    """
+    name = fields.first(OPTIONS)
+    found = fields.row[name] if name else None
+    if isinstance(found, dict) and isinstance(found.get("text"), list):
+        found = dict(zip(found.get("label") or ascii_uppercase, found["text"]))
+    elif isinstance(found, list) and all(isinstance(option, dict) for option in found):
+        found = {option.get("label", option.get("key")): option.get("text", option.get("value"))
+                 for option in found}
+    elif isinstance(found, list):
+        found = dict(zip(ascii_uppercase, found)) if len(found) <= 26 else None
+    elif found is None:
+        given = str(fields.row.get(fields.first(CHOSEN)))
+        found = {}
+        for key, column in sorted(fields.names.items()):
+            match = re.fullmatch(r"(option|choice|op|ending|sol|)([a-j]|\d)", key)
+            # columns a and b alone may also be the numbers of a sum
+            if match and (match[1] or re.fullmatch(r"\s*[A-Ja-j]\s*", given)):
+                found[match[2].upper()] = fields.row[column]
+        if len(found) < 2 or "".join(found) not in "ABCDEFGHIJ0123456789":
+            return []
+    if not isinstance(found, dict) or not all(type(text) in (str, int, float) for text in found.values()):
+        raise DataError(f"{fields.where}: field {name!r}: expected a list of up to 26 choices, or an object "
+                        "of them with their labels")
+    texts = [str(text).strip() for text in found.values()]
+    letters = [re.match(rf"[\[(]?{letter}\s*[\]).:]\s*", text, re.IGNORECASE)
+               for letter, text in zip(ascii_uppercase, texts)]
+    if all(letters):                             # "A) 4", "B) 6", ...
+        texts = [text[letter.end():] for text, letter in zip(texts, letters)]
+    return list(zip(map(str, found), texts))
+
+
+def right_choice(fields: Fields, choices: list[tuple[str, str]], solution: str | None = None) -> str:
+    """The letter of the right choice, which a row gives by its label, its text or its index from 0."""
+    labels, texts = [label.upper() for label, _ in choices], [text for _, text in choices]
+    name = next((name for name in CHOSEN.split() if name in fields.names), None)
+    if name == "correct" and isinstance(fields.row[fields.names[name]], bool):          # a grade
+        name = "answer"
+    given = fields.row[fields.names[name]] if name in fields.names else gold_of(fields, "", solution)[0]
+    if isinstance(given, list) and len(given) == 1:
+        given = given[0]
+    said = str(given).strip()
+    label = re.match(r"[\[(]?(\w+)\s*(?:[\]).:]|$)", said)
+    same_text = {i for i, text in enumerate(texts) if text.lower() == said.lower()}
+    if isinstance(given, str) and label and label[1].upper() in labels and (len(said) < 4 or not same_text):
+        found = {labels.index(label[1].upper())}                    # "C", "(C)", "C. 7"
+    elif said.isdecimal() and name in INDICES.split():
+        found = {int(said)}
+    elif type(given) is int and 0 <= given <= len(texts):
+        numbers = fields.row.get(fields.first(OPTIONS))             # 2 of 1, 2, 3: which one?
+        are_numbers = isinstance(numbers, list) and all(type(number) is int for number in numbers)
+        found = {given} | (same_text if are_numbers else set())
+    else:
+        found = same_text or {i for i, text in enumerate(texts) if is_equivalent(said, text)}
+    if len(found) != 1 or max(found) >= len(texts):
+        raise DataError(f"{fields.where}: field {fields.names.get(name, 'solution')!r}: found {said!r:.60}; "
+                        "expected the letter, the text or the index (from 0) of one choice of "
+                        f"{texts!r:.200}")
+    return ascii_uppercase[found.pop()]
 
 
 def boxed_answer(solution: str) -> str | None:
@@ -119,11 +267,12 @@ def boxed_answer(solution: str) -> str | None:
 
 
 def read_attempt(where: str, row: dict) -> tuple[Problem, str]:
-    """A graded sample: its problem, with all of the row carried along, and its whole reasoning, prefix included."""
+    """A graded sample: its problem, with all of the row carried along, and its reasoning, prefix included."""
     problem = read_problem(where, row)
     text = problem.prefix + text_field(row, "completion", where)
     if type(row.get("sample", 0)) is not int:
-        raise DataError(f"{where}: field 'sample': found {row['sample']!r:.60}; expected a number, as eval.py writes it")
+        raise DataError(f"{where}: field 'sample': found {row['sample']!r:.60}; expected a number, as "
+                        "eval.py writes it")
     correct = row["correct"] if type(row.get("correct")) is bool else grade(text, problem.answer)[1]
     return replace(problem, carried=writable(row, where) | {"id": problem.id, "correct": correct}), text
 
@@ -131,8 +280,8 @@ def read_attempt(where: str, row: dict) -> tuple[Problem, str]:
 def make_distinct(problems: list[Problem]) -> list[str]:
     """Rename ids that stand in an earlier row: 0, 0 -> 0, "0~2". Returns a line on each.
 
-    The next stages know a sample by (id, sample) and would throw the second problem's away, after they were paid for.
-    It happens where sets are merged, and in the shards of a hub set. (Attempts at one problem share an id, not a sample.)"""
+    The next stages know a sample by (id, sample) and would throw the second problem's away, after it was
+    paid for. It happens where sets are merged. (Attempts at one problem share an id, not a sample.)"""
     place, times, lines = {}, Counter(), []
     for problem in problems:
         old, sample = problem.id, problem.carried.get("sample", 0)
@@ -141,7 +290,8 @@ def make_distinct(problems: list[Problem]) -> list[str]:
             problem.id = f"{old}~{times[str(old), sample] + 1}"
         place[str(problem.id), sample] = problem.where
         if problem.id != old:
-            lines.append(f"{problem.where}: id {old!r} stands in {place[str(old), sample]} already; here it becomes {problem.id!r}")
+            lines.append(f"{problem.where}: id {old!r} stands in {place[str(old), sample]} already; here it "
+                         f"becomes {problem.id!r}")
         if "id" in problem.carried:
             problem.carried["id"] = problem.id
     return lines
@@ -150,26 +300,36 @@ def make_distinct(problems: list[Problem]) -> list[str]:
 def read_file(args: argparse.Namespace, bad: list[DataError]) -> list:
     """The problems of F, or with --rollouts its wrong attempts. Rows that cannot be used go to `bad`."""
     items, read = [], read_attempt if args.rollouts else read_problem
-    stages = ("attempts", "valued attempts", "rectified attempts") if args.rollouts else ("problems", "errors", "pairs")
-    for where, row in itertools.islice(read_rows(args.problems, bad), args.limit):
+    stages = ("problems", "errors", "pairs")
+    if args.rollouts:
+        stages = ("attempts", "valued attempts", "rectified attempts")
+    notes = []
+    for where, row in itertools.islice(read_rows(args.problems, bad, split="test"), args.limit):
         if not items and not bad:
             expect(row, where, *stages)
+            if {"chosen", "rejected"} <= row.keys():
+                notes.append(f"{args.problems}: holds pairs; their prompts and answers are taken as problems")
         try:
             items.append(read(where, row))
         except DataError as error:
             bad.append(error)
-    notes = []
     if args.rollouts:
-        wrong = [item for item in items if args.all or not item[0].carried["correct"]]
-        items = [item for item in wrong if item[0].carried.get("stop_reason") != "length"]     # localize judges no others
-        if cut := len(wrong) - len(items):
-            notes.append(f"{args.problems}: {cut} of {len(wrong)} {'' if args.all else 'wrong '}attempts were cut off by the length limit and are left out")
+        valued = [item for item in items if args.all or not item[0].carried["correct"]]
+        # localize judges no others
+        items = [item for item in valued if item[0].carried.get("stop_reason") != "length"]
+        if cut := len(valued) - len(items):
+            which = "attempts" if args.all else "wrong attempts"
+            notes.append(f"{args.problems}: {cut} of {len(valued)} {which} were cut off by the length limit and "
+                         "are left out")
     renamed = make_distinct([item[0] for item in items] if args.rollouts else items)
-    notes += renamed[:1] + ([f"{args.problems}: {len(renamed) - 1} more rows likewise"] if renamed[1:] else [])
+    notes += renamed[:1]
+    if renamed[1:]:
+        notes.append(f"{args.problems}: {len(renamed) - 1} more rows likewise")
     if notes and os.environ.get("RANK", "0") == "0":
         print(*notes, sep="\n", file=sys.stderr)
     if not items:
-        raise DataError(f"{args.problems}: holds no {'attempt' if args.rollouts and args.all else 'wrong attempt' if args.rollouts else 'problem'} that can be used"
+        wanted = "problem" if not args.rollouts else "attempt" if args.all else "wrong attempt"
+        raise DataError(f"{args.problems}: holds no {wanted} that can be used"
                         + (f" ({len(bad)} bad rows; the first: {bad[0]})" if bad else ""))
     return items
 
@@ -771,7 +931,8 @@ def arguments() -> argparse.ArgumentParser:
     add = parser.add_argument_group("what").add_argument
     add("--model", metavar="M", help="checkpoint folder or hub id")
     add("--problems", metavar="F", required=True,
-        help="problems, or graded attempts for --rollouts (.jsonl, .json, .parquet, hub id)")
+        help="problems, or graded attempts for --rollouts: .jsonl, .json, .parquet, or a hub dataset "
+             "(owner/name, whose test split is read, or owner/name:config/split)")
     add("--out", metavar="OUT", type=Path, required=True,
         help="graded samples, JSONL; beside it the .summary.json")
     add("--limit", metavar="K", type=positive, help="only the first K rows")
