@@ -674,7 +674,8 @@ def fingerprint(folder: Path) -> str:
 
 
 def strict_json(raw: bytes, constant: Callable | None = None):
-    """The value of a UTF-8 JSON text, with or without BOM. ValueError or RecursionError where it is none, names a key twice or holds a NaN; `constant` makes a value of "NaN" and "Infinity" instead."""
+    """The value of a UTF-8 JSON text, with or without BOM. ValueError or RecursionError where it is none, names a
+    key twice or holds a NaN or Infinity, unless `constant` makes a value of its name."""
     def unique(pairs):
         if len(value := dict(pairs)) < len(pairs):
             (twice, _), = Counter(key for key, _ in pairs).most_common(1)
