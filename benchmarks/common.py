@@ -168,7 +168,8 @@ def qwen2(hidden, intermediate, layers, heads, kv_heads, vocab, tied) -> dict:
 
 
 SHAPES = {"quick": qwen2(64, 176, 2, 4, 2, 300, True), "toy": qwen2(512, 1408, 8, 8, 2, 32000, True),
-          "0.5B": qwen2(896, 4864, 24, 14, 2, 151936, True), "7B": qwen2(3584, 18944, 28, 28, 4, 152064, False)}
+          "0.5B": qwen2(896, 4864, 24, 14, 2, 151936, True),
+          "7B": qwen2(3584, 18944, 28, 28, 4, 152064, False)}
 
 
 def write_checkpoint(folder: Path, raw: dict, seed: int = 0) -> dict:
@@ -183,15 +184,17 @@ def write_checkpoint(folder: Path, raw: dict, seed: int = 0) -> dict:
 # ----------------------------------------------------------------------------------------------------------
 # command line and output
 
-QUICK = "seconds instead of minutes: a tiny model, this project only; shows that the script works, measures nothing"
+QUICK = ("seconds instead of minutes: a tiny model, this project only; shows that the script works, measures "
+         "nothing")
 
 
 def add_options(p: argparse.ArgumentParser, precision: str, rounds: int | None = 2, shape: bool = True):
     """The options that several of the benchmarks have."""
     if shape:
         p.add_argument("--shape", choices=("toy", "0.5B", "7B"), default="toy",
-                       help="toy: 8 layers, 512 wide, vocabulary 32,000; 0.5B, 7B: those of Qwen2 (random weights)")
-    p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help=f"{precision} (default fp32)")
+                       help="toy: 8 layers, 512 wide, vocabulary 32,000; 0.5B, 7B: Qwen2's (random weights)")
+    p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
+                   help=f"{precision} (default fp32)")
     p.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     if rounds:
         p.add_argument("--rounds", type=int, default=rounds,
@@ -205,8 +208,8 @@ def progress(text: str):
 
 
 def table(title: str, columns: dict[str, str], rows: list[list], notes: list[str] = ()) -> str:
-    """Aligned text: the first column to the left, the others to the right. columns: heading -> how its numbers
-    are written; None prints as "-"."""
+    """Aligned text: the first column to the left, the others to the right. columns: heading -> how its
+    numbers are written; None prints as "-"."""
     def write(cell, how: str) -> str:
         if cell is None:
             return "-"
@@ -215,11 +218,12 @@ def table(title: str, columns: dict[str, str], rows: list[list], notes: list[str
     cells = [list(columns)]
     cells += [[write(cell, how) for cell, how in zip(row, columns.values())] for row in rows]
     width = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    first = f"{{:{width[0]}}}"
-    lines = [first.format(row[0]) + "".join(f"  {c:>{w}}" for c, w in zip(row[1:], width[1:])) for row in cells]
-    heading, *lines = [line.rstrip() for line in lines]
+    lines = []
+    for first, *others in cells:
+        others = [cell.rjust(w) for cell, w in zip(others, width[1:])]
+        lines.append("  ".join([first.ljust(width[0]), *others]).rstrip())
     rule = "-" * (sum(width) + 2 * (len(width) - 1))
-    parts = [title, "", heading, rule, *lines, ""]
+    parts = [title, "", lines[0], rule, *lines[1:], ""]
     return "\n".join([*parts, *notes, ""] if notes else parts)
 
 

@@ -1,7 +1,7 @@
 """Training speed and memory: Step-DPO by this project and by TRL's DPOTrainer, on the same weights, rows,
 precision and updates.
 
-    python benchmarks/train.py                  all but `real` and `profile`, on a small model of Qwen2's shape
+    python benchmarks/train.py                  all but `real` and `profile`, on a small model like Qwen2
     python benchmarks/train.py --part peers     beside TRL's DPOTrainer, at its defaults and best settings
     python benchmarks/train.py --part ideas     from a plain implementation to this one, one idea at a time
     python benchmarks/train.py --part prefix    sharing the prefix beside its formula, (P + 2S) / (2P + 2S)
@@ -18,7 +18,7 @@ checked: token counts row by row, and the loss of every update.
 Model FLOPs of an update, forward and backward (the backward costs twice the forward, hence 3 x 2 = 6 a weight
 and token):
 
-    6 N body - 6 (N - P) last + 6 P C V + 12 layers heads head_size (pairs of tokens, one attending to the other)
+    6 N body - 6 (N - P) last + 6 P C V + 12 layers heads head_size (how often a token attends to a token)
 
 N tokens in the tree (of a pair its prefix and two steps), of which P predict a response token; body = the
 weights of the blocks' linear layers, last = the weights of the last block that only those P need (its output
@@ -549,8 +549,8 @@ def ideas_table(report: dict) -> str:
     return table("One idea at a time", columns, rows, [
         "plain: two padded rows a pair, all tokens through lm_head, log_softmax + gather, the reference "
         "recomputed. The changes add up to this project.",
-        "without it alone: everything else on, how much slower. The cached reference's one scoring pass (once "
-        "a run) is not in these times.",
+        "without it alone: everything else on, how much slower. The cached reference's one scoring pass "
+        "(once a run) is not in these times.",
         f"Checked: all give the same log-probs, to {report['worst_relative_difference']:.0e} relative: "
         f"{yes(report['checks']['same_logps'])}."])
 
@@ -609,17 +609,18 @@ def tree(jobs: dict[str, dict], rounds: int) -> dict:
         checks[f"{material}: same_logps"] = same_logps(job, worst)
         checks[f"{material}: same_losses"] = apart < (2e-3 if job["precision"] == "fp32" else 5e-2)
         materials[material] = {
-            "pairs": sum(job["pairs"]), "passes": len(job["micros"]), "lengths": lengths_of(job), "ways": ways,
-            "worst_relative_difference": worst, "worst_loss_difference": apart, "losses": losses}
+            "pairs": sum(job["pairs"]), "passes": len(job["micros"]), "lengths": lengths_of(job),
+            "worst_relative_difference": worst, "worst_loss_difference": apart, "losses": losses,
+            "ways": ways}
     return {"materials": materials, "checks": checks}
 
 
 def tree_table(report: dict) -> str:
     columns = {"": "", "tokens": ",", "fewer": ".2f", "predicting": ",", "s/pair": ".3f", "faster": ".2f",
                "peak GB": ".2f"}
-    rows, notes = [], ["fewer, faster: how many times, beside sharing within pairs. predicting: hidden states "
-                       "that meet the vocabulary; one before a fork, or in a step that pairs share, does so "
-                       "once."]
+    rows = []
+    notes = ["fewer, faster: how many times, beside sharing within pairs. predicting: hidden states that "
+             "meet the vocabulary; one before a fork, or in a step that pairs share, does so once."]
     for material, m in report["materials"].items():
         pair = m["ways"]["pair"]
         rows.append([material] + [""] * 6)
@@ -694,11 +695,9 @@ def real_text(args) -> dict[str, tuple[Path, Path]]:
     """{name: (file of rows, folder of a tokenizer)}: those of the command line, else of ../shared/assets
     where it is."""
     files = [args.data] if args.data else [ASSETS / "prefs" / name for name in DERIVED]
-    folders = [args.tokenizer]
-    if not args.tokenizer:
-        folders = [ASSETS / "tokenizers" / name for name in ("tinyllama", "qwen2.5")]
-    return {f"{file.name}, tokenizer {folder.name}": (file, folder)
-            for folder in folders for file in files if file.is_file() and folder.is_dir()}
+    tokenizer = args.tokenizer or ASSETS / "tokenizers" / "tinyllama"
+    return {f"{file.name}, tokenizer {tokenizer.name}": (file, tokenizer)
+            for file in files if file.is_file() and tokenizer.is_dir()}
 
 
 def parse(argv) -> argparse.Namespace:
@@ -706,7 +705,9 @@ def parse(argv) -> argparse.Namespace:
                                 epilog="Parts: " + "; ".join(f"{k}: {v}" for k, v in PARTS.items()) + ".")
     p.add_argument("--part", action="append", choices=PARTS,
                    help="only this part; may be repeated (default: peers, ideas, prefix, tree)")
-    add_options(p, precision="of the arithmetic; weights are fp32")
+    add_options(p, precision="of the arithmetic; weights are fp32", rounds=None)
+    p.add_argument("--rounds", type=int,
+                   help="how often each contestant of peers, real (default 2) and tree (default 1) runs")
     p.add_argument("--gradient_checkpointing", action="store_true", help="for all contestants")
     p.add_argument("--batch_size", type=int, default=4, help="pairs an update (default 4)")
     p.add_argument("--micro_batch_size", type=int, default=4,
@@ -716,11 +717,12 @@ def parse(argv) -> argparse.Namespace:
     p.add_argument("--no_trl", action="store_true", help="leave TRL out, where it is installed")
     p.add_argument("--data", type=Path, metavar="FILE",
                    help="real rows, for the parts real and tree (default: ../shared/assets, where it is)")
-    p.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="a real tokenizer for them")
+    p.add_argument("--tokenizer", type=Path, metavar="FOLDER",
+                   help="a real tokenizer for them (default: tinyllama's)")
     p.add_argument("--prompt", default="alpaca", choices=data.PROMPT_STYLES,
                    help="how their questions become prompts (default alpaca)")
     p.add_argument("--peak_tflops", type=float,
-                   help="of the device, from its data sheet: prints MFU instead of the share of the GEMM rate")
+                   help="of the device, from its data sheet: MFU is printed, not the share of the GEMM rate")
     args = p.parse_args(argv)
     if args.steps < 2 or args.batch_size % args.micro_batch_size:
         p.error("--steps must be 2 or more, and --batch_size a multiple of --micro_batch_size")
@@ -763,7 +765,7 @@ def main(argv=None) -> int:
                     title = "Training beside TRL, real text"
                 shown = {key: value for key, value in job.items()
                          if key not in ("tokens", "micros", "folder", "model", "rows")}
-                report[part] = {"job": shown, **peers(job | gemm, args.rounds, trl)}
+                report[part] = {"job": shown, **peers(job | gemm, args.rounds or 2, trl)}
                 title += "" if trl else ": TRL is not installed, or left out"
                 text.append(peers_table(job, report[part], title, args.peak_tflops))
             elif part == "ideas":
@@ -776,10 +778,11 @@ def main(argv=None) -> int:
             elif part == "tree":
                 how = PAIRS_AN_UPDATE, PAIRS_A_PASS, 1
                 lengths = ((10, 20), (4, 12)) if quick else ((60, 120), (20, 100))
-                jobs = {"generated rows": job_of(part, *how, rows=grouped_rows(2 if quick else 4, vocab, *lengths))}
+                rows = grouped_rows(2, vocab, *lengths)
+                jobs = {"generated rows": job_of(part, *how, rows=rows)}
                 for name, (file, tokenizer) in {} if quick else real_text(args).items():
                     jobs[name] = job_of(name, *how, source=file, tokenizer=tokenizer)
-                report[part] = tree(jobs, args.rounds)
+                report[part] = tree(jobs, args.rounds or 1)
                 text.append(tree_table(report[part]))
             else:
                 report[part] = must(part, profile, generated)
