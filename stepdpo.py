@@ -584,7 +584,7 @@ def open_run(args, objective, encode, order, out: Path, rank: int, world: int, d
     """Read rows and model, check that they belong together and that OUT is this run's; None if it is
     complete."""
     folder = resolve(args.model)
-    tokenizer = data.Tokenizer.from_pretrained(folder)
+    tokenizer = data.Tokenizer.from_pretrained(folder, system=args.system, template_args=args.template_args)
     config = Config.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
     max_length = min(args.max_length, config.max_position_embeddings)
     def read(source) -> list[Example]:
@@ -972,7 +972,8 @@ def parser(options=None, manual: str | None = None) -> argparse.ArgumentParser:
 
 def add_options(p: argparse.ArgumentParser, method: str, rows: str, options):
     d, preference = DEFAULTS[method], method != "sft"
-    add = p.add_argument_group("what").add_argument
+    group = p.add_argument_group("what")
+    add = group.add_argument
     add("--model", required=True, metavar="FOLDER",
         help="checkpoint folder in Hugging Face layout, or a hub id; in DPO also the reference")
     add("--data", required=True, metavar="FILE", help=f".jsonl, .json, .parquet or a hub dataset id: {rows}")
@@ -981,6 +982,7 @@ def add_options(p: argparse.ArgumentParser, method: str, rows: str, options):
     add("--prompt", default="chat", choices=data.PROMPT_STYLES,
         help="how a question becomes a prompt; chat (default): the checkpoint's own template; raw: the text "
              "as it stands")
+    data.add_chat_options(group)
     add("--seed", type=int, default=0, help="of the order of the rows (default 0)")
     add("--restart", action="store_true", help="begin anew where OUT holds an earlier run")
 
