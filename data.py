@@ -31,6 +31,7 @@ import glob
 import hashlib
 import http.client
 import importlib
+import itertools
 import json
 import math
 import os
@@ -1016,6 +1017,9 @@ def _chat_template(folder: Path, own: dict) -> str | None:
 # Rows: files of strangers, read strictly
 # ----------------------------------------------------------------------------------------------------------------------
 
+_READERS = (".parquet", ".jsonl", ".json")
+
+
 def read_rows(source: str | Path, bad: list[DataError] | None = None,
               split: str = "train") -> Iterator[tuple[str, dict]]:
     """Yield (where, row) for every object of a .jsonl or .json file (one a line, or an array of them), of a
@@ -1026,22 +1030,19 @@ def read_rows(source: str | Path, bad: list[DataError] | None = None,
     given, is appended to it and the rest goes on.
     """
     path, hub = Path(source), re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", str(source))
-    if path.is_file():
+    if path.exists():
         files = [path]
-    elif path.exists():
-        raise DataError(f"{path}: is a folder or device; give a .jsonl, .json or .parquet file")
-    elif not hub or not hub[1] and path.suffix in (*_READERS, ".csv", ".gz"):
+    elif hub and (hub[1] or path.suffix not in (*_READERS, ".csv", ".gz")):
+        files = _hub_files(str(source), split)
+    else:
         raise DataError(f"{path}: no such file; give a .jsonl, .json or .parquet file, or a hub dataset "
                         "(owner/name)")
-    else:
-        files = _hub_files(str(source), split)
     count = 0
     for file in files:
-        if file.suffix not in _READERS:
-            found = file.suffix or "a file without suffix"
-            raise DataError(f"{file}: cannot read {found}; expected .jsonl, .json or .parquet: unpack or "
-                            "convert the file")
-        for where, row in _READERS[file.suffix](file):
+        if not file.is_file() or file.suffix not in _READERS:
+            raise DataError(f"{file}: cannot be read; expected a .jsonl, .json or .parquet file: unpack or "
+                            "convert it")
+        for where, row in _read_parquet(file) if file.suffix == ".parquet" else _read_json(file):
             count += 1
             if isinstance(row, dict):
                 yield where, row
@@ -1057,38 +1058,40 @@ def read_rows(source: str | Path, bad: list[DataError] | None = None,
 
 def _read_json(path: Path) -> Iterator[tuple[str, object]]:
     """Values with their places: one a line, or those of the one array or object that the whole file is."""
-    lines = _lines_of(path)
-    first, more = next(lines, None), next(lines, None)
-    if first is None:
-        return
-    where, line = first
-    value, array = _parse(line, where), line.lstrip().startswith(b"[")
-    if more and (array or isinstance(value, DataError)):            # begun here, it may end many lines later
-        whole = _parse(path.read_bytes(), where)
-        if array or not isinstance(whole, DataError):
-            value, more = whole, None
-    if more:
-        yield from ((where, _parse(line, where)) for where, line in _lines_of(path))
-        return
-    wrapped = [name for name in ("data", "rows", "examples", "instances", "train", "validation", "test")
-               if isinstance(value, dict) and isinstance(value.get(name), list)]
-    if len(wrapped) > 1:
-        value = DataError(f"{path}: holds several lists of rows ({', '.join(wrapped)}); write the one that "
-                          "is meant into a file of its own")
-    elif wrapped:
-        value = value[wrapped[0]]
-    if isinstance(value, list):
-        yield from ((f"{path}:item {number}", row) for number, row in enumerate(value, 1))
+    with path.open("rb") as file:                       # bytes: of Unicode's many line ends only \n is one
+        lines = ((f"{path}:{number}", line) for number, line in enumerate(file, 1) if line.strip())
+        where, line = next(lines, (None, None))
+        if where is None:
+            return
+        value, second = _parse(line, where), next(lines, None)
+        if second and isinstance(value, DataError):     # begun here, it may end many lines later
+            whole = _parse(path.read_bytes(), where)
+            if line.lstrip().startswith(b"[") or not isinstance(whole, DataError):
+                value, second = whole, None
+        if second:
+            yield where, value
+            yield from ((where, _parse(line, where)) for where, line in itertools.chain([second], lines))
+            return
+    lists = [name for name in ("data", "rows", "examples", "instances", "train", "validation", "test")
+             if isinstance(value, dict) and isinstance(value.get(name), list)]
+    if len(lists) > 1:
+        raise DataError(f"{path}: holds several lists of rows ({', '.join(lists)}); write the one that is "
+                        "meant into a file of its own")
+    rows = value[lists[0]] if lists else value
+    if isinstance(rows, list):
+        yield from ((f"{path}:item {number}", row) for number, row in enumerate(rows, 1))
     else:
-        yield where, value
+        yield where, rows
 
 
-def _lines_of(path: Path) -> Iterator[tuple[str, bytes]]:
-    with path.open("rb") as lines:           # bytes: of Unicode's many line ends only \n is one
-        for number, line in enumerate(lines, 1):
-            line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                yield f"{path}:{number}", line
+def _parse(raw: bytes, where: str) -> object:
+    """One JSON value, or the DataError that says why not. NaN, which pandas writes, is a number here."""
+    try:
+        return strict_json(raw, constant=float)
+    except (ValueError, RecursionError) as error:
+        begins = _quote(raw[:60].decode("utf-8", "replace"))
+        return DataError(f"{where}: malformed JSON ({_one_line(error)}; begins {begins}); correct or remove it, "
+                         "or save the file as UTF-8")
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
@@ -1105,7 +1108,6 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
         raise DataError(f"{path}: not a readable parquet file ({_one_line(error)})") from None
 
 
-_READERS = {".parquet": _read_parquet, ".jsonl": _read_json, ".json": _read_json}
 _NO_ROWS = re.compile(r"(^|/)([._]|(dataset_infos?|dataset_dict|state|config)\.json$)|metadata|croissant")
 # what may stand behind a split's name: the number of a shard (four digits are a year, unless alone), a digest
 _SHARD = re.compile(r"(/\d+|[-_](\d{1,3}|\d{5,})([-_]of[-_]\d+)?)?(-[0-9a-f]{16})?\.\w+$")
@@ -1118,37 +1120,7 @@ def _hub_files(dataset: str, split: str = "train") -> list[Path]:
     which are meant: there are several configurations, or no file says that it is of this split."""
     from huggingface_hub import hf_hub_download
     dataset, _, wanted = dataset.partition(":")
-    names = _hub_names(dataset)
-    groups: dict[str, list[str]] = {}                   # "main/train" -> its shards, in one format
-    for suffix in _READERS:
-        found = [name for name in names if name.endswith(suffix) and not _NO_ROWS.search(name.lower())]
-        in_other_format = set(groups)
-        for name in found:
-            if (group := _SHARD.sub("", name)) not in in_other_format:
-                groups.setdefault(group, []).append(name)
-    if not groups:
-        raise DataError(f"{dataset}: no .parquet, .jsonl or .json file of rows in it (found: "
-                        f"{', '.join(names[:8]) or 'nothing'}); convert it to one of these")
-    named = [group for group in groups if wanted in (group, *groups[group])]
-    begins = re.compile(rf"(^|/){re.escape(wanted)}(?![a-z])" if wanted else "", re.IGNORECASE)
-    meant = named or [group for group in groups if begins.search(group)]
-    # the words of a path, one of which may be its split; the others are its configuration
-    splits, configurations = {}, set()
-    for group in meant:
-        words = re.findall("[a-z]+", group.lower())
-        splits[group] = next((_SPLITS[word] for word in reversed(words) if word in _SPLITS), None)
-        if splits[group]:
-            configurations.add(tuple(word for word in words if word not in _SPLITS))
-    of_split = [group for group in meant if splits[group] == split]
-    if len(of_split) == len(configurations) == 1:
-        meant = of_split
-    said = _SPLITS.keys() & re.findall("[a-z]+", wanted.lower())
-    if len(meant) != 1 or not said and splits[meant[0]] not in (split, None):
-        listed = [f"{dataset}:{group}" for group in meant or groups]
-        more = f" ... ({len(listed) - 12} more)" if len(listed) > 12 else ""
-        raise DataError(f"{dataset}: which of its files hold the {split} rows that are wanted? Give one of: "
-                        + ", ".join(listed[:12]) + more)
-    files = groups[meant[0]]
+    files = _of_split(dataset, _hub_names(dataset), wanted, split)
     if os.environ.get("RANK", "0") == "0":
         print(f"{dataset}: reading {', '.join(files)}", file=sys.stderr)
     try:
@@ -1164,25 +1136,40 @@ def _hub_names(dataset: str) -> list[str]:
     except Exception as error:                          # offline, no such dataset, no permission: many kinds
         try:
             folder = Path(snapshot_download(dataset, repo_type="dataset", local_files_only=True))
-            return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         except Exception:
             raise DataError(f"{dataset}: neither a file here nor a dataset of the hub ({_one_line(error)})"
                             ) from None
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def _parse(raw: bytes, where: str) -> object:
-    """One JSON value, or the DataError that says why not. NaN, which pandas writes, is a number here."""
-    try:
-        return strict_json(raw, constant=float)
-    except UnicodeDecodeError as error:
-        found = f"found 0x{raw[error.start]:02x}"
-        return DataError(f"{where}: byte {error.start} is not UTF-8 ({found}); save the file as UTF-8")
-    except RecursionError:
-        return DataError(f"{where}: JSON nested too deeply; a row is a flat object of text fields")
-    except ValueError as error:
-        begins = _quote(raw[:60].decode("utf-8", "replace"))
-        return DataError(
-            f"{where}: malformed JSON ({_one_line(error)}; begins {begins}); correct or remove it")
+def _of_split(dataset: str, names: list[str], wanted: str, split: str) -> list[str]:
+    """Of a dataset's files those of one split, of one configuration, in one format."""
+    groups: dict[str, list[str]] = {}                   # "main/train" -> its shards
+    for name in names:
+        if name.endswith(_READERS) and not _NO_ROWS.search(name.lower()):
+            groups.setdefault(_SHARD.sub("", name), []).append(name)
+    if not groups:
+        raise DataError(f"{dataset}: no .parquet, .jsonl or .json file of rows in it (found: "
+                        f"{', '.join(names[:8]) or 'nothing'}); convert it to one of these")
+    # the words of a path, one of which may be its split; the others are its configuration
+    words = {path: re.findall("[a-z]+", path.lower()) for path in (wanted, *groups)}
+    splits = {path: next((_SPLITS[word] for word in reversed(words[path]) if word in _SPLITS), None)
+              for path in words}
+    begins = re.compile(rf"(^|/){re.escape(wanted)}(?![a-z])" if wanted else "", re.IGNORECASE)
+    meant = [wanted] if wanted in groups else [group for group in groups if begins.search(group)]
+    split = splits[wanted] or split
+    of_split = [group for group in meant if splits[group] == split]
+    configurations = {tuple(word for word in words[group] if word not in _SPLITS)
+                      for group in meant if splits[group]}
+    if len(of_split) == len(configurations) == 1:
+        meant = of_split
+    if len(meant) != 1 or splits[meant[0]] not in (split, None):
+        listed = [f"{dataset}:{group}" for group in meant or groups]
+        more = " ..." if len(listed) > 12 else ""
+        raise DataError(f"{dataset}: which of its files hold the {split} rows that are wanted? Give one of: "
+                        + ", ".join(listed[:12]) + more)
+    shards = groups[meant[0]]
+    return [name for name in shards if Path(name).suffix == Path(shards[0]).suffix]
 
 
 def text_field(row: dict, name: str, where: str) -> str:
@@ -1211,10 +1198,12 @@ _STAGES = {"pairs": ({"prompt", "chosen", "rejected"}, "stepdpo.py --data F"),
 
 def expect(row: dict, where: str, *wanted: str) -> None:
     """DataError where a row is known to be of another stage of the pipeline than the `wanted` ones."""
-    found = next((name for name, (columns, _) in _STAGES.items() if columns <= row.keys()), None)
-    if found and found not in wanted:
-        raise DataError(f"{where}: the file holds {found}, and {wanted[0]} belong here; what goes on with "
-                        f"{found} is {_STAGES[found][1]}")
+    for name, (columns, command) in _STAGES.items():
+        if columns <= row.keys():
+            if name in wanted:
+                return
+            raise DataError(f"{where}: the file holds {name}, and {wanted[0]} belong here; what goes on with "
+                            f"{name} is {command}")
 
 
 def writable(row: dict, where: str) -> dict:
@@ -1224,12 +1213,12 @@ def writable(row: dict, where: str) -> dict:
     for name, value in row.items():
         try:
             json.dumps({name: value}, ensure_ascii=False, allow_nan=False).encode()
+            kept[name] = value
         except (UnicodeEncodeError, RecursionError):
             raise DataError(f"{where}: half a surrogate pair in it, or too deep an object (field {name!r}); "
                             "make the row again") from None
         except (TypeError, ValueError):
-            continue
-        kept[name] = value
+            pass
     return kept
 
 
