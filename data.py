@@ -1268,9 +1268,11 @@ _CLOSER = (
     rf"(?:[ \t]*(?:[:：)）\]】}}、．]|\.(?!\d)|\*\*|__|</[a-z]+>)|(?<=[①-⑩\u20e3])|(?<={_CJK})[,， \t]"
     r"|[ \t]+[-–—]|[-–—](?=[ \t])|[ \t]*(?=[(（\r\n]|\Z))(?:[:：.)）\]】}*_$]|</[a-z]+>)*")
 _AFTER = rf"(?(before)(?:[ \t](?=步))?{_CJK}{{1,4}}?|(?<![①-⑩\u20e3])[ \t]?[^\W\d_]{{1,12}})(?={_CLOSER})"
+_INSIDE = r"(?P<inside>(?<=[.!?;:][ \t])|(?<=[。！？；：，）]))"         # in a line: "Step 1: ... Step 2: ..."
 _LABEL = re.compile(
-    rf"(?:^|{_EOL}){_DRESS}(?P<before>{_LETTER}{{1,24}}?(?:n[or]\.[ \t]*|[ \t][(（])?)??(?P<number>{_NUMERAL})"
-    rf"(?(before)(?:[ \t]*(?:/|of)[ \t]*\d{{1,4}})?)(?P<after>{_AFTER})?(?P<closer>{_CLOSER})?",
+    rf"(?:^|{_EOL}|{_INSIDE}){_DRESS}(?P<before>{_LETTER}{{1,24}}?(?:n[or]\.[ \t]*|[ \t][(（])?)??"
+    rf"(?P<number>{_NUMERAL})(?(before)(?:[ \t]*(?:/|of)[ \t]*\d{{1,4}})?)(?P<after>{_AFTER})?"
+    rf"(?P<closer>{_CLOSER})?",
     re.IGNORECASE)
 # "Step" in the languages that people train in, and "1." or "2)". Other labels, as "Case 1:" or "(1)", often
 # number a part of a solution only.
@@ -1320,26 +1322,30 @@ def _find_steps(text: str, style: str) -> tuple[str, list[tuple[int, int]]]:
     if not thought and re.match(r"\s*<think(?:ing)?>", text):
         return "one step", [(0, 0)]                     # it never came to an end
     own = text[thought:]
-    tries = [("step", 2), ("heading", 2), ("inline", 2), ("heading", 1), ("number", 2), ("word", 2),
-             ("paragraph", 2), ("line", 2)]
-    if style != "auto":
-        tries = [(style, 1)]
-    for tried, least in tries:
-        places = _places(own, tried)
-        if len(places) < least:
-            continue
-        (begin, end), *others = places
-        label = own[begin:end].strip(" *_#>\r\n")
-        if style == "auto" and tried not in ("paragraph", "line") and not _SURE.search(label):
-            paragraphs = len(_places(own, "paragraph"))
-            lines = len(_places(own, "line")) if paragraphs == 1 else 0
-            # more is without a label than an end, or, among lines, than a beginning and an end
-            if tried == "heading" or paragraphs > len(places) + 1 or lines > len(places) + 2:
-                continue
-        name = f"{tried}s" if tried in ("paragraph", "line") else f"{label!r} labels"
-        starts = [(0, thought + end), *((thought + begin, thought + end) for begin, end in others)]
-        return name if others else "one step", starts
-    return "one step", [(0, 0)]
+    if style == "auto":
+        style = _auto(own)
+    places = _places(own, style)
+    if not places:
+        return "one step", [(0, 0)]
+    (begin, end), *others = places
+    label = own[begin:end].strip(" *_#>\r\n")
+    name = f"{style}s" if style in ("paragraph", "line") else f"{label!r} labels"
+    starts = [(0, thought + end), *((thought + begin, thought + end) for begin, end in others)]
+    return name if others else "one step", starts
+
+
+def _auto(text: str) -> str:
+    """The style that tells the steps of this text."""
+    counts = {style: len(_places(text, style)) for style in ("number", "heading", "paragraph")}
+    for style, least in (("heading", 1), ("number", 2)):
+        if counts[style] >= least and _SURE.search(text[slice(*_places(text, style)[0])]):
+            return style
+    lines = len(_lines(text)) if counts["paragraph"] == 1 else 0
+    for style in ("number", "heading"):
+        # no more is without a label than an end, or, among lines, than a beginning and an end
+        if counts[style] > 1 and counts["paragraph"] <= counts[style] + 1 and lines <= counts[style] + 2:
+            return style
+    return "paragraph" if counts["paragraph"] > 1 else "line"
 
 
 def _places(text: str, style: str) -> list[tuple[int, int]]:
@@ -1353,86 +1359,61 @@ def _places(text: str, style: str) -> list[tuple[int, int]]:
         return [(0, first if text.strip() else 0), *inner]
     if style == "step":
         labels = re.finditer(rf"(?:^|{_EOL})Step \d+:", text)
-    elif style == "inline":
-        labels = _inline(text)
+    elif style == "number":
+        labels = _counted(text).get("", [])
     else:
-        counted = _counted(text)
-        words = [word for word in counted if word and len(counted[word]) > 1] or ["step"]
-        words.sort(key=lambda word: not _SURE.search(word))
-        labels = counted.get("" if style == "number" else words[0], [])
+        counted = {word: labels for word, labels in _counted(text).items()
+                   if word and labels and (word == "step" or len(labels) > 1)}
+        labels = next((counted[word] for word in counted if _SURE.search(word)), None)
+        labels = labels or next(iter(counted.values()), [])
     return [label.span() for label in labels]
-
-
-def _number(name: str) -> int:
-    return _COUNT.get(name.casefold()) or int(re.match(r"\d+", name)[0])
 
 
 @functools.lru_cache(maxsize=1)                         # `auto` asks more than once
 def _counted(text: str) -> dict[str, list[re.Match]]:
     """The labels of each word, those that count 1, 2, 3, ...; "" are numbers without a word."""
-    counted = {}
+    counted, one_line, end = {}, "\n" not in text.strip(), 0
     for label in _LABEL.finditer(text):
+        if label["inside"] is not None and not text[end:label.start()].strip():
+            continue                                    # "1. Step 1:" is one label
+        end = label.end()
         word = re.sub(r"[\s#№_-]", "", (label["before"] or "") + (label["after"] or "")).casefold()
-        labels, closer = counted.setdefault(word, []), label["closer"]
-        follows = _number(label["number"]) == len(labels) + 1
-        if word == "step":                              # in any order; the next one without a colon, too
-            follows = follows or closer is not None
-        elif word:                                      # a count that begins anew goes on
-            follows = closer is not None and (follows or bool(labels))
-        elif label["number"][-1] not in "①②③④⑤⑥⑦⑧⑨⑩\u20e3":
-            sign = (closer or "").strip()[:1]           # "12 eggs" and "3 - x" are none, but "3 - Ann has"
-            words = re.match(r"\s*[^\W\d_]{2}", text[label.end():label.end() + 9])
-            follows = follows and sign != "" and (sign not in "-–—" or words is not None)
-        if follows:
+        labels, number, closer = counted.setdefault(word, []), label["number"].casefold(), label["closer"]
+        follows = (_COUNT.get(number) or int(re.match(r"\d+", number)[0])) == len(labels) + 1
+        if word:
+            closed = closer is not None or word == "step" and follows
+            # a count that begins anew goes on; the word "Step" is never a chance
+            follows = follows or label["inside"] is None and (bool(labels) or word == "step")
+        else:                                           # "12 eggs" and "3 - x" are no labels
+            closed = number[-1] in "①②③④⑤⑥⑦⑧⑨⑩\u20e3" or re.match(r"\s*[^\s–—-]", closer or "")
+            follows = follows and (one_line or label["inside"] is None)
+        if closed and follows:
             labels.append(label)
     return counted
 
 
-def _inline(text: str) -> list[re.Match]:
-    """Labels on one line, "Step 1: ... Step 2: ..." or "1) ... 2) ...", in the dress of the first."""
-    one_line = len(text.strip().splitlines()) == 1      # amid text, a number without a word says nothing
-    firsts = (label for label in _LABEL.finditer(text)
-              if _number(label["number"]) == 1 and label["closer"] and (one_line or label["before"]))
-    first = next(firsts, None)
-    if first is None:
-        return []
-    before = re.escape(text[first.start():first.start("number")].lstrip())
-    after = re.escape(text[first.end("number"):first.end()].rstrip())
-    pattern = rf"(?<=[\s.!?;,)。！？；，）]){before}({_NUMERAL}){after}(?!(?<=\.)\d)"
-    labels = [first]
-    for label in re.compile(pattern, re.IGNORECASE).finditer(text, first.end()):
-        if _number(label[1]) == len(labels) + 1:
-            labels.append(label)
-    return labels if len(labels) > 1 else []
-
-
 # What lines lie inside of: formulas on display, environments, code, drawings.
-_CLOSES = {"\\[": "\\]", "$$": "$$", "\\begin": "\\end", "```": "```", "[asy]": "[/asy]"}
-_MARKS = re.compile("|".join(map(re.escape, {*_CLOSES, *_CLOSES.values()})))
+_BLOCK = re.compile(r"(?s)\\\[.*?(?:\\\]|\Z)|\$\$.*?(?:\$\$|\Z)|\\begin\{(\w+\*?)\}.*?(?:\\end\{\1\}|\Z)"
+                    r"|```.*?(?:```|\Z)|\[asy\].*?(?:\[/asy\]|\Z)")
 _GOES_ON = re.compile(r"[=<>≤≥≈≠+×÷/|&)}]|\\\[|\$\$|\\begin|```|\[asy\]")
+_LEAD_IN = re.compile(r"(?i)(?:[:：,，、=+]|\\\\|\A.{,60}step by step[.!]?)\Z")
 
 
 def _lines(text: str) -> list[tuple[int, int]]:
     """A step a line, but for lines that go on with the one above: in or at the head of a formula on display,
     of code or a table; behind a colon or comma; set in; in lower case behind an unfinished sentence."""
-    places, inside, above, end, margin = [], [], "", 0, 0
+    places, above, end, margin = [], "", 0, False
+    text = _BLOCK.sub(lambda block: re.sub(r"[\r\n]", " ", block[0]), text)
     for line in re.finditer(r"[^\r\n]+", text):
-        words, indent = line[0].strip(), len(line[0].expandtabs(4)) - len(line[0].expandtabs(4).lstrip())
+        words, indented = line[0].strip(), line[0].startswith(("  ", "\t"))
         if not words:
             continue
-        if not places:
-            margin = indent
-        lead_in = above.endswith((":", "：", ",", "，", "、", "=", "+", "\\\\")) or \
-            len(places) == 1 and re.fullmatch(r".{,60}step by step[.!]?", above, re.IGNORECASE)
         wrapped = words[0].islower() and words[1:2].isalpha() and above[-1:] not in ".!?;。！？；"
-        if not places or not (inside or lead_in or wrapped or _GOES_ON.match(words) or indent > margin + 1):
+        goes_on = _LEAD_IN.search(above) or wrapped or _GOES_ON.match(words) or indented and not margin
+        if not places or not goes_on:
+            margin = indented if not places else margin
             bullet = re.match(r"\s*(?:[-*•‣◦·–—]\s+)?", line[0])
             places.append((end, line.start() + bullet.end()))
-        for mark in _MARKS.findall(words):
-            if inside[-1:] == [mark]:
-                inside.pop()
-            elif mark in _CLOSES:
-                inside.append(_CLOSES[mark])
         above, end = words, line.end()
     return places or [(0, 0)]
 
@@ -1469,13 +1450,12 @@ def same_step(a: str, b: str, style: str = "auto") -> bool:
     same words."""
     def result(step):
         # one step alone is no sequence: its label may have any number
-        label = None if style in ("paragraph", "line") else _LABEL.search(step)
-        begin = step_starts(step, style)[0][1]
-        closed = label and (label["closer"] is not None or str(label["before"]).strip().lower() == "step")
-        begin = begin or (label.end() if closed else 0)
-        own = step[begin:]
-        value = last_value(own)
-        return " ".join(own.lower().split()) if value is None else value
+        labels = [] if style in ("paragraph", "line") else _LABEL.finditer(step)
+        label = next((label for label in labels if label["inside"] is None), None)
+        if label and (label["closer"] is not None or _SURE.search(label[0])) and step[label.end():].strip():
+            step = step[label.end():]
+        value = last_value(step)
+        return " ".join(step.lower().split()) if value is None else value
     return result(a) == result(b)
 
 
