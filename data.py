@@ -1464,26 +1464,30 @@ def same_step(a: str, b: str, style: str = "auto") -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 
 Counts = Sequence[Sequence[int] | None]                 # one entry a step
-RIGHT, WRONG = (1.0, 1.0), (0.3, 10.0)  # Beta priors: rate of success before the first error; from it on
-SAME, OTHER = (2.0, 0.5), (0.5, 5.0)                    # share of successes that take the same step, if right; if wrong
+# Beta priors: rate of success before the first error, and from it on
+RIGHT, WRONG = (1.0, 1.0), (0.3, 10.0)
+# share of the successes that take the same step, where it is right, and where it is wrong
+SAME, OTHER = (2.0, 0.5), (0.5, 5.0)
 
 
 def error_posterior(values: Counts, agreement: Counts | None = None) -> list[float]:
     """P(step k is the first wrong one | rollouts), for every step of a solution whose final answer is wrong.
 
     values[i]     [successes, tries] of continuations from the prefix that ends after step i, or None
-    agreement[i]  [same, successes, tries] of continuations from the prefix before step i (i = 0: the question alone),
-                  or None: how many of the successful ones begin with the same step (`same_step`)
+    agreement[i]  [same, successes, tries] of continuations from the prefix before step i (i = 0: the question
+                  alone), or None: how many of the successful ones begin with the same step (`same_step`)
 
-    If k is the first wrong step, the prefixes that end before it lead to the right answer at some rate p, those that
-    hold it at a much smaller rate q; successful continuations from before a right step mostly take that step, those
-    from before the wrong one avoid it. All four rates are unknown and integrated out under Beta priors, so each factor
-    is a ratio of Beta functions of pooled counts. Without any rollout the posterior is uniform.
+    If k is the first wrong step, the prefixes that end before it lead to the right answer at some rate p,
+    those that hold it at a much smaller rate q; successful continuations from before a right step mostly take
+    that step, those from before the wrong one avoid it. All four rates are unknown and integrated out under
+    Beta priors, so each factor is a ratio of Beta functions of pooled counts. Without any rollout the
+    posterior is uniform.
 
-    Why not "the first step after which none of 8 succeeds"? On a hard problem none succeeds after right steps either,
-    and now and then one does after a wrong one. The agreement looks at successes only, however hard the rest is. On the
-    embedded task (198 errors of a 50 % policy) that rule finds 88 % of the errors with 8 rollouts a step, this
-    posterior 93 % with the same ones, and 95 % with 6 a step where `next_prefix` puts them.
+    Why not "the first step after which none of 8 succeeds"? On a hard problem none succeeds after right steps
+    either, and now and then one does after a wrong one. The agreement looks at successes only, however hard
+    the rest is. On the embedded task (198 errors of a 50 % policy) that rule finds 88 % of the errors with 8
+    rollouts a step, this posterior 93 % with the same ones, and 95 % with 6 a step where `next_prefix` puts
+    them.
     """
     def evidence(rates, prior):                         # log of the integral of p^s (1-p)^(n-s) over Beta(a, b)
         (a, b), s, n = prior, sum(r[0] for r in rates), sum(r[1] for r in rates)
@@ -1500,15 +1504,15 @@ def error_posterior(values: Counts, agreement: Counts | None = None) -> list[flo
 
 
 def first_error_from_values(values: Counts, agreement: Counts | None = None) -> int | None:
-    """Index of the first wrong step, if the rollouts make it clearly the most probable; None if they leave it open."""
+    """Index of the first wrong step, if the rollouts make it clearly the most probable; else None."""
     posterior = error_posterior(values, agreement)
     return posterior.index(max(posterior)) if max(posterior) > 0.7 else None
 
 
 def next_prefix(values: Counts, agreement: Counts, most: int) -> int | None:
-    """Before which step more rollouts help most: the one most suspected. A success there clears the steps before it
-    and, by its own first step, clears or convicts this one. None when the place is found (19 to 1), or `most` rollouts
-    have been spent before every suspect."""
+    """Before which step more rollouts help most: the one most suspected. A success there clears the steps
+    before it and, by its own first step, clears or convicts this one. None when the place is found (19 to 1),
+    or `most` rollouts have been spent before every suspect."""
     posterior = error_posterior(values, agreement)
     if len(posterior) == 1 or max(posterior) > 0.95:
         return None
@@ -2414,84 +2418,91 @@ def _paint(text: str, role: str) -> str:
 
 
 def _block(title: str, text: str, role: str) -> str:
-    """A titled text with a bar at its left. Control characters are shown as escapes: a terminal would obey them."""
+    """A titled text with a bar at its left. Control characters, which a terminal would obey, are escaped."""
     safe = re.sub(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]", lambda found: f"\\x{ord(found[0]):02x}", text)
-    return "\n".join([_paint(title, "title")] + [f"  | {_paint(line, role)}" for line in safe.split("\n")])
+    return "\n".join([_paint(title, "title"), *(f"  | {_paint(line, role)}" for line in safe.split("\n"))])
 
 
 def _width(text: str) -> int:
     """Columns that a terminal needs."""
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+               for c in text)
 
 
-def token_picture(ids: Sequence[int], targets: Sequence[int], tokenizer: Tokenizer, context: Sequence[int] = (),
-                  columns: int = 110) -> str:
-    """Tokens in lines, with the loss mask below: . = read only, ^ = predicted (loss), 2 = predicted once for each side.
+def token_picture(ids: list[int], times: Sequence[int], tokenizer: Tokenizer, before: list[int]) -> str:
+    """Tokens in lines, with the loss mask below: . = read only, ^ = predicted (loss), 2 = predicted once for
+    each side. `before`: the ids of their context.
 
-    Spaces are drawn as ·, line ends as ⏎; a character that needs several tokens is drawn as �, once for each of them.
+    Spaces are drawn as ·, line ends as ⏎; a character that needs several tokens is drawn as �, once for each.
     """
-    lines, tokens, mask, used = [], [], [], 0
-    ids = list(ids)
-    for i, times in enumerate(targets):
-        piece = tokenizer.continuation((list(context) + ids[:i])[-16:], [ids[i]]) or "�"
+    lines, tokens, mask = [], "", ""
+    for i, often in enumerate(times):
+        piece = tokenizer.continuation((before + ids[:i])[-16:], [ids[i]]) or "�"
         piece = piece.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥")
         piece = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in piece)
-        if used + _width(piece) + 1 > columns and tokens:
-            lines += [" ".join(tokens), " ".join(mask), ""]
-            tokens, mask, used = [], [], 0
-        tokens.append(piece)
-        mask.append(".^2"[times] * _width(piece))
-        used += _width(piece) + 1
-    return "\n".join(lines + [" ".join(tokens), " ".join(mask)])
+        if tokens and len(mask) + _width(piece) > 110:
+            lines += [tokens.rstrip(), mask.rstrip(), ""]
+            tokens, mask = "", ""
+        tokens += piece + " "
+        mask += ".^2"[often] * _width(piece) + " "
+    return "\n".join([*lines, tokens.rstrip(), mask.rstrip()])
 
 
-def show_row(where: str, row: dict, example: Example | None, tokenizer: Tokenizer, method: str, style: str) -> str:
+def show_row(where: str, row: dict, example: Example | None, tokenizer: Tokenizer, method: str,
+             style: str) -> str:
     """The teaching picture: the texts of a row, then the segments of its batch with the loss mask."""
+    parts = [_paint(f"{where}   method {method}, prompt style {style}", "title")]
     try:
         question, steps, responses = texts_of(row, method, where)
     except Unfit:
-        return _paint(f"{where}   method {method}, prompt style {style}", "title")
-    begun = steps + responses[0] if method == "stepdpo" else ""
-    of = {"chosen": "s_win" if method == "stepdpo" else "whole answer",
-          "rejected": "s_lose" if method == "stepdpo" else "whole answer"}
-    parts = [_paint(f"{where}   method {method}, prompt style {style}", "title"), "",
-             _block("prompt x (read, no loss)", render_prompt(style, question, tokenizer, begun), "context")]
+        return parts[0]
+    begun, kinds = "", {"chosen": "whole answer", "rejected": "whole answer"}
+    if method == "stepdpo":
+        begun, kinds = steps + responses[0], {"chosen": "s_win", "rejected": "s_lose"}
+    prompt = render_prompt(style, question, tokenizer, begun)
+    parts += ["", _block("prompt x (read, no loss)", prompt, "context")]
     if steps:
         parts.append(_block("correct steps s_1..s_{k-1} (read, no loss)", steps, "context"))
-    parts += [_block(f"{name}: {of[name]} (loss)", text, name) for name, text in zip(of, responses)]
+    parts += [_block(f"{name}: {kinds[name]} (loss)", text, name) for name, text in zip(kinds, responses)]
     if example is None:
         return "\n".join(parts)
 
     layout = lay_out(example.sides, [0] * len(example.sides))
-    sides_at = np.zeros((len(example.sides), len(layout.tokens)), dtype=int)     # 1 read, 2 predicted by that side
-    for side, places in enumerate(layout.places):
-        sides_at[side, places] = 1
-        sides_at[side, places[example.start:]] = 2
-    times = (sides_at == 2).sum(0)                      # how often each token is predicted
-    legend = "(. read only   ^ loss" + ("   2 predicted for both sides: it cancels in the difference)" if 2 in times else ")")
-    parts += ["", _paint(f"the same as {len(layout.tokens)} tokens in a batch   {legend}", "title")]
+    times = np.zeros(len(layout.tokens), dtype=int)     # how often each token is predicted
+    for places in layout.places:
+        times[places[example.start:]] += 1
+    legend = ". read only   ^ loss"
+    if 2 in times:
+        legend += "   2 predicted for both sides: it cancels in the difference"
+    title = f"the same as {len(layout.tokens)} tokens in a batch   ({legend})"
+    parts += ["", _paint(title, "title")]
     begin, trunk = 0, {-1: []}                          # of each segment: the tokens up to its end
     for segment, (length, parent) in enumerate(zip(layout.lengths, layout.parents)):
         here = slice(begin, begin + length)
         ids, positions = layout.tokens[here].tolist(), layout.positions[here]
-        through = [name for name, side in zip(of, sides_at) if side[begin]]
+        through = [name for name, places in zip(kinds, layout.places) if begin in places]
         title = " and ".join(through) if len(example.sides) > 1 else "the whole row"
-        title += ", computed once" if len(through) > 1 else f", sees segment {parent} and itself" if parent >= 0 else ""
-        role = "context" if len(through) > 1 or len(example.sides) == 1 else through[0]
-        picture = token_picture(ids, times[here].tolist(), tokenizer, trunk[parent])
-        parts.append(_block(f"segment {segment}: {title}; {length} tokens, positions {positions[0]}..{positions[-1]}",
-                            picture, role))
+        if len(through) > 1:
+            title += ", computed once"
+        elif parent >= 0:
+            title += f", sees segment {parent} and itself"
+        title = f"segment {segment}: {title}; {length} tokens, positions {positions[0]}..{positions[-1]}"
+        role = through[0] if len(through) < len(example.sides) else "context"
+        parts.append(_block(title, token_picture(ids, times[here], tokenizer, trunk[parent]), role))
         trunk[segment] = trunk[parent] + ids
         begin += length
-    ends = "no end token follows: the solution goes on" if method == "stepdpo" else \
-        f"the answer ends with {tokenizer.decode([int(example.chosen[-1])])}"
-    return "\n".join(parts + [f"{sum(len(tokens) for _, tokens in example.predicted)} tokens carry loss; {ends}"])
+    ends = f"the answer ends with {tokenizer.decode([int(example.chosen[-1])])}"
+    if method == "stepdpo":
+        ends = "no end token follows: the solution goes on"
+    loss = sum(len(tokens) for _, tokens in example.predicted)
+    return "\n".join([*parts, f"{loss} tokens carry loss; {ends}"])
 
 
 def show_solution(where: str, row: dict, style: str) -> str:
     """A sampled solution, cut into its steps, with what rollouts say of each where the file has them."""
     prefix = text_field(row, "prefix", where) if "prefix" in row else ""
-    steps = split_steps(prefix + text_field(row, "completion", where), style)
+    text = prefix + text_field(row, "completion", where)
+    steps = split_steps(text, style)
     counts = {"values": [None] * len(steps), "agreement": [None] * len(steps)}
     for name, width in (("values", 2), ("agreement", 3)):
         if row.get(name) is not None:
@@ -2500,14 +2511,17 @@ def show_solution(where: str, row: dict, style: str) -> str:
             except DataError as error:
                 raise DataError(f"{where}: {error}") from None
     verdict = {True: "right", False: "wrong"}.get(row.get("correct"), "not graded")
-    found = step_style("".join(steps), style)
-    parts = [_paint(f"{where}   {len(steps)} steps (--steps {style}: {found}), {verdict}", "title"), "",
-             _block("question", text_field(row, "question", where), "context")]
-    for i, (step, after, before) in enumerate(zip(steps, *counts.values()), 1):
-        title = f"step {i}" + (f"; from its end {after[0]} of {after[1]} rollouts succeed" if after else "")
-        title += f"; {before[0]} of the {before[1]} that succeed from before it take it" if before and before[1] else ""
+    title = f"{where}   {len(steps)} steps (--steps {style}: {step_style(text, style)}), {verdict}"
+    parts = [_paint(title, "title"), "", _block("question", text_field(row, "question", where), "context")]
+    for number, (step, after, before) in enumerate(zip(steps, *counts.values()), 1):
+        title = f"step {number}"
+        if after:
+            title += f"; from its end {after[0]} of {after[1]} rollouts succeed"
+        if before and before[1]:
+            title += f"; {before[0]} of the {before[1]} that succeed from before it take it"
         parts.append(_block(title, step.strip("\n"), "chosen" if row.get("correct") else "rejected"))
-    return "\n".join(parts + [f"extracted answer {row.get('extracted')!r}, right answer {row.get('answer')!r}"])
+    answers = f"extracted answer {row.get('extracted')!r}, right answer {row.get('answer')!r}"
+    return "\n".join([*parts, answers])
 
 
 def statistics(examples: Sequence[Example], report: Report) -> str:
@@ -2519,21 +2533,24 @@ def statistics(examples: Sequence[Example], report: Report) -> str:
         columns |= {"rejected (loss)": [len(e.rejected) - e.start for e in pairs],
                     "alike on both sides": [common_length(e.chosen, e.rejected) for e in pairs]}
     columns["whole row in a batch"] = [e.length for e in examples]
-    lines = [str(report), "", f"{'tokens':<24}{'min':>8}{'5 %':>8}{'median':>8}{'95 %':>8}{'max':>8}{'sum':>14}"]
+    heads = "".join(f"{name:>8}" for name in ("min", "5 %", "median", "95 %", "max"))
+    lines = [str(report), "", f"{'tokens':<24}{heads}{'sum':>14}"]
     for name, values in columns.items():
         spread = "".join(f"{value:>8,.0f}" for value in np.percentile(values, [0, 5, 50, 95, 100]))
         lines.append(f"  {name:<22}{spread}{sum(values):>14,}")
     families: dict = {}
     for row, example in enumerate(examples):
         families.setdefault(family_of(example, row), []).append(row)
-    return "\n".join(lines + ["", tokens_shared(examples, list(families.values()))])
+    return "\n".join([*lines, "", tokens_shared(examples, families.values())])
 
 
 def tokens_shared(examples: Sequence[Example], micro_batches: Iterable[list[int]]) -> str:
-    """What the tree saves: tokens of all texts one by one, of rows alone, and of rows together in these micro-batches."""
+    """What the tree saves: tokens of all texts one by one, of rows alone, and of rows together in these
+    micro-batches."""
     separate = sum(len(side) for example in examples for side in example.sides)
     alone = sum(example.length for example in examples)
-    together = sum(tokens_in_tree([side for row in rows for side in examples[row].sides]) for rows in micro_batches)
+    together = sum(tokens_in_tree([side for row in rows for side in examples[row].sides])
+                   for rows in micro_batches)
     saved = lambda tokens: f"{tokens:,} ({1 - tokens / separate:.1%} saved)"
     return (f"tokens: {separate:,} text by text; what begins alike once: {saved(alone)} in each row, "
             f"{saved(together)} in rows of one problem too")
@@ -2544,34 +2561,41 @@ def show(args: argparse.Namespace) -> int:
     columns = rows[0][1]
     if args.row is not None and args.row > len(rows):
         raise DataError(f"{args.data}: --row {args.row}: the file has rows 1 to {len(rows)}")
-    if {"question", "completion"} <= columns.keys():   # an attempt; with `prompt`, a completion is trained on
-        print(show_solution(*rows[(args.row or 1) - 1], args.steps) + "\n")
-        whole = (str(row.get("prefix") or "") + str(row.get("completion")) for _, row in rows)
-        tell_styles(Counter(step_style(text, args.steps) for text in whole))
-        return 0
+    attempts = {"question", "completion"} <= columns.keys()     # with `prompt`, a completion is trained on
+    if attempts:
+        print(show_solution(*rows[(args.row or 1) - 1], args.steps))
+        solutions = [(row.get("prefix"), row.get("completion")) for _, row in rows]
+    else:
+        print(show_training(args, rows))
+        solutions = [(row["initial_reason_steps"], row.get("full_chosen") or row.get("chosen"))
+                     for _, row in rows if "initial_reason_steps" in columns]
+    print()
+    tell_styles(Counter(step_style(f"{begun or ''}{rest}", args.steps) for begun, rest in solutions))
+    return 0
+
+
+def show_training(args: argparse.Namespace, rows: list[tuple[str, dict]]) -> str:
+    """A row as `method` trains it, and the statistics of the file."""
     if not args.model:
-        raise DataError("--model is needed to show the tokens of training rows: a checkpoint, whose tokenizer is read")
-    method = args.method
-    if method is None:
-        method = "stepdpo" if "initial_reason_steps" in columns else "dpo" if "rejected" in columns else "sft"
-    tokenizer = Tokenizer.from_pretrained(resolve(args.model), system=args.system, template_args=args.template_args)
-    limit = _settings(resolve(args.model) / "config.json").get("max_position_embeddings")
+        raise DataError("--model is needed to show the tokens of training rows: a checkpoint, whose tokenizer "
+                        "is read")
+    columns, folder = rows[0][1], resolve(args.model)
+    suggested = "stepdpo" if "initial_reason_steps" in columns else "dpo" if "rejected" in columns else "sft"
+    method = args.method or suggested
+    tokenizer = Tokenizer.from_pretrained(folder, system=args.system, template_args=args.template_args)
+    limit = _settings(folder / "config.json").get("max_position_embeddings")
     if type(limit) is int and limit < args.max_length:
-        print(f"--max_length {args.max_length}: the model's positions end at {limit}, so longer rows are dropped\n")
+        print(f"--max_length {args.max_length}: the model's positions end at {limit}, so longer rows are "
+              "dropped\n")
         args.max_length = limit
     examples, report = encode_dataset(args.data, tokenizer, method, args.prompt, args.max_length)
     kept = {example.where: example for example in examples}
-    where, row = rows[args.row - 1] if args.row else next((where, row) for where, row in rows if where in kept)
-    print(show_row(where, row, kept.get(where), tokenizer, method, args.prompt))
-    if where not in kept:
-        print(_paint("dropped: " + next(reason for reason, rows in report.dropped.items() if where in rows), "title"))
-    print("\n" + statistics(examples, report))
-    if "initial_reason_steps" in columns:
-        print()
-        whole = (str(row["initial_reason_steps"]) + str(row.get("full_chosen") or row.get("chosen"))
-                 for _, row in rows)
-        tell_styles(Counter(step_style(text, args.steps) for text in whole))
-    return 0
+    where, row = rows[args.row - 1] if args.row else next(one for one in rows if one[0] in kept)
+    parts = [show_row(where, row, kept.get(where), tokenizer, method, args.prompt)]
+    for reason, dropped in report.dropped.items():
+        if where in dropped:
+            parts.append(_paint(f"dropped: {reason}", "title"))
+    return "\n".join([*parts, "", statistics(examples, report)])
 
 
 # ------------------------------------------------------------------------------------------------------------
