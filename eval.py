@@ -56,7 +56,7 @@ LATEX_ENDS = re.compile(r"(?:\\end\{problem\}|\\noindent|\\\\|\s)+$")        # w
 QUESTIONS = "question problem prompt messages conversations instruction query squestion problemtext ctx input"
 CONTEXTS = "context passage body story article paragraph background"        # what a question is about
 ANSWERS = ("finalanswer expectedanswer groundtruth groundtruthanswer goldanswer referenceanswer "
-           "correctanswer answer gold gt target answers lsolutions")
+           "correctanswer answer gold gt target answers lsolutions rewardmodel")
 INDICES = "label answerindex answeridx cop"                                 # of a choice, from 0
 CHOSEN = f"correct answerkey answer correctanswer correctoption gold target groundtruth {INDICES}"
 OPTIONS = "options choices endings answerchoices"
@@ -86,22 +86,25 @@ class Fields:
         """The row's own name for the first of these that it has."""
         return next((self.names[name] for name in names.split() if name in self.names), None)
 
+    def error(self, name: str, found: str) -> DataError:
+        return DataError(f"{self.where}: field {name!r}: {found}")
+
     def text(self, name: str) -> str:
         """A field's text; of a conversation, what the user asks."""
         value = self.row[name]
         if isinstance(value, list) and all(isinstance(part, str) for part in value):
             value = "\n".join(value)
-        if not isinstance(value, list):
-            return text_field({name: value}, name, self.where)
-        roles = [turn.get("role", turn.get("from")) if isinstance(turn, dict) else None for turn in value]
-        asked = [turn for turn, role in zip(value, roles) if role in ("user", "human")]
-        if len(asked) != 1 or not {"user", "human", "assistant", "gpt"}.issuperset(roles):
-            raise DataError(f"{self.where}: field {name!r}: found turns of {roles!r:.80}; expected text, or "
-                            "one turn of the user and no system prompt (--system gives one to all rows)")
-        content = asked[0].get("content", asked[0].get("value"))
-        if isinstance(content, list) and len(content) == 1 and isinstance(content[0], dict):
-            content = content[0].get("text")     # [{"type": "text", "text": ...}]
-        return text_field({name: content}, name, self.where)
+        if isinstance(value, list):
+            turns = [turn if isinstance(turn, dict) else {} for turn in value]
+            roles = [turn.get("role", turn.get("from")) for turn in turns]
+            asked = [turn for turn, role in zip(turns, roles) if role in ("user", "human")]
+            if len(asked) != 1 or not {"user", "human", "assistant", "gpt"}.issuperset(roles):
+                raise self.error(name, f"found turns of {roles!r:.80}; expected text, or one turn of the user "
+                                       "and no system prompt (--system gives one to all rows)")
+            value = asked[0].get("content", asked[0].get("value"))
+            if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
+                value = value[0].get("text")     # [{"type": "text", "text": ...}]
+        return text_field({name: value}, name, self.where)
 
 
 def read_problem(where: str, row: dict) -> Problem:
@@ -125,14 +128,14 @@ def read_problem(where: str, row: dict) -> Problem:
     carried = {key: kept[key] for key in CARRIED if kept.get(key) is not None}
     for own, public in (("subject", "type" if choices else "type label"), ("solution", WORKINGS)):
         name = fields.first(public)
-        if own not in carried and name and isinstance(row[name], str):
-            carried[own] = row[name]
+        if name and isinstance(row[name], str):
+            carried.setdefault(own, row[name])
 
     if choices:
         answer = right_choice(fields, choices, carried.get("solution"))
-        if not all(text in question for _, text in choices):        # some sets write them into the question
-            letters = zip(ascii_uppercase, choices)
-            question += "\nAnswer Choices: " + " ".join(f"({letter}) {text}" for letter, (_, text) in letters)
+        if not all(text in question for text in choices.values()):  # some sets write them into the question
+            letters = zip(ascii_uppercase, choices.values())
+            question += "\nAnswer Choices: " + " ".join(f"({letter}) {text}" for letter, text in letters)
     else:
         answer, working = gold_of(fields, question, carried.get("solution"))
         if working:
@@ -146,36 +149,37 @@ def read_problem(where: str, row: dict) -> Problem:
 def question_of(fields: Fields) -> str:
     """The text of a problem: what it is about, the instruction and the question, each once."""
     if name := fields.first("system systemprompt history"):
-        raise DataError(f"{fields.where}: field {name!r} is not used here: write it into the question, or "
-                        "remove it (--system gives all rows a system prompt)")
+        raise fields.error(name, "not used here: write it into the question, or remove it (--system gives "
+                                 "all rows a system prompt)")
     name = fields.first(QUESTIONS)
     if name is None:
         raise DataError(f"{fields.where}: no question (found: {', '.join(fields.row) or 'nothing'}); "
                         "expected a field 'question', 'problem', 'prompt' or 'instruction'")
     names = [fields.first(CONTEXTS), fields.first("instruction"), name]
     if name == fields.names.get("instruction"):
-        names = [*names, fields.first("input")]
-    parts = [fields.text(part) for part in dict.fromkeys(names) if part]
+        names.append(fields.first("input"))
     if not fields.text(name).strip():
-        raise DataError(f"{fields.where}: field {name!r} is empty; expected the text of a problem")
+        raise fields.error(name, "empty; expected the text of a problem")
+    parts = [fields.text(part) for part in dict.fromkeys(names) if part]
     repeated = [any(part.strip() in after for after in parts[i + 1:]) for i, part in enumerate(parts)]
     return "\n".join(part for part, again in zip(parts, repeated) if not again)
 
 
 def gold_of(fields: Fields, question: str, solution: str | None = None) -> tuple[str, str | None]:
     """The right answer as text (of a list, the set of its answers), and the working that came with it."""
-    row, where, name = fields.row, fields.where, fields.first(ANSWERS)
-    answer, working = row[name] if name else None, None
-    if name is None and isinstance(row.get("reward_model"), dict):
-        name, answer = "reward_model", row["reward_model"].get("ground_truth")
+    name, working = fields.first(ANSWERS), None
+    answer = fields.row[name] if name else None
+    if isinstance(answer, dict):                 # verl's reward_model
+        answer = answer.get("ground_truth", answer)
     if answer is None and solution:
         name, answer = "solution", solution if "####" in solution else boxed_answer(solution)
     if answer is None:
-        raise DataError(f"{where}: no answer (found: {', '.join(row)}); expected a field 'answer', "
-                        "'final_answer' or 'ground_truth', or a 'solution' with \\boxed{...} or ####")
+        raise DataError(f"{fields.where}: no answer (found: {', '.join(fields.row)}); expected a field "
+                        "'answer', 'final_answer' or 'ground_truth', or a 'solution' with \\boxed{...} or ####")
     if isinstance(answer, str) and "####" in answer:
         working, _, answer = answer.rpartition("####")
-    elif isinstance(answer, str) and answer.startswith('["'):       # Skywork: a list, written as text
+        working = working.strip()
+    if isinstance(answer, str) and answer.startswith('["'):         # Skywork: a list, written as text
         try:
             answer = json.loads(answer)
         except ValueError:
@@ -186,55 +190,53 @@ def gold_of(fields: Fields, question: str, solution: str | None = None) -> tuple
             return str(value) if "true" in question.lower() else "Yes" if value else "No"
         if type(value) in (int, float) and abs(value) < math.inf:
             return str(int(value) if value == int(value) else value)
-        value = text_field({name: value}, name, where).strip()
+        value = text_field({name: value}, name, fields.where).strip()
         return boxed_answer(value) or value
 
     answers = [plain(value) for value in (answer if isinstance(answer, list) else [answer])]
     if not all(answers):
-        raise DataError(f"{where}: field {name!r} is empty; a problem without an answer cannot be graded")
-    return ", ".join(answers), working and working.strip()
+        raise fields.error(name, "empty; a problem without an answer cannot be graded")
+    return ", ".join(answers), working
 
 
-def choices_of(fields: Fields) -> list[tuple[str, str]]:
-    """(label, text) of each choice; [] where the row has none. They stand
+def choices_of(fields: Fields) -> dict[str, str]:
+    """The choices by their labels; {} where the row has none. They stand
 
         in a list              options | choices | endings: ["4", "6", ...] or ["A) 4", "B) 6", ...]
         under their labels     {"A": "4", "B": "6", ...};  {text: [...], label: [...]};  [{label, text}, ...]
         in columns             A, B, C, ...;  option_a, option_b, ...;  ending0, ending1, ...
     """
     name = fields.first(OPTIONS)
-    found = fields.row[name] if name else None
+    found = fields.row[name] if name else columns_of(fields)
     if isinstance(found, dict) and isinstance(found.get("text"), list):
         found = dict(zip(found.get("label") or ascii_uppercase, found["text"]))
     elif isinstance(found, list) and all(isinstance(option, dict) for option in found):
         found = {option.get("label", option.get("key")): option.get("text", option.get("value"))
                  for option in found}
-    elif isinstance(found, list):
-        found = dict(zip(ascii_uppercase, found)) if len(found) <= 26 else None
-    elif found is None:
-        given = str(fields.row.get(fields.first(CHOSEN)))
-        found = {}
-        for key, column in sorted(fields.names.items()):
-            match = re.fullmatch(r"(option|choice|op|ending|sol|)([a-j]|\d)", key)
-            # columns a and b alone may also be the numbers of a sum
-            if match and (match[1] or re.fullmatch(r"\s*[A-Ja-j]\s*", given)):
-                found[match[2].upper()] = fields.row[column]
-        if len(found) < 2 or "".join(found) not in "ABCDEFGHIJ0123456789":
-            return []
+    elif isinstance(found, list) and len(found) <= 26:
+        found = dict(zip(ascii_uppercase, found))
     if not isinstance(found, dict) or not all(type(text) in (str, int, float) for text in found.values()):
-        raise DataError(f"{fields.where}: field {name!r}: expected a list of up to 26 choices, or an object "
-                        "of them with their labels")
+        raise fields.error(name, "expected a list of up to 26 choices, or an object of them with their labels")
     texts = [str(text).strip() for text in found.values()]
     letters = [re.match(rf"[\[(]?{letter}\s*[\]).:]\s*", text, re.IGNORECASE)
                for letter, text in zip(ascii_uppercase, texts)]
     if all(letters):                             # "A) 4", "B) 6", ...
         texts = [text[letter.end():] for text, letter in zip(texts, letters)]
-    return list(zip(map(str, found), texts))
+    return dict(zip((str(label).upper() for label in found), texts))
 
 
-def right_choice(fields: Fields, choices: list[tuple[str, str]], solution: str | None = None) -> str:
+def columns_of(fields: Fields) -> dict:
+    """Choices in columns of their own. Columns a and b alone may also be the numbers of a sum."""
+    lettered = re.fullmatch(r"\s*[A-Ja-j]\s*", str(fields.row.get(fields.first(CHOSEN))))
+    pattern = rf"(?:option|choice|op|ending|sol{'|' if lettered else ''})([a-j]|\d)"
+    found = {match[1]: fields.row[name] for key, name in sorted(fields.names.items())
+             if (match := re.fullmatch(pattern, key))}
+    return found if len(found) > 1 and "".join(found) in "abcdefghij0123456789" else {}
+
+
+def right_choice(fields: Fields, choices: dict[str, str], solution: str | None = None) -> str:
     """The letter of the right choice, which a row gives by its label, its text or its index from 0."""
-    labels, texts = [label.upper() for label, _ in choices], [text for _, text in choices]
+    labels, texts = list(choices), list(choices.values())
     name = next((name for name in CHOSEN.split() if name in fields.names), None)
     if name == "correct" and isinstance(fields.row[fields.names[name]], bool):          # a grade
         name = "answer"
@@ -255,9 +257,8 @@ def right_choice(fields: Fields, choices: list[tuple[str, str]], solution: str |
     else:
         found = same_text or {i for i, text in enumerate(texts) if is_equivalent(said, text)}
     if len(found) != 1 or max(found) >= len(texts):
-        raise DataError(f"{fields.where}: field {fields.names.get(name, 'solution')!r}: found {said!r:.60}; "
-                        "expected the letter, the text or the index (from 0) of one choice of "
-                        f"{texts!r:.200}")
+        raise fields.error(fields.names.get(name, "solution"), f"found {said!r:.60}; expected the letter, the "
+                           f"text or the index (from 0) of one choice of {texts!r:.200}")
     return ascii_uppercase[found.pop()]
 
 
@@ -292,18 +293,16 @@ def make_distinct(problems: list[Problem]) -> list[str]:
         if problem.id != old:
             lines.append(f"{problem.where}: id {old!r} stands in {place[str(old), sample]} already; here it "
                          f"becomes {problem.id!r}")
-        if "id" in problem.carried:
-            problem.carried["id"] = problem.id
+            if "id" in problem.carried:
+                problem.carried["id"] = problem.id
     return lines
 
 
 def read_file(args: argparse.Namespace, bad: list[DataError]) -> list:
     """The problems of F, or with --rollouts its wrong attempts. Rows that cannot be used go to `bad`."""
-    items, read = [], read_attempt if args.rollouts else read_problem
-    stages = ("problems", "errors", "pairs")
+    items, notes, read, stages = [], [], read_problem, ("problems", "errors", "pairs")
     if args.rollouts:
-        stages = ("attempts", "valued attempts", "rectified attempts")
-    notes = []
+        read, stages = read_attempt, ("attempts", "valued attempts", "rectified attempts")
     for where, row in itertools.islice(read_rows(args.problems, bad, split="test"), args.limit):
         if not items and not bad:
             expect(row, where, *stages)
