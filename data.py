@@ -1090,8 +1090,8 @@ def _parse(raw: bytes, where: str) -> object:
         return strict_json(raw, constant=float)
     except (ValueError, RecursionError) as error:
         begins = _quote(raw[:60].decode("utf-8", "replace"))
-        return DataError(f"{where}: malformed JSON ({_one_line(error)}; begins {begins}); correct or remove it, "
-                         "or save the file as UTF-8")
+        return DataError(f"{where}: malformed JSON ({_one_line(error)}; begins {begins}); correct or remove "
+                         "it, or save the file as UTF-8")
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
@@ -1151,6 +1151,7 @@ def _of_split(dataset: str, names: list[str], wanted: str, split: str) -> list[s
     if not groups:
         raise DataError(f"{dataset}: no .parquet, .jsonl or .json file of rows in it (found: "
                         f"{', '.join(names[:8]) or 'nothing'}); convert it to one of these")
+    wanted = _SHARD.sub("", wanted)                     # a file's name stands for its group
     # the words of a path, one of which may be its split; the others are its configuration
     words = {path: re.findall("[a-z]+", path.lower()) for path in (wanted, *groups)}
     splits = {path: next((_SPLITS[word] for word in reversed(words[path]) if word in _SPLITS), None)
@@ -1306,9 +1307,8 @@ def step_style(text: str, style: str = "auto") -> str:
 def tell_styles(styles: Counter) -> None:
     """Say how many solutions are of which style; and, loudly, where most of them are one step."""
     if styles:
-        most = styles.most_common(5)
-        more = f", {len(styles) - 5} more styles" if len(styles) > 5 else ""
-        print("steps: " + ", ".join(f"{count:,} {style}" for style, count in most) + more)
+        most = [f"{count:,} {style}" for style, count in styles.most_common(5)]
+        print("steps: " + ", ".join(most) + (" and others" if len(styles) > 5 else ""))
     if 2 * styles["one step"] > styles.total():
         print(f"WARNING: {styles['one step']:,} of {styles.total():,} solutions are ONE step each: the first "
               "wrong step is then always the first, and a pair two whole answers without an end. Look at "
@@ -1489,7 +1489,7 @@ def error_posterior(values: Counts, agreement: Counts | None = None) -> list[flo
     rollouts a step, this posterior 93 % with the same ones, and 95 % with 6 a step where `next_prefix` puts
     them.
     """
-    def evidence(rates, prior):                         # log of the integral of p^s (1-p)^(n-s) over Beta(a, b)
+    def evidence(rates, prior):             # log of the integral of p^s (1-p)^(n-s) over Beta(a, b)
         (a, b), s, n = prior, sum(r[0] for r in rates), sum(r[1] for r in rates)
         log_beta = lambda a, b: math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
         return log_beta(a + s, b + n - s) - log_beta(a, b)
@@ -1504,7 +1504,7 @@ def error_posterior(values: Counts, agreement: Counts | None = None) -> list[flo
 
 
 def first_error_from_values(values: Counts, agreement: Counts | None = None) -> int | None:
-    """Index of the first wrong step, if the rollouts make it clearly the most probable; else None."""
+    """Index of the first wrong step; None where the rollouts leave it open."""
     posterior = error_posterior(values, agreement)
     return posterior.index(max(posterior)) if max(posterior) > 0.7 else None
 
@@ -1621,10 +1621,10 @@ def parse_verdicts(reply: str, count: int) -> int | None:
 
 def ask(row: dict) -> int | None:
     """A person at the terminal, one step at a time."""
-    print("\n" + _block(f"problem {row['id']}", row["question"], "context"))
-    print(_block("right answer", _right_solution(row), "chosen"))
+    print("\n" + _block(f"problem {row['id']}", row["question"]))
+    print(_block("right answer", _right_solution(row)))
     for i, step in enumerate(row["steps"]):
-        print(_block(f"step {i + 1} of {len(row['steps'])}", step.strip("\n"), "title"))
+        print(_block(f"step {i + 1} of {len(row['steps'])}", step.strip("\n")))
         key = ""
         while key not in ("c", "n"):
             try:
@@ -2409,18 +2409,10 @@ def _thought_and_text(content) -> tuple[str, str]:
 # python data.py show: a row, and what becomes of it
 # ----------------------------------------------------------------------------------------------------------------------
 
-COLOURS = {"context": "2", "chosen": "32", "rejected": "31", "title": "1"}
-
-
-def _paint(text: str, role: str) -> str:
-    plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ
-    return text if plain else "\n".join(f"\033[{COLOURS[role]}m{line}\033[0m" for line in text.split("\n"))
-
-
-def _block(title: str, text: str, role: str) -> str:
+def _block(title: str, text: str) -> str:
     """A titled text with a bar at its left. Control characters, which a terminal would obey, are escaped."""
     safe = re.sub(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]", lambda found: f"\\x{ord(found[0]):02x}", text)
-    return "\n".join([_paint(title, "title"), *(f"  | {_paint(line, role)}" for line in safe.split("\n"))])
+    return "\n".join([title, *(f"  | {line}" for line in safe.split("\n"))])
 
 
 def _width(text: str) -> int:
@@ -2451,7 +2443,7 @@ def token_picture(ids: list[int], times: Sequence[int], tokenizer: Tokenizer, be
 def show_row(where: str, row: dict, example: Example | None, tokenizer: Tokenizer, method: str,
              style: str) -> str:
     """The teaching picture: the texts of a row, then the segments of its batch with the loss mask."""
-    parts = [_paint(f"{where}   method {method}, prompt style {style}", "title")]
+    parts = [f"{where}   method {method}, prompt style {style}"]
     try:
         question, steps, responses = texts_of(row, method, where)
     except Unfit:
@@ -2459,11 +2451,10 @@ def show_row(where: str, row: dict, example: Example | None, tokenizer: Tokenize
     begun, kinds = "", {"chosen": "whole answer", "rejected": "whole answer"}
     if method == "stepdpo":
         begun, kinds = steps + responses[0], {"chosen": "s_win", "rejected": "s_lose"}
-    prompt = render_prompt(style, question, tokenizer, begun)
-    parts += ["", _block("prompt x (read, no loss)", prompt, "context")]
+    parts += ["", _block("prompt x (read, no loss)", render_prompt(style, question, tokenizer, begun))]
     if steps:
-        parts.append(_block("correct steps s_1..s_{k-1} (read, no loss)", steps, "context"))
-    parts += [_block(f"{name}: {kinds[name]} (loss)", text, name) for name, text in zip(kinds, responses)]
+        parts.append(_block("correct steps s_1..s_{k-1} (read, no loss)", steps))
+    parts += [_block(f"{name}: {kinds[name]} (loss)", text) for name, text in zip(kinds, responses)]
     if example is None:
         return "\n".join(parts)
 
@@ -2471,31 +2462,26 @@ def show_row(where: str, row: dict, example: Example | None, tokenizer: Tokenize
     times = np.zeros(len(layout.tokens), dtype=int)     # how often each token is predicted
     for places in layout.places:
         times[places[example.start:]] += 1
-    legend = ". read only   ^ loss"
-    if 2 in times:
-        legend += "   2 predicted for both sides: it cancels in the difference"
-    title = f"the same as {len(layout.tokens)} tokens in a batch   ({legend})"
-    parts += ["", _paint(title, "title")]
+    both = "   2 predicted for both sides: it cancels in the difference" if 2 in times else ""
+    parts += ["", f"the same as {len(layout.tokens)} tokens in a batch   (. read only   ^ loss{both})"]
     begin, trunk = 0, {-1: []}                          # of each segment: the tokens up to its end
     for segment, (length, parent) in enumerate(zip(layout.lengths, layout.parents)):
         here = slice(begin, begin + length)
         ids, positions = layout.tokens[here].tolist(), layout.positions[here]
         through = [name for name, places in zip(kinds, layout.places) if begin in places]
-        title = " and ".join(through) if len(example.sides) > 1 else "the whole row"
+        title = f"segment {segment}: {' and '.join(through)}"
         if len(through) > 1:
             title += ", computed once"
         elif parent >= 0:
             title += f", sees segment {parent} and itself"
-        title = f"segment {segment}: {title}; {length} tokens, positions {positions[0]}..{positions[-1]}"
-        role = through[0] if len(through) < len(example.sides) else "context"
-        parts.append(_block(title, token_picture(ids, times[here], tokenizer, trunk[parent]), role))
+        title += f"; {length} tokens, positions {positions[0]}..{positions[-1]}"
+        parts.append(_block(title, token_picture(ids, times[here], tokenizer, trunk[parent])))
         trunk[segment] = trunk[parent] + ids
         begin += length
     ends = f"the answer ends with {tokenizer.decode([int(example.chosen[-1])])}"
     if method == "stepdpo":
         ends = "no end token follows: the solution goes on"
-    loss = sum(len(tokens) for _, tokens in example.predicted)
-    return "\n".join([*parts, f"{loss} tokens carry loss; {ends}"])
+    return "\n".join([*parts, f"{times.sum()} tokens carry loss; {ends}"])
 
 
 def show_solution(where: str, row: dict, style: str) -> str:
@@ -2511,15 +2497,15 @@ def show_solution(where: str, row: dict, style: str) -> str:
             except DataError as error:
                 raise DataError(f"{where}: {error}") from None
     verdict = {True: "right", False: "wrong"}.get(row.get("correct"), "not graded")
-    title = f"{where}   {len(steps)} steps (--steps {style}: {step_style(text, style)}), {verdict}"
-    parts = [_paint(title, "title"), "", _block("question", text_field(row, "question", where), "context")]
+    parts = [f"{where}   {len(steps)} steps (--steps {style}: {step_style(text, style)}), {verdict}", "",
+             _block("question", text_field(row, "question", where))]
     for number, (step, after, before) in enumerate(zip(steps, *counts.values()), 1):
         title = f"step {number}"
         if after:
             title += f"; from its end {after[0]} of {after[1]} rollouts succeed"
         if before and before[1]:
             title += f"; {before[0]} of the {before[1]} that succeed from before it take it"
-        parts.append(_block(title, step.strip("\n"), "chosen" if row.get("correct") else "rejected"))
+        parts.append(_block(title, step.strip("\n")))
     answers = f"extracted answer {row.get('extracted')!r}, right answer {row.get('answer')!r}"
     return "\n".join([*parts, answers])
 
@@ -2561,15 +2547,15 @@ def show(args: argparse.Namespace) -> int:
     columns = rows[0][1]
     if args.row is not None and args.row > len(rows):
         raise DataError(f"{args.data}: --row {args.row}: the file has rows 1 to {len(rows)}")
-    attempts = {"question", "completion"} <= columns.keys()     # with `prompt`, a completion is trained on
-    if attempts:
-        print(show_solution(*rows[(args.row or 1) - 1], args.steps))
+    solutions = []
+    if {"question", "completion"} <= columns.keys():    # with `prompt`, a completion is trained on
+        print(show_solution(*rows[(args.row or 1) - 1], args.steps) + "\n")
         solutions = [(row.get("prefix"), row.get("completion")) for _, row in rows]
     else:
-        print(show_training(args, rows))
-        solutions = [(row["initial_reason_steps"], row.get("full_chosen") or row.get("chosen"))
-                     for _, row in rows if "initial_reason_steps" in columns]
-    print()
+        print(show_training(args, rows) + "\n")
+        if "initial_reason_steps" in columns:
+            solutions = [(row["initial_reason_steps"], row.get("full_chosen") or row.get("chosen"))
+                         for _, row in rows]
     tell_styles(Counter(step_style(f"{begun or ''}{rest}", args.steps) for begun, rest in solutions))
     return 0
 
@@ -2577,25 +2563,20 @@ def show(args: argparse.Namespace) -> int:
 def show_training(args: argparse.Namespace, rows: list[tuple[str, dict]]) -> str:
     """A row as `method` trains it, and the statistics of the file."""
     if not args.model:
-        raise DataError("--model is needed to show the tokens of training rows: a checkpoint, whose tokenizer "
-                        "is read")
+        raise DataError("--model is needed to show the tokens of training rows: a checkpoint, whose "
+                        "tokenizer is read")
     columns, folder = rows[0][1], resolve(args.model)
     suggested = "stepdpo" if "initial_reason_steps" in columns else "dpo" if "rejected" in columns else "sft"
     method = args.method or suggested
     tokenizer = Tokenizer.from_pretrained(folder, system=args.system, template_args=args.template_args)
     limit = _settings(folder / "config.json").get("max_position_embeddings")
-    if type(limit) is int and limit < args.max_length:
-        print(f"--max_length {args.max_length}: the model's positions end at {limit}, so longer rows are "
-              "dropped\n")
-        args.max_length = limit
-    examples, report = encode_dataset(args.data, tokenizer, method, args.prompt, args.max_length)
+    longest = min(args.max_length, limit) if type(limit) is int else args.max_length
+    examples, report = encode_dataset(args.data, tokenizer, method, args.prompt, longest)
     kept = {example.where: example for example in examples}
     where, row = rows[args.row - 1] if args.row else next(one for one in rows if one[0] in kept)
-    parts = [show_row(where, row, kept.get(where), tokenizer, method, args.prompt)]
-    for reason, dropped in report.dropped.items():
-        if where in dropped:
-            parts.append(_paint(f"dropped: {reason}", "title"))
-    return "\n".join([*parts, "", statistics(examples, report)])
+    dropped = [f"dropped: {reason}" for reason, places in report.dropped.items() if where in places]
+    shown = show_row(where, row, kept.get(where), tokenizer, method, args.prompt)
+    return "\n".join([shown, *dropped, "", statistics(examples, report)])
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -99,8 +99,8 @@ class Fields:
             roles = [turn.get("role", turn.get("from")) for turn in turns]
             asked = [turn for turn, role in zip(turns, roles) if role in ("user", "human")]
             if len(asked) != 1 or not {"user", "human", "assistant", "gpt"}.issuperset(roles):
-                raise self.error(name, f"found turns of {roles!r:.80}; expected text, or one turn of the user "
-                                       "and no system prompt (--system gives one to all rows)")
+                raise self.error(name, f"found turns of {roles!r:.80}; expected text, or one turn of the "
+                                       "user and no system prompt (--system gives one to all rows)")
             value = asked[0].get("content", asked[0].get("value"))
             if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
                 value = value[0].get("text")     # [{"type": "text", "text": ...}]
@@ -175,7 +175,8 @@ def gold_of(fields: Fields, question: str, solution: str | None = None) -> tuple
         name, answer = "solution", solution if "####" in solution else boxed_answer(solution)
     if answer is None:
         raise DataError(f"{fields.where}: no answer (found: {', '.join(fields.row)}); expected a field "
-                        "'answer', 'final_answer' or 'ground_truth', or a 'solution' with \\boxed{...} or ####")
+                        "'answer', 'final_answer' or 'ground_truth', or a 'solution' with \\boxed{...} or "
+                        "####")
     if isinstance(answer, str) and "####" in answer:
         working, _, answer = answer.rpartition("####")
         working = working.strip()
@@ -216,7 +217,7 @@ def choices_of(fields: Fields) -> dict[str, str]:
     elif isinstance(found, list) and len(found) <= 26:
         found = dict(zip(ascii_uppercase, found))
     if not isinstance(found, dict) or not all(type(text) in (str, int, float) for text in found.values()):
-        raise fields.error(name, "expected a list of up to 26 choices, or an object of them with their labels")
+        raise fields.error(name, "expected a list of up to 26 choices, or an object of them with labels")
     texts = [str(text).strip() for text in found.values()]
     letters = [re.match(rf"[\[(]?{letter}\s*[\]).:]\s*", text, re.IGNORECASE)
                for letter, text in zip(ascii_uppercase, texts)]
@@ -257,8 +258,9 @@ def right_choice(fields: Fields, choices: dict[str, str], solution: str | None =
     else:
         found = same_text or {i for i, text in enumerate(texts) if is_equivalent(said, text)}
     if len(found) != 1 or max(found) >= len(texts):
-        raise fields.error(fields.names.get(name, "solution"), f"found {said!r:.60}; expected the letter, the "
-                           f"text or the index (from 0) of one choice of {texts!r:.200}")
+        raise fields.error(fields.names.get(name, "solution"),
+                           f"found {said!r:.60}; expected the letter, the text or the index (from 0) of one "
+                           f"choice of {texts!r:.200}")
     return ascii_uppercase[found.pop()]
 
 
@@ -318,8 +320,8 @@ def read_file(args: argparse.Namespace, bad: list[DataError]) -> list:
         items = [item for item in valued if item[0].carried.get("stop_reason") != "length"]
         if cut := len(valued) - len(items):
             which = "attempts" if args.all else "wrong attempts"
-            notes.append(f"{args.problems}: {cut} of {len(valued)} {which} were cut off by the length limit and "
-                         "are left out")
+            notes.append(f"{args.problems}: {cut} of {len(valued)} {which} were cut off by the length limit "
+                         "and are left out")
     renamed = make_distinct([item[0] for item in items] if args.rollouts else items)
     notes += renamed[:1]
     if renamed[1:]:

@@ -159,6 +159,7 @@ GSM8K = [f"{config}/{split}-00000-of-00001.parquet" for config in ("main", "socr
     ("o/n", "train", ["test.jsonl"], None), ("o/n", "test", ["data/train.jsonl"], None),
     ("o/n", "test", ["aime_2024.jsonl", "aime_2025.jsonl"], None),
     ("o/n:data/train", "test", ["data/train.jsonl"], ["data/train.jsonl"]),
+    ("o/n:main/test-00000-of-00001.parquet", "train", GSM8K, GSM8K[:1]), ("o/n:a.json", "train", ["a.json", "b.json"], ["a.json"]),
     # of several configurations one is named
     ("o/n", "test", GSM8K, None), ("o/n:main", "test", GSM8K, GSM8K[:1]), ("o/n:main", "train", GSM8K, GSM8K[1:2]),
     ("o/n:test", "test", GSM8K, None), ("o/n:socratic/train", "train", GSM8K, GSM8K[3:]), ("o/n:sci", "test", GSM8K, None),

@@ -446,7 +446,7 @@ def test_columns_of_a_parquet_that_nobody_uses(tmp_path, monkeypatch, capsys):
     """Dates, bytes, decimals and NaNs beside the used columns stop neither sampling nor localizing; in a used column each
     is a named error."""
     rows = [attempt(BAD) | ODD, attempt(BAD, sample=1) | {"question": b"?"}, attempt(BAD, id=datetime(2024, 1, 1))]
-    monkeypatch.setitem(data._READERS, ".parquet", lambda path: ((f"{path}:row {i}", row) for i, row in enumerate(rows, 1)))
+    monkeypatch.setattr(data, "_read_parquet", lambda path: ((f"{path}:row {i}", row) for i, row in enumerate(rows, 1)))
     monkeypatch.setattr(ev, "Sampler", Dice)
     (file := tmp_path / "a.parquet").write_bytes(b"")
     assert run("localize", file, "--judge", JUDGE, "--out", tmp_path / "e.jsonl") == 1
