@@ -2770,7 +2770,7 @@ def run_command(run: Callable[[], int], debug: bool = False) -> int:
         if speaks or isinstance(error, OSError):        # a disk may be full for one process only
             print(f"error: {message}", file=sys.stderr)
         else:
-            time.sleep(2)                               # torchrun ends the others as soon as one has ended: the first speaks
+            time.sleep(2)                               # torchrun ends all as soon as one ends: the first speaks
         return 2
     finally:
         if alone:
