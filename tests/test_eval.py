@@ -124,6 +124,7 @@ def test_a_choice_that_is_not_clear_is_refused_by_name(row, found):
     ({"instruction": "Work it.", "input": "3 + 4?", "answer": "7"}, "Work it.\n3 + 4?", "7"), ({"instruction": "Q", "input": "", "answer": "7"}, "Q", "7"),
     ({"ID": "chal-1", "Body": "Ann has 3.", "Question": "How many?", "Equation": "( 3.0 )", "Answer": 3.0, "Type": "x"}, "Ann has 3.\nHow many?", "3"),
     ({"Body": "Ann has 3.", "Question": "Ann has 3. How many?", "Answer": 3}, "Ann has 3. How many?", "3"),
+    ({"iIndex": 1, "sQuestion": "Q", "lEquations": ["X=7"], "lSolutions": [7.0]}, "Q", "7"),
     ({"passage": "P", "question": "Q", "answer": "7"}, "P\nQ", "7"), ({"context": ["P", "R"], "question": "Q", "answer": "7"}, "P\nR\nQ", "7"),
     # conversations of one question
     ({"prompt": [{"role": "user", "content": "Q"}], "reward_model": {"style": "rule", "ground_truth": "7"}, "ability": "math"}, "Q", "7"),
