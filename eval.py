@@ -593,20 +593,30 @@ def _prepare_step(sampler: Sampler | Remote, problem: Problem, text: str, steps:
     """Many tokenizers write a full stop and the line break behind it as one token. Behind a whole step the
     model must read that token, or it would be where it never was: at a full stop without a line break."""
     prompt = sampler.prepare(problem, text)
-    styles = STEP_STYLES[1:] if steps == "auto" else (steps,)
-    # where the words of its last step begin, behind the label
-    words = max(step_starts(text + " ", style)[-1][1] for style in styles)
+    words = _behind_label(text, steps)
     breaks = re.findall(r"\n\s*", text[:words])
     if breaks:
-        line_break = breaks[-1]                                         # as before that label
+        line_break = breaks[-1]                                     # as before the last label
     else:
-        line_break = "\n" if words else "\n\n"                          # without any label: of paragraphs
+        line_break = "\n" if words or steps == "line" else "\n\n"    # without any label: of paragraphs
     continued = text.rstrip() + line_break + "Step"
-    if isinstance(sampler, Sampler) and text[words:].strip() and continued.startswith(text):
+    whole_step = text[words:].strip() and not text.rstrip().endswith((":", "："))      # a first label may be anything
+    if isinstance(sampler, Sampler) and whole_step and continued.startswith(text):
         joined = sampler.prepare(problem, continued, len(text))
         if joined.content[:len(prompt.content)] != prompt.content:
             return joined
     return prompt
+
+
+def _behind_label(text: str, steps: str) -> int:
+    """Where the words of the last step begin, behind its label. With `auto` any label is one here: "1." is, before
+    there is a "2."."""
+    ends = []
+    for style in STEP_STYLES[1:] if steps == "auto" else (steps,):
+        label, words = step_starts(text + " ", style)[-1]
+        if text[label:words].strip():
+            ends.append(words)
+    return max(ends, default=step_starts(text, steps)[-1][1])
 
 
 def step_end(text: str, at: int, style: str = "auto", over: bool = True) -> int | None:
