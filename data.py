@@ -25,6 +25,7 @@ Legend: B rows of a micro-batch, N tokens laid end to end in it, M predicted (re
 from __future__ import annotations      # the method stands first, what it is made of behind it
 
 import argparse
+import bisect
 import functools
 import glob
 import hashlib
@@ -62,7 +63,11 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tqdm import tqdm
 
-from model import CheckpointError, join_processes, locked, read_json, resolve, strict_json, writing, written
+if __name__ == "__main__":      # python -P does not search a script's own folder
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+from model import (CheckpointError, common_length, join_processes, lay_out, locked, read_json, resolve, strict_json,
+                   writing, written)
 
 
 class DataError(ValueError):
@@ -83,21 +88,36 @@ LONGEST_TOKEN = 1_000                                   # characters: more than 
 
 @dataclass(slots=True)
 class Example:
-    """One row as tokens: whole sequences from BOS on, equal up to `start` and beyond it up to `shared`."""
+    """One row as tokens: K >= 1 whole sequences from BOS on (2 of a pair, 1 in SFT), alike in their first `start` tokens."""
     where: str                                          # "file:line"
-    chosen: np.ndarray                                  # int32 ids: context + response
-    rejected: np.ndarray | None                         # the same for the other side; None for sft
-    start: int                                          # index of the first response token, on both sides
-    shared: int                                         # tokens held once; >= start, < the length of either side
+    sides: list[np.ndarray]                             # K of them, int32 ids: context + response; chosen, rejected
+    start: int                                          # index of the first response token, on every side
+    steps: list[np.ndarray]                             # of each side: of which step of its solution each response token is
+    problem: str | None = None                          # the prompt x: rows of one problem begin alike and stay together
+    row: dict | None = None                             # the row it was made of, for a variant's own columns
+    reference: bool = False                             # whether its loss asks for log-probs under the reference
+    units: int = 1                                      # what it counts in the mean: a pair is 1, SFT counts its tokens
+    asked: list | None = None                           # of each side (places, tokens): what is predicted, if not the response
 
     @property
-    def sides(self) -> list[np.ndarray]:
-        return [self.chosen] if self.rejected is None else [self.chosen, self.rejected]
+    def chosen(self) -> np.ndarray:
+        return self.sides[0]
+
+    @property
+    def rejected(self) -> np.ndarray | None:
+        return self.sides[1] if len(self.sides) > 1 else None
+
+    @property
+    def predicted(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of each side: the places (in the side) whose hidden states predict, and the tokens that they predict."""
+        if self.asked is not None:
+            return self.asked
+        return [(np.arange(self.start - 1, len(side) - 1), side[self.start:]) for side in self.sides]
 
     @property
     def length(self) -> int:
-        """Tokens that the row takes in a batch."""
-        return self.shared + sum(len(side) - self.shared for side in self.sides)
+        """Tokens that the row takes in a batch, its sides' common beginning once."""
+        return tokens_in_tree(self.sides)
 
 
 @dataclass
@@ -106,8 +126,8 @@ class Report:
     source: str
     rows: int = 0
     kept: int = 0
-    dropped: dict[str, list[str]] = field(default_factory=dict)     # reason -> "file:line" of each row dropped for it
-    notes: dict[str, list[str]] = field(default_factory=dict)       # what to know of rows -> "file:line" of each
+    dropped: dict[str, list[str]] = field(default_factory=dict)     # reason -> "file:line" of each row
+    notes: dict[str, list[str]] = field(default_factory=dict)       # what to know of kept rows -> the same
     details: dict[str, str] = field(default_factory=dict)           # note -> more about its first row
 
     def drop(self, reason: str, where: str) -> None:
@@ -115,14 +135,14 @@ class Report:
 
     def note(self, remark: str, where: str, detail: str = "") -> None:
         self.notes.setdefault(remark, []).append(where)
-        self.details.setdefault(remark, detail and ": " + detail)
+        self.details.setdefault(remark, detail)
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {self.rows:,} rows, {self.kept:,} kept, {self.rows - self.kept:,} dropped"]
         for title, found in (("", self.dropped), ("note: ", self.notes)):
             for reason, rows in sorted(found.items(), key=lambda item: -len(item[1])):
-                first = Path(rows[0]).name + self.details.get(reason, "")
-                lines.append(f"  {len(rows):>7,}  {title}{reason}  (first: {first})")
+                detail = self.details.get(reason, "") if title else ""
+                lines.append(f"  {len(rows):>7,}  {title}{reason}  (first: {Path(rows[0]).name}){detail}")
         return "\n".join(lines)
 
 
@@ -133,16 +153,20 @@ class Unfit(DataError):
 def texts_of(row: dict, method: str, where: str) -> tuple[str | list[dict], str, list[str]]:
     """(question, reasoning that is context, the one or two responses) of a row, as `method` trains it.
 
-    The question is text, or, where there is more to it (a system prompt, earlier turns), the conversation up to the
-    answer: [{"role": ..., "content": ...}, ...]. Rows may be laid out as
-      - Math-Step-DPO-10K. A whole answer is initial_reason_steps + full_*; where full_* already begins with those
-        steps, it is the whole answer itself. Rows without these columns hold whole answers in chosen/rejected;
-      - TRL's data sets: prompt with chosen/rejected, or with completion; any of them text or messages; messages alone;
-      - Alpaca's and LLaMA-Factory's: instruction, input, output; conversations; system and history beside any of these.
-    Of a conversation the last turn is the answer. Raises DataError where a row is malformed, Unfit where it is dropped.
+    The question is a text or, where there is more to it (a system prompt, earlier turns), the conversation up
+    to the answer: [{"role": ..., "content": ...}, ...]. Rows may be laid out like
+
+      - Math-Step-DPO-10K: a whole answer is initial_reason_steps + full_*; where full_* begins with those
+        steps, it is the whole answer itself. Without these columns, chosen and rejected are whole answers;
+      - TRL's: prompt with chosen and rejected, or with completion, each a text or messages; messages alone;
+      - Alpaca's and LLaMA-Factory's: instruction, input, output; conversations; with system or history.
+
+    Of a conversation the last turn is the answer. Raises DataError where a row is malformed, Unfit where a
+    well-formed one cannot be used.
     """
     of_steps = any(name in row for name in ("initial_reason_steps", "full_chosen", "full_rejected"))
     sides = ["full_chosen", "full_rejected"] if of_steps and method != "stepdpo" else ["chosen", "rejected"]
+    asked = next((name for name in ("prompt", "instruction", "question") if name in row), None)
     talk = next((name for name in ("messages", "conversations") if name in row), None)
     if method == "sft":
         answers = ("response", sides[0], "completion", "output", talk)
@@ -150,68 +174,76 @@ def texts_of(row: dict, method: str, where: str) -> tuple[str | list[dict], str,
     whole = sides[0] == "full_chosen"
     needed = ["initial_reason_steps", *sides] if whole or method == "stepdpo" else sides
     missing = [name for name in needed if name not in row]
-    asked = next((name for name in ("prompt", "instruction", "question") if name in row), None)
-    if not asked and not talk and not all(isinstance(row.get(name), (list, dict)) for name in sides):
+    if not asked and not talk and not all(isinstance(row.get(name), list) for name in sides):
         missing.insert(0, "prompt")
-    if missing or asked == "question":                  # as the pipeline's other files call it
+    if missing or asked == "question":                  # so the pipeline's other files call it
         expect(row, where, "pairs", "problems")
     if missing:
         also = " (or prompt, response)" if method == "sft" else ""
         raise DataError(f"{where}: {method} needs the columns {', '.join(['prompt', *needed])}{also}; found "
-                        f"{', '.join(row) or 'none'}; missing {', '.join(missing)}: rename them or change method")
+                        f"{', '.join(row) or 'none'}; missing {', '.join(missing)}: rename them or change "
+                        "method")
 
-    question = _turns_before(row, where, asked, talk if talk not in sides else None)
+    before = _turns_before(row, where, asked, talk if talk not in sides else None)
     turns, texts = zip(*(_answer(row, name, where) for name in sides))
-    if any(other != turns[0] for other in turns):
-        raise Unfit("chosen and rejected differ before their last turn; only the last one can be trained")
-    if turns[0] and turns[0][0]["role"] in ("system", "user"):       # the conversation from its beginning: it
-        told = [turn["content"].strip() for turn in turns[0]]        # repeats the prompt, if there is one
-        if any(turn["content"].strip() not in told for turn in question if turn["role"] != "system"):
-            raise Unfit(f"the prompt is not among the turns of {sides[0]}")
-        question = [turn for turn in question if turn["role"] == "system" and turn not in turns[0]]
-    question += turns[0]
-    if [turn["role"] for turn in question].count("system") > 1:
-        raise Unfit("more than one system prompt")
+    question = _joined(before, turns[0])
+    if any(_joined(before, other) != question for other in turns):
+        raise Unfit("chosen and rejected differ before their last turn, and only that is trained")
     if not question or question[-1]["role"] in ("assistant", "system"):
         raise Unfit("no turn of the user stands before the answer")
+    if sum(turn["role"] == "system" for turn in question) > 1:
+        raise Unfit("more than one system prompt")
     if len(question) == 1:
         question = question[0]["content"]
 
     steps = text_field(row, "initial_reason_steps", where) if "initial_reason_steps" in needed else ""
-    if whole:                                           # an empty answer stays empty, and is counted as such
-        texts = [text if text.startswith(steps) or not text.strip() else steps + text for text in texts]
-        steps = ""
-    return question, steps, list(texts)
+    if not whole:
+        return question, steps, list(texts)
+    full = lambda text: text.startswith(steps) or not text.strip()      # an empty one is counted as such
+    return question, "", [text if full(text) else steps + text for text in texts]
 
 
 def _turns_before(row: dict, where: str, asked: str | None, talk: str | None) -> list[dict]:
-    """The turns up to the answer that stand in columns of their own: system, history, the prompt with its parts."""
-    system = next((name for name in ("system", "system_prompt") if row.get(name)), None)
-    turns = [{"role": "system", "content": text_field(row, system, where)}] if system else []
-    history = row.get("history") or []
-    if isinstance(history, list) and all(isinstance(turn, dict) for turn in history):
-        turns += messages_field(row, "history", where) if history else []
-    else:                                               # LLaMA-Factory's [[question, answer], ...]
-        for pair in history if isinstance(history, list) else [history]:
-            if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-                raise Unfit("history is neither messages nor [[question, answer], ...]")
-            turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    if asked is None:
-        return turns + (messages_field(row, talk, where) if talk else [])
-    if isinstance(row[asked], list):
-        return turns + messages_field(row, asked, where)
-    text = text_field(row, asked, where)
-    for name in ("context", "passage", "input"):
-        if row.get(name) and not isinstance(row[name], str):
-            raise Unfit(f"{name} belongs to the {asked}, and is no text")
-        if (part := (row.get(name) or "").strip()) and part not in text:
-            text = f"{text}\n{part}" if name == "input" else f"{part}\n{text}"
+    """The turns up to the answer from columns of their own: system, history, the prompt in its parts."""
+    for name in ("tools", "images", "videos", "audios", "chat_template_kwargs"):
+        if row.get(name):
+            raise Unfit(f"the column {name} has no place in the prompt")
+    turns = []
+    for name in ("system", "system_prompt", "system_message"):
+        if row.get(name):
+            turns.append({"role": "system", "content": text_field(row, name, where)})
+    history = row.get("history") or []                  # LLaMA-Factory's [[question, answer], ...]
+    for pair in history if isinstance(history, list) else [history]:
+        if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
+            raise Unfit("history is not [[question, answer], ...]; make it turns of the prompt")
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    name = asked or talk
+    if name is None or isinstance(row[name], list):
+        return turns + (messages_field(row, name, where) if name else [])
+    text = text_field(row, name, where)
+    for part in ("context", "passage", "input"):
+        value = row.get(part) or ""
+        if not isinstance(value, str):
+            raise Unfit(f"{part}, which belongs to the question, is no text")
+        if value.strip() and value.strip() not in text:
+            text = f"{text}\n{value}" if part == "input" else f"{value}\n{text}"
     return turns + [{"role": "user", "content": text}]
+
+
+def _joined(before: list[dict], turns: list[dict]) -> list[dict]:
+    """The conversation up to an answer: what other columns have of it, then the turns before the answer in
+    its own. Where these are the conversation from its beginning, they have to repeat what the others say."""
+    if not turns or turns[0]["role"] not in ("system", "user"):
+        return before + turns
+    told = [turn["content"].strip() for turn in turns]
+    if any(turn["content"].strip() not in told for turn in before if turn["role"] != "system"):
+        raise Unfit("the prompt is not among the turns before the answer")
+    return [turn for turn in before if turn["role"] == "system" and turn not in turns] + turns
 
 
 def _answer(row: dict, name: str, where: str) -> tuple[list[dict], str]:
     """(the turns before it, the answer): a text, or of messages the last."""
-    if not isinstance(row.get(name), (list, dict)):
+    if not isinstance(row[name], (list, dict)):
         return [], text_field(row, name, where)
     *turns, last = messages_field(row, name, where)
     if last["role"] != "assistant":
@@ -220,35 +252,40 @@ def _answer(row: dict, name: str, where: str) -> tuple[list[dict], str]:
 
 
 def messages_field(row: dict, name: str, where: str) -> list[dict]:
-    """row[name], messages [{"role": ..., "content": ...}, ...] or a single one, also as ShareGPT spells them (from,
-    value; human, gpt); DataError otherwise."""
-    given = row[name] if isinstance(row[name], list) else [row[name]]
+    """row[name]: messages, [{"role": ..., "content": ...}, ...], or a single one; also as ShareGPT has them
+    (from, value; human, gpt). Only these two keys come back; a thought (reasoning_content) stands in <think>
+    before the content. DataError where the field is anything else."""
     messages = []
-    for number, message in enumerate(given, 1):
+    for number, message in enumerate(row[name] if isinstance(row[name], list) else [row[name]], 1):
         if not isinstance(message, dict):
-            raise DataError(f"{where}: field {name!r}: found {_kind(row[name])} {_shown(row[name])}; expected text or "
-                            'messages, [{"role": ..., "content": ...}, ...]')
+            found = f"found {_kind(row[name])} {_shown(row[name])}"
+            raise DataError(f"{where}: field {name!r}: {found}; expected text or messages, "
+                            '[{"role": ..., "content": ...}, ...]')
         here = f"{where}: field {name!r}, message {number}"
-        role = text_field(message, "role" if "role" in message else "from", here)
-        content = "content" if "content" in message else "value"
         if message.get("tool_calls"):
-            raise DataError(f"{here}: field 'tool_calls': calls of tools are not rendered; remove the row")
-        if isinstance(message.get(content), list):      # [{"type": "text", "text": ...}]
-            pieces = [piece if isinstance(piece, dict) else {} for piece in message[content]]
-            message = {content: "".join(text_field(piece, "text", here) for piece in pieces)}
-        messages.append({"role": {"human": "user", "gpt": "assistant"}.get(role, role),
-                         "content": text_field(message, content, here)})
+            raise Unfit(f"a call of a tool in {name}")
+        role = text_field(message, "role" if "role" in message else "from", here)
+        content = message.get("content", message.get("value"))
+        if isinstance(content, list):                   # [{"type": "text", "text": ...}]
+            pieces = [piece if isinstance(piece, dict) else {} for piece in content]
+            content = "".join(text_field(piece, "text", here) for piece in pieces)
+        content = text_field({"content": content}, "content", here)
+        for thought in ("reasoning_content", "reasoning", "thinking"):
+            if message.get(thought):
+                content = f"<think>\n{text_field(message, thought, here)}\n</think>\n\n{content}"
+        messages.append({"role": {"human": "user", "gpt": "assistant"}.get(role, role), "content": content})
     if not messages:
         raise DataError(f"{where}: field {name!r}: an empty list; expected messages")
     return messages
 
 
-def encode_dataset(source: str | Path | Iterable[tuple[str, dict]], tokenizer: Tokenizer, method: str, style: str,
-                   max_length: int | None = None) -> tuple[list[Example], Report]:
+def encode_dataset(source: str | Path | Iterable[tuple[str, dict]], tokenizer: Tokenizer, method: str,
+                   style: str, max_length: int | None = None) -> tuple[list[Example], Report]:
     """Read, render and tokenise a file of rows: those that can be trained on, in order, and a Report.
 
-    source: what `read_rows` takes, or (where, row) pairs. max_length: tokens of a side as the model sees it, BOS and
-    end token included; a longer row is dropped, never cut. Raises DataError where a row is malformed, or none is left.
+    source: what `read_rows` takes, or (where, row) pairs. max_length: tokens of a side as the model sees it,
+    BOS and end token included; a longer row is dropped, never cut. DataError where a row is malformed, or
+    none is left.
     """
     if method not in METHODS:
         raise DataError(f"method {method!r} is not known; choose one of {', '.join(METHODS)}")
@@ -261,26 +298,52 @@ def encode_dataset(source: str | Path | Iterable[tuple[str, dict]], tokenizer: T
         for where, row in chunk:
             report.rows += 1
             try:
-                texts, boundary = _render(where, row, tokenizer, method, style, report)
+                taken.append(_render(where, row, tokenizer, method, style, report))
             except Unfit as reason:
                 report.drop(str(reason), where)
-                continue
-            if max_length is not None and max(map(len, texts)) > LONGEST_TOKEN * max_length:
-                report.drop(f"longer than {max_length} tokens", where)      # without waiting for its tokens
-            else:
-                taken.append((where, boundary, texts))
-        encoded = iter(tokenizer.encode_batch([text for _, _, texts in taken for text in texts], bos=style != "chat"))
-        for where, boundary, texts in taken:
-            example = _example(where, [next(encoded) for _ in texts], boundary, end, max_length)
-            if isinstance(example, str):
-                report.drop(example, where)
-            else:
-                examples.append(example)
+        examples += to_examples(taken, tokenizer, end, max_length, report, bos=style != "chat")
+    for example in examples:
+        example.reference = method != "sft"
+        if method == "sft":                             # the mean over all answer tokens, not over answers
+            example.units = len(example.chosen) - example.start
     report.kept = len(examples)
     if not examples:
         reasons = "; ".join(f"{len(where)} {reason}" for reason, where in report.dropped.items())
         raise DataError(f"{report.source}: no row is left to use ({reasons})")
     return examples, report
+
+
+class Texts(NamedTuple):
+    """A row before it becomes tokens. context = prompt + steps is read; the K responses are judged."""
+    where: str                                          # "file:line"
+    row: dict
+    problem: str                                        # the question x, as it stands in the row
+    prompt: str                                         # x, rendered
+    steps: str                                          # s_1..s_{k-1}, "" where whole answers are judged
+    responses: list[str]
+
+
+def to_examples(rows: Sequence[Texts], tokenizer: Tokenizer, end: int | None, max_length: int | None,
+                report: Report, bos: bool = True) -> list[Example]:
+    """Tokenise rows of any number of responses; `end`, if any, follows each response. What is dropped goes to
+    `report`. bos: False for prompts that a chat template has made."""
+    fitting = []
+    for row in rows:
+        longest = len(row.prompt) + len(row.steps) + max(map(len, row.responses))
+        if max_length is not None and longest > LONGEST_TOKEN * max_length:     # without waiting for its tokens
+            report.drop(f"longer than {max_length} tokens", row.where)
+        else:
+            fitting.append(row)
+    texts = [row.prompt + row.steps + response for row in fitting for response in row.responses]
+    encoded = iter(tokenizer.encode_batch(texts, bos))
+    examples = []
+    for row in fitting:
+        made = _example(row, [next(encoded) for _ in row.responses], end, max_length)
+        if isinstance(made, str):
+            report.drop(made, row.where)
+        else:
+            examples.append(made)
+    return examples
 
 
 def _chunks(items: Iterable, size: int) -> Iterator[list]:
@@ -293,69 +356,74 @@ def _chunks(items: Iterable, size: int) -> Iterator[list]:
     yield chunk
 
 
-def _render(where: str, row: dict, tokenizer: Tokenizer, method: str, style: str,
-            report: Report) -> tuple[list[str], int]:
-    """(the whole text of each side but for its end token, the character where the responses begin) of a row. Raises
-    Unfit with the reason where it cannot be trained on; what is worth knowing goes into the report's notes."""
+def _render(where: str, row: dict, tokenizer: Tokenizer, method: str, style: str, report: Report) -> Texts:
+    """A row's texts as they are trained. Unfit with the reason where it cannot be trained on."""
     question, steps, responses = texts_of(row, method, where)
-    if method != "stepdpo":                             # the end token is put there once, by us
-        ends = "|".join(re.escape(tokenizer.backend.id_to_token(id)) for id in tokenizer.stop_ids(style))
-        plain = [re.sub(rf"\s*(?:(?:{ends})\s*)+\Z", "", response) for response in responses]
-        if plain != responses:
-            report.note("an end token at the end of the answer is taken for the one that is put there", where)
-        responses = plain
-    conversation = [{"role": "user", "content": question}] if isinstance(question, str) else question
+    if method != "stepdpo":                             # the end token is put there by us, once
+        bare = [tokenizer.without_end(response, style) for response in responses]
+        if bare != responses:
+            report.note("the answer brings its end token; it stands there once all the same", where)
+        responses = bare
+    turns = [question] if isinstance(question, str) else [turn["content"] for turn in question]
+    problem = "\n\n".join(turns)
 
     names = ("chosen", "rejected") if len(responses) == 2 else ("response",)
-    for name, text in zip(("prompt", *names), (conversation[-1]["content"], *responses)):
+    for name, text in zip(("prompt", *names), (turns[-1], *responses)):
         if not text.strip():
             raise Unfit(f"empty {name}")
     if len(responses) == 2 and responses[0].strip() == responses[1].strip():
         raise Unfit("chosen and rejected are the same")
-    if len(conversation) > 1 and style != "chat":
-        raise Unfit(f"a system prompt or earlier turns, for which --prompt {style} has no place (chat has)")
-    asked = [turn["content"] for turn in conversation]
-    for text in (*asked, *(steps + response for response in responses)):        # a token may be spelled across the seam
-        if style == "raw" and text in asked:            # `raw` is for prompts that are rendered already
-            continue
+    if len(turns) > 1 and style != "chat":
+        raise Unfit(f"a system prompt or earlier turns, for which --prompt {style} has no place: choose chat")
+    if style == "raw":                                  # its prompts are rendered, control tokens and all
+        turns = []
+    solutions = [steps + response for response in responses]    # a token may be spelled across the seam
+    for text in (*turns, *solutions):
         if token := tokenizer.control_token_in(text):
             raise Unfit(f"the text contains the control token {token}")
         if mark := tokenizer.foreign_mark_in(text):
-            raise Unfit(f"the text contains {mark}, a mark of another model's chats that this tokenizer spells in "
-                        "letters: take it out")
-        if mark := tokenizer.special_token_in(text):
-            report.note(f"the special token {mark} in the text is trained as that token", where)
+            raise Unfit(f"the text contains {mark}, which another model's chats are marked with and this "
+                        "tokenizer spells in letters: take it out")
+        if token := tokenizer.special_token_in(text):
+            report.note(f"the special token {token} in the text is trained as that token", where)
 
-    if style == "chat" and method != "stepdpo":
-        texts, boundary, remarks = tokenizer.render_answers(question, responses)
-        for remark, detail in remarks.items():
-            report.note(remark, where, detail)
-        return texts, boundary
-    context = render_prompt(style, question, tokenizer, steps + responses[0]) + steps
-    return [context + response for response in responses], len(context)
+    if style != "chat" or method == "stepdpo":
+        prompt = render_prompt(style, question, tokenizer, steps + responses[0])
+        return Texts(where, row, problem, prompt, steps, responses)
+    prompt, responses, remarks = tokenizer.render_answers(question, responses)
+    for remark, detail in remarks.items():
+        report.note(remark, where, detail)
+    return Texts(where, row, problem, prompt, "", responses)
 
 
-def _example(where: str, sides: list[Encoded], boundary: int, end: int | None, max_length: int | None) -> Example | str:
-    """Tokens of a row, or the reason to drop it. boundary: the character at which every side's response begins."""
-    start = min(response_start(side.offsets, boundary) for side in sides)
-    ids = [np.array(side.ids + ([] if end is None else [end]), dtype=np.int32) for side in sides]
-    if max_length is not None and max(map(len, ids)) > max_length:
+def _example(row: Texts, encoded: list[Encoded], end: int | None, max_length: int | None) -> Example | str:
+    """Tokens of a row, or the reason to drop it. encoded: of prompt + steps + each response, in one piece."""
+    boundary = len(row.prompt) + len(row.steps)         # the character at which every side's response begins
+    start = min(response_start(side.offsets, boundary) for side in encoded)
+    sides = [np.array(side.ids + ([] if end is None else [end]), dtype=np.int32) for side in encoded]
+    if max_length is not None and max(map(len, sides)) > max_length:
         return f"longer than {max_length} tokens"
     if start == 0:
         return "no token of context before the response"
-    if min(map(len, ids)) <= start:
+    if min(map(len, sides)) <= start:
         return "a response without a token of its own"
-    if len(ids) == 1:
-        return Example(where, ids[0], None, start, len(ids[0]))
-    chosen, rejected = ids
-    if not np.array_equal(chosen[:start], rejected[:start]):
+    if any(not np.array_equal(side[:start], sides[0][:start]) for side in sides):
         return "the context is not tokenised alike on both sides"
-    if np.array_equal(chosen, rejected):
+    if len({side.tobytes() for side in sides}) < len(sides):
         return "chosen and rejected are the same"
-    shorter = min(map(len, ids))
-    differ = np.flatnonzero(chosen[:shorter] != rejected[:shorter])
-    # where one side is the beginning of the other, it keeps its last token
-    return Example(where, chosen, rejected, start, int(differ[0]) if len(differ) else shorter - 1)
+    steps = []
+    for side, ids, response in zip(encoded, sides, row.responses):
+        of_token = step_of_tokens(side.offsets, row.steps + response, len(row.prompt))[start:]
+        steps.append(np.concatenate([of_token, of_token[-1:]])[:len(ids) - start])      # the end token is of the last step
+    return Example(row.where, sides, start, steps, row.problem, row.row)
+
+
+def step_of_tokens(offsets: Sequence[tuple[int, int]], solution: str, begin: int) -> np.ndarray:
+    """(tokens,) int32: of which step (0 = the first) of the solution each token's last character is. The solution
+    begins at character `begin` of the text that the offsets are of; what stands before it counts as step 0."""
+    starts = [begin + start for start, _ in step_starts(solution)][1:]
+    ends = np.array([end for _, end in offsets])
+    return np.searchsorted(starts, ends - 1, side="right").astype(np.int32)
 
 
 def response_start(offsets: Sequence[tuple[int, int]], boundary: int) -> int:
@@ -377,25 +445,32 @@ def response_start(offsets: Sequence[tuple[int, int]], boundary: int) -> int:
 
 @dataclass
 class Batch:
-    """A micro-batch of B rows, end to end in one line of N tokens: no padding, and what two sides share is there once.
+    """A micro-batch of B rows as one radix tree, laid out in a flat row of N tokens: no padding, and what begins alike
+    is there once, whether in the sides of a pair or in several pairs of one problem.
 
-        row 0                                       row 1
-        [ x s_1..s_{k-1} | s_win ... | s_lose ... ] [ x s_1.. | s_win ... | s_lose ... ]       segments
-          parent -1        parent 0    parent 0       parent -1 parent 3    parent 3
+        one pair                                    two pairs of a problem, cut at steps 2 and 3
+        [ x s_1..s_{k-1} | s_win ... | s_lose ... ] [ x s_1 | s_2 | s_win' .. | s_lose' .. | s_win .. | s_lose .. ]
+          parent -1        parent 0    parent 0       -1      0     1           1            0          0
 
-    A segment sees its parent whole and itself causally; s_win and s_lose never see each other. Positions go on from the
-    parent's end, so both branches begin at the same one. The last token of the shared part predicts the first token of
-    BOTH branches. A response token inside the shared part (whole answers that begin alike) is predicted once for each
-    side, from the one copy.
+    A segment sees its parents whole and itself causally; siblings never see each other. Positions go on from the
+    parent's end, so all branches of a fork begin at the same one.
+
+    A hidden state predicts the token after it: `predict_at` are the P places where one is wanted, each once, and
+    `source[m]` says which of them predicts targets[m]. The token before a fork predicts the first token of every
+    branch, so P < M: it meets the vocabulary once.
     """
     input_ids: torch.Tensor                             # (N,) int64
     position_ids: torch.Tensor                          # (N,) int64
     lengths: list[int]                                  # tokens of each segment, in order; they add up to N
     parents: list[int]                                  # the segment that each one continues; -1 = none
-    predict_at: torch.Tensor                            # (M,) int64: where the hidden state is that predicts targets[m]
-    targets: torch.Tensor                               # (M,) int64: response tokens
-    response: torch.Tensor                              # (M,) int64: chosen of row i -> i, rejected of row i -> B + i
+    predict_at: torch.Tensor                            # (P,) int64, ascending: places in the flat row
+    source: torch.Tensor                                # (M,) int64: the hidden state, of the P, that predicts targets[m]
+    targets: torch.Tensor                               # (M,) int64: response tokens, row by row and side by side
+    response: torch.Tensor                              # (M,) int64: pair i has responses 2i (chosen), 2i + 1 (rejected)
+    step: torch.Tensor                                  # (M,) int64: the step of its solution that targets[m] is of
     rows: torch.Tensor                                  # (B,) int64: indices into the dataset
+    examples: list[Example]                             # the B rows themselves
+    responses: int                                      # R: how many there are
 
     def to(self, device) -> "Batch":
         move = lambda value: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
@@ -403,67 +478,113 @@ class Batch:
 
 
 def collate(examples: Sequence[Example], rows: Sequence[int]) -> Batch:
-    """Lay examples[rows[0]], examples[rows[1]], ... end to end. `examples` is the whole dataset."""
-    ids, positions, lengths, parents, predict_at, targets, response = [], [], [], [], [], [], []
-    offset = 0                                          # where in the line the next segment begins
-
-    def append(tokens, first_position, parent):
-        nonlocal offset
-        ids.append(tokens)
-        positions.append(np.arange(first_position, first_position + len(tokens)))
-        lengths.append(len(tokens))
-        parents.append(parent)
-        offset += len(tokens)
-
-    for i, row in enumerate(rows):
-        example = examples[row]
-        trunk, trunk_at = len(lengths), offset
-        append(example.chosen[:example.shared], 0, -1)
-        for side, tokens in enumerate(example.sides):
-            at = np.arange(example.start - 1, len(tokens) - 1)          # token t is predicted at t - 1, within the side
-            predict_at.append(np.where(at < example.shared, trunk_at + at, offset + at - example.shared))
-            targets.append(tokens[example.start:])
-            response.append(np.full(len(at), side * len(rows) + i))
-            if example.shared < len(tokens):            # sft: everything is trunk
-                append(tokens[example.shared:], example.shared, trunk)
-    flat = lambda parts: torch.from_numpy(np.concatenate(parts).astype(np.int64))
-    return Batch(flat(ids), flat(positions), lengths, parents, flat(predict_at), flat(targets), flat(response),
-                 torch.tensor(list(rows), dtype=torch.int64))
+    """Lay examples[rows[0]], examples[rows[1]], ... into one tree. `examples` is the whole dataset."""
+    chosen = [examples[row] for row in rows]
+    texts = [side for example in chosen for side in example.sides]
+    families = [family_of(example, row) for example, row in zip(chosen, rows) for _ in example.sides]
+    layout = lay_out(texts, families)
+    predicted = [each for example in chosen for each in example.predicted]
+    steps = [step for example in chosen for step in example.steps]
+    at = np.concatenate([places[where] for places, (where, _) in zip(layout.places, predicted)])
+    predict_at, source = np.unique(at, return_inverse=True)
+    tensor = lambda values: torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))
+    return Batch(
+        tensor(layout.tokens), tensor(layout.positions), layout.lengths, layout.parents, tensor(predict_at),
+        tensor(source), tensor(np.concatenate([tokens for _, tokens in predicted])),
+        tensor(np.repeat(np.arange(len(texts)), [len(tokens) for _, tokens in predicted])),
+        tensor(np.concatenate(steps)), tensor(rows), chosen, len(texts))
 
 
-def epoch_plan(lengths: Sequence[int], *, batch_size: int, micro_batch_size: int | None = None,
-               micro_batch_tokens: int | None = None, world_size: int = 1, seed: int = 0,
-               epoch: int = 0) -> list[list[list[list[int]]]]:
+def family_of(example: Example, row: int) -> str | int:
+    """Rows of one family begin alike: those of one problem; a row whose problem is not known is its own."""
+    return row if example.problem is None else example.problem
+
+
+def tokens_in_tree(texts: Sequence[np.ndarray]) -> int:
+    """Tokens that texts take in a batch, where what begins alike is there once."""
+    return add_to_tree([], texts)
+
+
+def add_to_tree(tree: list[tuple[bytes, np.ndarray]], texts: Iterable[np.ndarray]) -> int:
+    """Put texts into `tree`, a sorted list, and return how many tokens they add to it: of each text those that it does
+    not have in common with a neighbour in that order."""
+    added = 0
+    for text in texts:
+        key = text.astype(">i4").tobytes()              # big-endian bytes sort as the numbers do
+        at = bisect.bisect(tree, key, key=lambda entry: entry[0])
+        neighbours = tree[max(0, at - 1):at + 1]
+        added += len(text) - max((common_length(text, other) for _, other in neighbours), default=0)
+        tree.insert(at, (key, text))
+    return added
+
+
+def epoch_plan(examples: Sequence[Example], *, batch_size: int, micro_batch_size: int | None = None,
+               micro_batch_tokens: int | None = None, world_size: int = 1, seed: int = 0, epoch: int = 0,
+               order: Sequence[int] | None = None, group_by_prompt: bool = False) -> list[list[list[list[int]]]]:
     """plan[step][rank] = that rank's micro-batches, each a list of row indices. A pure function; every row once.
 
-    Which rows make a step depends on (seed, epoch, batch_size) alone, not on how the work is spread: runs on 1 and on 8
-    processes take the same steps. Within a step the rows are sorted by length and dealt, longest first, to the rank
-    with the fewest tokens so far; each rank packs its rows in that order into micro-batches of at most
-    `micro_batch_size` rows and `micro_batch_tokens` tokens (a longer row travels alone). The last step of an epoch may
-    be short, and a rank may then have nothing to do in it.
+    Which rows make a step depends on (seed, epoch, batch_size) alone, or on `order`, not on how the work is spread: runs
+    on 1 and on 8 processes take the same steps. Within a step the rows of one problem stay together, since they share
+    their beginning; such families are dealt, largest first, to the rank with the fewest tokens so far, and packed in
+    that order into micro-batches of at most `micro_batch_size` rows and `micro_batch_tokens` tokens, as counted in the
+    tree (a longer row travels alone). A family larger than that, or than a rank's share, is cut. The last step of an
+    epoch may be short, and a rank may then have nothing to do in it.
     """
-    # raw bits of PCG64, sorted: unlike permutation(), the stream is promised to stay the same in every version of numpy
-    order = np.argsort(np.random.PCG64([seed, epoch]).random_raw(len(lengths)), kind="stable")
+    if order is None:
+        order = shuffled(examples, seed, epoch, group_by_prompt)
     plan = []
     for begin in range(0, len(order), batch_size):
-        step = sorted(order[begin:begin + batch_size].tolist(), key=lambda row: -lengths[row])
+        families: dict = {}                             # in order of appearance
+        for row in order[begin:begin + batch_size]:
+            families.setdefault(family_of(examples[row], row), []).append(row)
+        most = math.inf if micro_batch_tokens is None else micro_batch_tokens
+        if world_size > 1:
+            sides_of = lambda rows: [side for row in rows for side in examples[row].sides]
+            most = min(most, -(-sum(tokens_in_tree(sides_of(rows)) for rows in families.values()) // world_size))
+        pieces = [piece for rows in families.values() for piece in _cut(rows, examples, micro_batch_size, most)]
         ranks, loads = [[] for _ in range(world_size)], [0] * world_size
-        for row in step:
+        for tokens, rows in sorted(pieces, key=lambda piece: -piece[0]):
             rank = loads.index(min(loads))
-            ranks[rank].append(row)
-            loads[rank] += lengths[row]
-        plan.append([_pack(rows, lengths, micro_batch_size, micro_batch_tokens) for rows in ranks])
+            ranks[rank].append((tokens, rows))
+            loads[rank] += tokens
+        plan.append([_pack(mine, micro_batch_size, micro_batch_tokens) for mine in ranks])
     return plan
 
 
-def _pack(rows: list[int], lengths: Sequence[int], max_rows: int | None, max_tokens: int | None) -> list[list[int]]:
+def shuffled(examples: Sequence[Example], seed: int, epoch: int, group_by_prompt: bool) -> list[int]:
+    """The rows in random order; or the problems in random order, the rows of each side by side."""
+    # raw bits of PCG64, sorted: unlike permutation(), the stream is promised to stay the same in every version of numpy
+    draws = np.random.PCG64([seed, epoch]).random_raw(len(examples))
+    if group_by_prompt:
+        number: dict = {}                               # family -> its place of first appearance
+        families = [number.setdefault(family_of(e, row), len(number)) for row, e in enumerate(examples)]
+        draws = draws[families]                         # one draw for all rows of a problem
+    return np.argsort(draws, kind="stable").tolist()
+
+
+def _cut(family: list[int], examples: Sequence[Example], most_rows: int | None, most_tokens: float) -> list:
+    """[(tokens in the tree, rows)] of a family: one piece if it fits, else several of neighbours, which share the most."""
+    pieces, tree, piece, tokens = [], [], [], 0
+    for row in sorted(family, key=lambda row: examples[row].chosen.tolist()) if len(family) > 1 else family:
+        more = add_to_tree(tree, examples[row].sides)
+        if piece and (len(piece) == most_rows or tokens + more > most_tokens):
+            pieces.append((tokens, piece))
+            tree, piece, tokens = [], [], 0
+            more = add_to_tree(tree, examples[row].sides)
+        piece.append(row)
+        tokens += more
+    return pieces + [(tokens, piece)]
+
+
+def _pack(pieces: list[tuple[int, list[int]]], max_rows: int | None, max_tokens: int | None) -> list[list[int]]:
     batches, tokens = [], 0
-    for row in rows:
-        tokens += lengths[row]
-        if not batches or len(batches[-1]) == max_rows or (max_tokens is not None and tokens > max_tokens):
+    for more, rows in pieces:
+        tokens += more
+        full = batches and max_rows is not None and len(batches[-1]) + len(rows) > max_rows
+        if not batches or full or (max_tokens is not None and tokens > max_tokens):
             batches.append([])
-            tokens = lengths[row]
-        batches[-1].append(row)
+            tokens = more
+        batches[-1] += rows
     return batches
 
 
@@ -476,22 +597,21 @@ PROMPT_STYLES = ("qwen2-boxed", "alpaca", "deepseek-math", "chat", "raw")
 
 
 def render_prompt(style: str, question: str | list[dict], tokenizer: Tokenizer, begun: str = "") -> str:
-    """The text up to the first character of the reasoning. The first three styles are the paper's, for its models.
+    """The text up to the first character of the reasoning. The first three styles are the paper's.
 
-    question: text; for `chat` also a conversation up to the answer, [{"role": ..., "content": ...}, ...].
-    begun: the reasoning as far as it is known. A thought that the prompt would open is not opened twice.
+    question: a text; for `chat` also the conversation up to the answer, [{"role": ..., "content": ...}, ...].
+    begun: the reasoning, as far as it is there already: a thought is opened once (`Tokenizer.chat_prompt`).
     """
     if style == "chat":
         return tokenizer.chat_prompt(question, begun)
-    if tokenizer is not None and (tokenizer.system or tokenizer.template_args):
-        raise DataError(f"--system and --template_args belong to the chat template; --prompt {style} has no place for "
-                        "them: choose --prompt chat")
-    if not isinstance(question, str):
-        raise DataError(f"a conversation of several turns needs --prompt chat; --prompt {style} has one question")
+    told = tokenizer is not None and (tokenizer.system or tokenizer.template_args)
+    if told or not isinstance(question, str):
+        raise DataError(f"--prompt {style} has no place for --system, --template_args or earlier turns; "
+                        "choose --prompt chat")
     if style == "qwen2-boxed":
         if tokenizer is not None and tokenizer.backend.token_to_id("<|im_start|>") is None:
-            raise DataError(f"{tokenizer.source}: --prompt qwen2-boxed is written with <|im_start|>, which is no "
-                            "control token of this checkpoint; choose --prompt chat, alpaca or raw")
+            raise DataError(f"{tokenizer.source}: --prompt qwen2-boxed is written with <|im_start|>, which "
+                            "is no control token of this checkpoint; choose --prompt chat, alpaca or raw")
         return ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
                 f"<|im_start|>user\n{question}{BOXED}<|im_end|>\n<|im_start|>assistant\n")
     if style == "alpaca":
@@ -509,27 +629,30 @@ def render_prompt(style: str, question: str | list[dict], tokenizer: Tokenizer, 
 # The tokenizer and the chat template
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Marks of the common families' chats. One that a tokenizer has as a token would forge a turn; one that it lacks, in
-# rows that were made for another model, would be trained letter by letter. (<s> and </s> in mid-text may be HTML.)
-_MARKS = re.compile(r"<[|｜](?:im_(?:start|end|sep)|eo[stm](?:_id)?|(?:start|end)_header_id|end|return|user|assistant|"
-                    r"system|(?:begin|start|end)[_▁]?of[_▁]?(?:text|turn|turn_token|sentence|utterance))[|｜]>|"
-                    r"<(?:start|end)_of_turn>|<[be]os>|\[/?INST\]|\A\s*<s>|</s>\s*\Z", re.IGNORECASE)
-_THOUGHT = re.compile(r"think|thought|reason", re.IGNORECASE)
-_TAG = r"(?:<(?!/)[^<>|\s]{1,30}>|\[(?!/)[A-Z_]{1,30}\]|◁(?!/)\w{1,30}▷)"                 # <think>, [THINK], ◁think▷
+# What marks turns and ends in the chats of the common families. As a token it would forge a turn; where a
+# tokenizer lacks it (a row made for another model), it would be trained letter by letter. Inside a text, <s>
+# may be HTML's.
+_MARKS = re.compile(r"<[|｜](im_(start|end|sep)|eo[stm](_id)?|(start|end)_header_id|end|return|user|assistant|"
+                    r"system|(begin|start|end)[_▁]?of[_▁]?(text|turn|turn_token|sentence|utterance))[|｜]>|"
+                    r"<(start|end)_of_turn>|<[be]os>|\[/?INST\]|\A\s*<s>|</s>\s*\Z", re.IGNORECASE)
+# Special tokens of this kind are words that a model writes, whether or not its template mentions them.
+_WORDS = re.compile(r"think|thought|reason|step|solution|answer", re.IGNORECASE)
+# What may open a thought: <think>, [THINK], ◁think▷
+_TAG = r"(?:<(?!/)[^<>|\s]{1,30}>|\[(?!/)[A-Z_]{1,30}\]|◁(?!/)\w{1,30}▷)"
 
 
 class Encoded(NamedTuple):
     ids: list[int]
-    offsets: list[tuple[int, int]]                      # (begin, end) of each token, in characters of the text
+    offsets: list[tuple[int, int]]                      # (begin, end) of each token, in characters
 
 
 class Joints(NamedTuple):
-    """What a chat template writes around an answer; Vicuna's, for one: "USER: ... ASSISTANT: It is 7.</s>"."""
+    """What a chat template writes around an answer, here in Vicuna's: "USER: 3 + 4? ASSISTANT: It is 7.</s>"."""
     opening: str                                        # the generation prompt: "ASSISTANT:"
     lead: str                                           # between it and the answer: " "
-    closing: str                                        # all that stands behind the answer: "</s>"
-    gap: str                                            # of this what comes before the end token: ""
-    end_id: int | None                                  # the end token; None where the template has none
+    closing: str                                        # all that follows the answer: "</s>"
+    gap: str                                            # the part of it before the end token: ""
+    end_id: int | None                                  # the end token; None if there is none
 
     @property
     def opens_thought(self) -> bool:
@@ -537,111 +660,112 @@ class Joints(NamedTuple):
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer: tokenizer.json run by `tokenizers`, and the conventions that stand in the files around.
+    """A checkpoint's tokenizer: tokenizer.json run by `tokenizers`, and the conventions of the files around.
 
-    bos_id           in front of every text, once; None where the checkpoint wants none (Qwen2). In chats the template
-                     decides
-    eos_id, eos_ids  the tokenizer's own end token (or None); every id that ends a generation, by the folder's files
-    control_ids      the tokens that make up a chat (begin, end, turns): found anywhere in a text, so that rows must not
-                     contain them. Other special tokens (<step>, [THINK]) are words like any other
+    bos_id           in front of every text, once; None where the checkpoint wants none (Qwen2). In a chat it
+                     stands where the template puts it
+    eos_id, eos_ids  the tokenizer's own end token (or None); every id that ends a generation, by the files
+    control_ids      text -> id of the tokens that begin or end texts and turns. They are recognised anywhere,
+                     so a row must not contain them; other special tokens (<step>, [THINK]) are words to train
     chat_template    Jinja source, or None
-    system           the system prompt of every chat that brings none
+    system           system prompt of the chats that bring none
     template_args    further arguments of the template, such as {"enable_thinking": False}
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, *, bos_id: int | None = None, eos_ids: tuple[int, ...] = (),
-                 chat_template: str | None = None, names: dict[str, str] | None = None, source: str = "tokenizer",
+    def __init__(self, backend: tokenizers.Tokenizer, *, bos_id: int | None = None,
+                 eos_ids: tuple[int, ...] = (), chat_template: str | None = None,
+                 names: dict[str, str] | None = None, source: str = "tokenizer",
                  system: str | None = None, template_args: dict | None = None):
-        backend.no_truncation()                         # a tokenizer.json may ask for both, and would cut in silence
+        backend.no_truncation()                         # a tokenizer.json may ask for both: it would cut rows
         backend.no_padding()
-        backend.post_processor = None                   # `encode` adds BOS; and no offsets trimmed of white space
+        backend.post_processor = None                   # `encode` adds BOS; no offsets trimmed of white space
         self.backend, self.source, self.chat_template = backend, source, chat_template
         self.names = names or {}                        # {"eos_token": "</s>", ...}, for the template
         self.system, self.template_args = system, template_args or {}
         self.bos_id, self.eos_ids = bos_id, eos_ids
-        self.other_templates: list[str] = []            # names of chat templates for other purposes
-        self.eos_id = next(iter(eos_ids), None)
+        self.eos_id = eos_ids[0] if eos_ids else None
         if "eos_token" in self.names:
             self.eos_id = backend.token_to_id(self.names["eos_token"])
 
-        ends = {backend.id_to_token(id): id for id in (bos_id, *eos_ids) if id is not None}
-        ends.pop(None, None)                            # of an id that is no token
         added = backend.get_added_tokens_decoder()
-        self.added_ids = {token.content: id for id, token in added.items()} | ends
         special = {token.content for token in added.values() if token.special}
-        in_template = {token for token in special if token in (chat_template or "") and not _THOUGHT.search(token)}
-        control = {*ends, *in_template, *(special & set(self.names.values())), *filter(_MARKS.search, self.added_ids)}
-        self.control_ids = {token: id for token, id in self.added_ids.items() if token in control}
-        self.control_tokens = set(self.control_ids)
+        ends = {backend.id_to_token(id): id for id in (bos_id, *eos_ids) if id is not None}
+        self.added_ids = {token.content: id for id, token in added.items()} | ends
+        control = set(ends) | special & set(self.names.values()) | set(filter(_MARKS.search, self.added_ids))
+        control |= {token for token in special if token in (chat_template or "") and not _WORDS.search(token)}
+        self.control_ids = {token: self.added_ids[token] for token in control}
+        self.control_tokens = control
         self._added, self._control, self._special = map(_any_of, (self.added_ids, control, special - control))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, system: str | None = None,
                         template_args: dict | None = None) -> "Tokenizer":
-        """Read tokenizer.json and, where they are, tokenizer_config.json, special_tokens_map.json, config.json,
-        generation_config.json and the chat template. DataError or CheckpointError where a file is damaged, or disagrees
-        with another. The file is obeyed by Rust code that executes nothing of it, but may be made to take its time."""
+        """Read tokenizer.json and, where they are, tokenizer_config.json, special_tokens_map.json,
+        config.json, generation_config.json and the chat template. DataError or CheckpointError where a file is
+        damaged or disagrees with another. Rust code obeys tokenizer.json: it executes nothing of it, but may
+        take its time."""
         folder = Path(folder)
         path, settings_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
         if not path.is_file():
-            if (folder / "tokenizer.model").is_file():
-                raise DataError(f"{path}: not there; a checkpoint that has only tokenizer.model is converted by "
-                                "transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)")
-            holds = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) if folder.is_dir() else ""
-            raise DataError(f"{folder}: is no checkpoint folder: tokenizer.json is not there, only {holds or 'nothing'}")
+            holds = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) if folder.is_dir() else "nothing"
+            raise DataError(f"{folder}: tokenizer.json is not there, only {holds}; transformers makes it from "
+                            "a tokenizer.model: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)")
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
             opening = backend.encode("").ids            # what the post-processor puts around a text
-            if max(backend.get_vocab().values(), default=0) >= 2**31:   # `Example` keeps ids as int32
+            if max(backend.get_vocab().values(), default=0) >= 2**31:       # `Example` keeps int32
                 raise OverflowError("a token id of 2**31 or more")
         except BaseException as error:
             raise _of_rust(error, str(path)) from None
         config, generation = _settings(folder / "config.json"), _settings(folder / "generation_config.json")
         own = _settings(folder / "special_tokens_map.json") | _settings(settings_path)
-        tokens = {key: value.get("content") if isinstance(value, dict) else value for key, value in own.items()}
-        names = {key: token for key, token in tokens.items() if key.endswith("_token") and isinstance(token, str)}
+        names = {key: value.get("content") if isinstance(value, dict) else value
+                 for key, value in own.items() if key.endswith("_token")}
+        names = {key: token for key, token in names.items() if isinstance(token, str)}
         declared = own.get("added_tokens_decoder")
         for id, added in (declared if isinstance(declared, dict) else {}).items():
             token = added.get("content") if isinstance(added, dict) else None
             if isinstance(token, str) and str(backend.token_to_id(token)) != id:
-                raise DataError(f"{settings_path}: added token {token!r} has id {id}, but tokenizer.json gives it "
-                                f"{backend.token_to_id(token)}; they are not of one checkpoint: fetch both again")
+                raise DataError(f"{settings_path}: added token {token!r} has id {id}, but tokenizer.json "
+                                f"gives it {backend.token_to_id(token)}; fetch both again, of one checkpoint")
 
         known = lambda id: type(id) is int and 0 <= id < 2**31 and backend.id_to_token(id) is not None
-        bos_id = backend.token_to_id(names["bos_token"]) if "bos_token" in names else config.get("bos_token_id")
+        bos_id = config.get("bos_token_id")
+        if "bos_token" in names:
+            bos_id = backend.token_to_id(names["bos_token"])
         wants_bos = own.get("add_bos_token")
         if not isinstance(wants_bos, bool):
             wants_bos = bos_id is not None and opening[:1] == [bos_id]
         if wants_bos and not known(bos_id):
-            raise DataError(f"{settings_path}: add_bos_token is true, but bos_token {names.get('bos_token')!r} is not "
-                            "in tokenizer.json; set one that is, or add_bos_token to false")
+            raise DataError(f"{settings_path}: add_bos_token is true, but bos_token "
+                            f"{names.get('bos_token')!r} is not in tokenizer.json; set one that is, or "
+                            "add_bos_token to false")
         eos_ids = [backend.token_to_id(names["eos_token"])] if "eos_token" in names else []
         for value in (generation.get("eos_token_id"), config.get("eos_token_id")):
             eos_ids += value if isinstance(value, list) else [value]
-        unknown = [id for id in eos_ids if id is not None and not known(id)]
-        if unknown and os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{folder}: eos_token_id {unknown[0]!r:.60} is no token of tokenizer.json; it is ignored",
-                  file=sys.stderr)
-        template, others = _chat_template(folder, own)
-        tokenizer = cls(backend, bos_id=bos_id if wants_bos else None, names=names, source=str(folder),
-                        eos_ids=tuple(dict.fromkeys(filter(known, eos_ids))), chat_template=template, system=system,
-                        template_args=template_args)
-        tokenizer.other_templates = others
-        return tokenizer
+        for id in eos_ids:
+            if id is not None and not known(id) and os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"{folder}: eos_token_id {id!r:.60} is no token of tokenizer.json; it is ignored",
+                      file=sys.stderr)
+        eos_ids = tuple(dict.fromkeys(filter(known, eos_ids)))
+        return cls(backend, bos_id=bos_id if wants_bos else None, eos_ids=eos_ids, names=names,
+                   chat_template=_chat_template(folder, own), source=str(folder), system=system,
+                   template_args=template_args)
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, bos: bool = True) -> Encoded:
-        """Ids and character offsets of a whole text; special tokens in it are recognised, BOS is there once. bos=False
-        for a text that a chat template has made: there BOS is the template's affair."""
+        """Ids and character offsets of a whole text; special tokens in it are recognised. BOS is put in
+        front, once; bos=False for the text of a chat: there it is the template's affair."""
         return self.encode_batch([text], bos)[0]
 
     def encode_batch(self, texts: Sequence[str], bos: bool = True) -> list[Encoded]:
         try:
-            encoded = [Encoded(e.ids, e.offsets) for e in self.backend.encode_batch(texts, add_special_tokens=False)]
+            encoded = self.backend.encode_batch(texts, add_special_tokens=False)
         except BaseException as error:
             raise _of_rust(error, self.source) from None
+        encoded = [Encoded(e.ids, e.offsets) for e in encoded]
         if not bos or self.bos_id is None:
             return encoded
         return [e if e.ids[:1] == [self.bos_id] else Encoded([self.bos_id, *e.ids], [(0, 0), *e.offsets])
@@ -657,8 +781,9 @@ class Tokenizer:
     def continuation(self, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> str:
         """Exactly the text that `new_ids` add after `prompt_ids`.
 
-        Not decode(new_ids): a SentencePiece tokenizer drops the space before a text's first word, and one character may
-        be spread over several tokens. So both are decoded after the prompt's last tokens, whose part is taken off.
+        Not decode(new_ids): a SentencePiece tokenizer drops the space before a text's first word, and one
+        character may be spread over several tokens. So both are decoded after the prompt's last tokens, whose
+        part is taken off.
         """
         context = list(prompt_ids[-16:])
         before = self.decode(context).rstrip("\ufffd")  # a character that new_ids complete
@@ -675,30 +800,43 @@ class Tokenizer:
         return found and found[0]
 
     def foreign_mark_in(self, text: str) -> str | None:
-        """The first mark in `text` that belongs to the chats of other models, if any."""
+        """The first mark in `text` of other models' chats, if any."""
         marks = (found[0].strip() for found in _MARKS.finditer(text))
-        return next((m for m in marks if m not in self.added_ids and m not in (self.chat_template or "")), None)
+        template = self.chat_template or ""             # Llama 2's has [INST], which is no token
+        return next((mark for mark in marks if mark not in self.added_ids and mark not in template), None)
+
+    def without_end(self, answer: str, style: str) -> str:
+        """A whole answer without the end tokens at its end."""
+        ends = "|".join(re.escape(self.backend.id_to_token(id)) for id in self.stop_ids(style))
+        bare = re.sub(rf"(({ends})\s*)+\Z", "", answer)
+        return answer if bare == answer else bare.rstrip()
+
+    # ---- the chat template
 
     def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The checkpoint's chat template, run on messages [{"role": ..., "content": ...}] as transformers runs it."""
+        """The chat template, run on messages, [{"role": ..., "content": ...}, ...], as transformers does."""
         template = self._template
+        values = {"tools": None, "documents": None} | self.names | self.template_args
         try:
-            values = {"tools": None, "documents": None, **self.names, **self.template_args}
             return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **values)
         except Exception as error:                      # a stranger's program: it may fail in any way
             raise self._template_fails(error) from None
 
     @functools.cached_property
     def _template(self) -> Template:
-        """The chat template, ready to run, with the settings and helpers of transformers. It is a stranger's program:
-        jinja2's sandbox keeps it from Python's internals. How long it takes is not bounded."""
+        """The chat template, ready to run, with the settings and helpers of transformers. It is a stranger's
+        program: jinja2's sandbox keeps it from Python's internals. How long it takes is not bounded."""
         if self.chat_template is None:
-            others = f" called default, only {', '.join(self.other_templates)}" if self.other_templates else ""
-            raise DataError(f"{self.source}: the checkpoint has no chat template{others}; choose --prompt alpaca or raw"
-                            f"{', or save one of these as chat_template.jinja' if others else ''}")
+            named = _settings(Path(self.source) / "tokenizer_config.json").get("chat_template")
+            which = ""
+            if isinstance(named, list):
+                which = ", ".join(str(entry.get("name")) for entry in named if isinstance(entry, dict))
+                which = f" called default, only {which} (save one as chat_template.jinja)"
+            raise DataError(f"{self.source}: the checkpoint has no chat template{which}; choose --prompt "
+                            "alpaca or raw")
         jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                               extensions=["jinja2.ext.loopcontrols", _GenerationTag])
-        jinja.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)     # not HTML's escapes
+        jinja.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)     # jinja2's is for HTML
         # a fixed day, the one that Llama 3's templates fall back to: a prompt must not change overnight
         jinja.globals |= {"strftime_now": datetime(2024, 7, 26).strftime, "raise_exception": _raise}
         try:
@@ -718,81 +856,86 @@ class Tokenizer:
                      "--prompt alpaca or raw")
 
     def conversation(self, question: str | list[dict]) -> list[dict]:
-        """The messages of a question, behind the system prompt if there is one."""
+        """The messages up to an answer; `system` in front, if they bring no system prompt."""
         messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
         if self.system and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.system}, *messages]
+            return [{"role": "system", "content": self.system}, *messages]
         return messages
 
     @functools.cached_property
     def joints(self) -> Joints:
-        """Where an answer joins the template's text, from a conversation with a known one."""
+        """Found by rendering a conversation with a known answer."""
         asked, words = self.conversation("?"), "The answer is 42."
         answered = [*asked, {"role": "assistant", "content": words}]
         prompt, bare = self.render_chat(asked), self.render_chat(asked, add_generation_prompt=False)
         opening = prompt[_alike(prompt, bare):]
-        before, _, closing = self.render_chat(answered, add_generation_prompt=False).rpartition(words)
+        before, found, closing = self.render_chat(answered, add_generation_prompt=False).rpartition(words)
+        if not found:                                   # each answer is then found to be altered
+            return Joints(opening, "", "", "", None)
         lead = before[len(prompt):] if before.startswith(prompt) else ""
         if end := self._added.search(closing):
             return Joints(opening, lead, closing, closing[:end.start()], self.added_ids[end[0]])
-        if not closing.strip():                         # GLM-4: what begins the next turn ends this one
-            longer = self.render_chat([*answered, {"role": "user", "content": "?"}])
-            end = self._added.match(longer.rpartition(words)[2].lstrip())
-            if end and self.added_ids[end[0]] in self.eos_ids:
+        if not closing.strip():                         # the end may come with a next turn: the mark that ends
+            longer = self.render_chat([*answered, {"role": "user", "content": "?"}])    # this one, or begins
+            end = self._added.match(longer.rpartition(words)[2].lstrip())               # that one (GLM-4)
+            if end and (self.added_ids[end[0]] in self.eos_ids or re.search("end|eo[stm]|</s>", end[0])):
                 return Joints(opening, lead, closing, "", self.added_ids[end[0]])
         return Joints(opening, lead, closing, "", None)
 
     def chat_prompt(self, question: str | list[dict], begun: str = "") -> str:
-        """The template's text up to an answer, which may have `begun` already.
+        """The template's text up to an answer, of which the beginning may be known: `begun`.
 
-        That is its generation prompt and the white space that it puts between this and an answer ("ASSISTANT:", " ").
-        A template that has no generation prompt writes the assistant's heading with the answer: then that.
+        That is the generation prompt and the white space that the template has between it and an answer. A
+        template without generation prompt writes the assistant's heading together with the answer: then that.
         """
-        messages = self.conversation(question)
-        prompt, joints = self.render_chat(messages), self.joints
+        messages, joints = self.conversation(question), self.joints
+        prompt = self.render_chat(messages)
         if messages[0]["role"] == "system" and messages[0]["content"].strip() not in prompt:
-            raise Unfit(f"{self.source}: the chat template leaves out the system prompt; put it into the question")
+            raise Unfit(f"{self.source}: the chat template leaves out the system prompt; put it into the "
+                        "question")
         tag = re.match(_TAG, begun.lstrip())
-        if tag and tag[0] in joints.opening:            # the answer brings the thought that the prompt would open
+        if tag and tag[0] in joints.opening:            # the answer brings the thought that this would open
             return prompt[:prompt.rindex(tag[0])]
         if joints.opening == "" or joints.lead.strip() == "":
             return prompt + joints.lead
-        # Qwen3's template: an empty thought stands before an answer without one. Sampling leaves that to the model.
+        # Qwen3's template has an empty thought before an answer without one; sampling leaves it to the model.
         if begun and not joints.opens_thought and not (tag and tag[0] in joints.lead):
             return prompt + joints.lead
         return prompt
 
     def render_answers(self, question: str | list[dict],
-                       answers: list[str]) -> tuple[list[str], int, dict[str, str]]:
-        """Whole answers as the template has them: (texts from the first character to the last one before the end token,
-        the character up to which all of them are the prompt that answers are sampled from, remarks with a detail each).
+                       answers: list[str]) -> tuple[str, list[str], dict[str, str]]:
+        """Conversations with whole answers: (the prompt that answers are sampled from, as far as they all begin
+        with it; the rest of each up to its end token; remarks -> details).
 
-        Templates are written for a conversation that goes on. Where one takes something out of it (DeepSeek-R1's the
-        thought, Mistral-Nemo's the system prompt), the answer is trained as it would be sampled: whole, and right
-        behind the generation prompt. Only an answer without the thought that this opens cannot stand there.
+        Each is the template's own text. But templates are written for a chat that goes on. Where one takes
+        something out (DeepSeek-R1's the thought, Mistral-Nemo's the system prompt), the answer is trained as
+        it would be sampled: whole, right behind the generation prompt. Only where this opens a thought that
+        the answer does not have, the template is believed.
         """
         messages, prompt, joints = self.conversation(question), self.chat_prompt(question), self.joints
         texts, remarks = [], {}
         if joints.end_id is None and joints.closing.strip():
-            remarks["the chat template's end of an answer is no token of this tokenizer: the answer ends with its "
-                    "end-of-text token instead"] = repr(joints.closing)
+            remarks["what ends an answer in the chat template is no token of this tokenizer; the end-of-text "
+                    "token stands there"] = f": {joints.closing!r}"
         for answer in answers:
             whole = self.render_chat([*messages, {"role": "assistant", "content": answer}], False)
             text = whole.removesuffix(joints.closing)
-            intact = "".join(text.split()).endswith("".join(answer.split())) and whole.endswith(joints.closing)
+            intact = whole.endswith(joints.closing) and _squeezed(text).endswith(_squeezed(answer))
             if not (intact and (text.startswith(prompt) or joints.opens_thought)):
                 text = self.chat_prompt(question, answer) + answer
             if text + joints.closing != whole:
-                remarks["the chat template alters this conversation; trained are the prompt that answers are sampled "
-                        "from and the whole answer"] = _difference(whole, text + joints.closing)
+                remarks["the chat template alters this conversation; trained are the prompt that answers are "
+                        "sampled from and the whole answer"] = _difference(whole, text + joints.closing)
             if not text.startswith(prompt):
                 remarks["this answer is trained behind another prompt than answers are sampled from "
                         "(--template_args may help)"] = _difference(text, prompt)
             texts.append(text + joints.gap)
-        return texts, min(_alike(prompt, text) for text in texts), remarks
+        start = min(_alike(prompt, text) for text in texts)
+        return prompt[:start], [text[start:] for text in texts], remarks
 
     def end_of_turn_id(self, style: str) -> int:
-        """What ends a whole answer: <|im_end|> in ChatML, for `chat` what its template puts there, else EOS."""
+        """What ends a whole answer: <|im_end|> in ChatML, in a chat what its template has, else EOS."""
         id = None
         if style == "qwen2-boxed":
             id = self.backend.token_to_id("<|im_end|>")
@@ -800,8 +943,8 @@ class Tokenizer:
             id = self.joints.end_id
         id = self.eos_id if id is None else id
         if id is None:
-            raise DataError(f"{self.source}: no end-of-text token in tokenizer_config.json or config.json; whole "
-                            "answers need one: set eos_token there")
+            raise DataError(f"{self.source}: no end-of-text token in tokenizer_config.json or config.json; "
+                            "whole answers need one: set eos_token there")
         return id
 
     def stop_ids(self, style: str) -> tuple[int, ...]:
@@ -810,7 +953,7 @@ class Tokenizer:
 
 
 class _GenerationTag(Extension):
-    """{% generation %}...{% endgeneration %}: in some templates, around the assistant's words. Its body as it is."""
+    """{% generation %}...{% endgeneration %}, in some templates around the assistant's words: they stay."""
     tags = {"generation"}
 
     def parse(self, parser):
@@ -823,24 +966,28 @@ def _raise(message: str):
 
 
 def _any_of(words: Iterable[str]) -> re.Pattern:
-    """Finds the first of the words, and of two that begin there the longer one."""
-    longest_first = sorted(filter(None, words), key=len, reverse=True)
+    """Finds any of the words; of several that begin at one place the longest."""
+    longest_first = sorted(words, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def _alike(a: str, b: str) -> int:
     """How many characters two texts begin alike with."""
-    return len(os.path.commonprefix([a, b]))
+    return len(a) if b.startswith(a) else len(os.path.commonprefix([a, b]))
 
 
-def _difference(one: str, other: str) -> str:
-    at = _alike(one, other)
-    behind = one[max(0, at - 20):at]
-    return f"behind {behind!r} stands {one[at:at + 20]!r} instead of {other[at:at + 20]!r}"
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _difference(text: str, other: str) -> str:
+    at = _alike(text, other)
+    behind, this, that = text[max(0, at - 20):at], text[at:at + 20], other[at:at + 20]
+    return f": behind {behind!r} stands {this!r} instead of {that!r}"
 
 
 def _of_rust(error: BaseException, source: str) -> BaseException:
-    """What to raise for an error of `tokenizers`. It may panic (a pattern that runs away), which is no Exception."""
+    """What to raise for an error of `tokenizers`. It may panic, which is no Exception."""
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
         return error
     return DataError(f"{source}: damaged or not a tokenizer ({_one_line(error)}); fetch the file again")
@@ -851,58 +998,57 @@ def _settings(path: Path) -> dict:
     return read_json(path) if path.exists() else {}
 
 
-def _chat_template(folder: Path, own: dict) -> tuple[str | None, list[str]]:
-    """(the template, names of others) from chat_template.jinja, tokenizer_config.json (`own`) or chat_template.json. Of
-    several named ones it is `default`."""
+def _chat_template(folder: Path, own: dict) -> str | None:
+    """chat_template.jinja, or the entry in tokenizer_config.json (`own`) or chat_template.json."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         try:
-            return file.read_text(encoding="utf-8"), []
+            return file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise DataError(f"{file}: is not UTF-8 ({_one_line(error)}); fetch the file again") from None
     template = own.get("chat_template") or _settings(folder / "chat_template.json").get("chat_template")
-    if not isinstance(template, list):
-        return (template, []) if isinstance(template, str) else (None, [])
-    named = {entry["name"]: entry.get("template") for entry in template
-             if isinstance(entry, dict) and isinstance(entry.get("name"), str)}
-    default = named.pop("default", None)
-    return default if isinstance(default, str) else None, list(named)
+    if isinstance(template, list):                      # several named ones
+        template = next((entry.get("template") for entry in template
+                         if isinstance(entry, dict) and entry.get("name") == "default"), None)
+    return template if isinstance(template, str) else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Rows: files of strangers, read strictly
 # ----------------------------------------------------------------------------------------------------------------------
 
-def read_rows(source: str | Path, bad: list[DataError] | None = None) -> Iterator[tuple[str, dict]]:
-    """Yield (where, row) for every object of a .jsonl, .json (an array, or one object a line) or .parquet file, or of a
-    hub dataset.
+def read_rows(source: str | Path, bad: list[DataError] | None = None,
+              split: str = "train") -> Iterator[tuple[str, dict]]:
+    """Yield (where, row) for every object of a .jsonl or .json file (one a line, or an array of them), of a
+    .parquet file, or of the `split` of a hub dataset: owner/name, or owner/name:PATH where paths begin so.
 
-    `where` ("file:line") goes in front of every later complaint about the row. UTF-8, with or without BOM; LF or CRLF;
-    blank lines are skipped. A row that cannot be read raises DataError, or, where a list `bad` is given, is appended to
-    it and the rest goes on.
+    `where` ("file:line") goes in front of every later complaint about the row. UTF-8, with or without BOM; LF
+    or CRLF; blank lines are skipped. A row that cannot be read raises DataError, or, where a list `bad` is
+    given, is appended to it and the rest goes on.
     """
-    path = Path(source)
+    path, hub = Path(source), re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", str(source))
     if path.is_file():
         files = [path]
     elif path.exists():
         raise DataError(f"{path}: is a folder or device; give a .jsonl, .json or .parquet file")
-    elif path.suffix in _READERS or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        raise DataError(f"{path}: no such file; give a .jsonl, .json or .parquet file, or a hub dataset (owner/name)")
+    elif not hub or not hub[1] and path.suffix in (*_READERS, ".csv", ".gz"):
+        raise DataError(f"{path}: no such file; give a .jsonl, .json or .parquet file, or a hub dataset "
+                        "(owner/name)")
     else:
-        files = _hub_files(str(source))
+        files = _hub_files(str(source), split)
     count = 0
     for file in files:
         if file.suffix not in _READERS:
             found = file.suffix or "a file without suffix"
-            raise DataError(f"{file}: cannot read {found}; expected .jsonl, .json or .parquet")
+            raise DataError(f"{file}: cannot read {found}; expected .jsonl, .json or .parquet: unpack or "
+                            "convert the file")
         for where, row in _READERS[file.suffix](file):
             count += 1
             if isinstance(row, dict):
                 yield where, row
                 continue
             error = row if isinstance(row, DataError) else DataError(
-                f"{where}: found {_kind(row)} where an object (a row with named fields) belongs; one {{...}} a line, "
-                "or an array of them in a file that is called .json")
+                f"{where}: found {_kind(row)} where an object (a row with named fields) belongs")
             if bad is None:
                 raise error
             bad.append(error)
@@ -910,27 +1056,40 @@ def read_rows(source: str | Path, bad: list[DataError] | None = None) -> Iterato
         raise DataError(f"{source}: holds no rows; expected one JSON object a line")
 
 
-def _read_lines(path: Path) -> Iterator[tuple[str, object]]:
-    with path.open("rb") as lines:                      # bytes: only \n ends a line, no other separator of Unicode
-        for number, line in enumerate(lines, 1):
-            where = f"{path}:{number}"
-            if number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                raise DataError(f"{where}: is UTF-16; save the file as UTF-8")
-            if number == 1 and line[:2] == b"\x1f\x8b":
-                raise DataError(f"{where}: is compressed by gzip; unpack it")
-            if line.removeprefix(b"\xef\xbb\xbf").strip():
-                yield where, _parse(line, where)
-
-
 def _read_json(path: Path) -> Iterator[tuple[str, object]]:
-    with path.open("rb") as file:
-        head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not head.startswith(b"["):
-        yield from _read_lines(path)
+    """Values with their places: one a line, or those of the one array or object that the whole file is."""
+    lines = _lines_of(path)
+    first, more = next(lines, None), next(lines, None)
+    if first is None:
         return
-    rows = _parse(path.read_bytes(), str(path))
-    for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
-        yield f"{path}:item {number}", row
+    where, line = first
+    value, array = _parse(line, where), line.lstrip().startswith(b"[")
+    if more and (array or isinstance(value, DataError)):            # begun here, it may end many lines later
+        whole = _parse(path.read_bytes(), where)
+        if array or not isinstance(whole, DataError):
+            value, more = whole, None
+    if more:
+        yield from ((where, _parse(line, where)) for where, line in _lines_of(path))
+        return
+    wrapped = [name for name in ("data", "rows", "examples", "instances", "train", "validation", "test")
+               if isinstance(value, dict) and isinstance(value.get(name), list)]
+    if len(wrapped) > 1:
+        value = DataError(f"{path}: holds several lists of rows ({', '.join(wrapped)}); write the one that "
+                          "is meant into a file of its own")
+    elif wrapped:
+        value = value[wrapped[0]]
+    if isinstance(value, list):
+        yield from ((f"{path}:item {number}", row) for number, row in enumerate(value, 1))
+    else:
+        yield where, value
+
+
+def _lines_of(path: Path) -> Iterator[tuple[str, bytes]]:
+    with path.open("rb") as lines:           # bytes: of Unicode's many line ends only \n is one
+        for number, line in enumerate(lines, 1):
+            line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.strip():
+                yield f"{path}:{number}", line
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
@@ -940,35 +1099,82 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
     except ImportError:
         raise DataError(f"{path}: parquet files need pyarrow: pip install pyarrow") from None
     try:
-        rows = (row for batch in pyarrow.parquet.ParquetFile(path).iter_batches() for row in batch.to_pylist())
-        for number, row in enumerate(rows, 1):
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
+        for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
             yield f"{path}:row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable parquet file ({_one_line(error)})") from None
 
 
-_READERS = {".jsonl": _read_lines, ".json": _read_json, ".parquet": _read_parquet}
+_READERS = {".parquet": _read_parquet, ".jsonl": _read_json, ".json": _read_json}
+_NO_ROWS = re.compile(r"(^|/)([._]|(dataset_infos?|dataset_dict|state|config)\.json$)|metadata|croissant")
+# what may stand behind a split's name: the number of a shard (four digits are a year, unless alone), a digest
+_SHARD = re.compile(r"(/\d+|[-_](\d{1,3}|\d{5,})([-_]of[-_]\d+)?)?(-[0-9a-f]{16})?\.\w+$")
+_SPLITS = dict(train="train", training="train", test="test", testing="test",
+               dev="dev", val="dev", valid="dev", validation="dev", eval="dev")
 
 
-def _hub_files(dataset: str) -> list[Path]:
-    """The training files of a hub dataset, downloaded: those of one format, "train" in the name where any has it."""
-    from huggingface_hub import HfApi, hf_hub_download
+def _hub_files(dataset: str, split: str = "train") -> list[Path]:
+    """The files of one split of a hub dataset, downloaded, or from the cache. DataError where it is not clear
+    which are meant: there are several configurations, or no file says that it is of this split."""
+    from huggingface_hub import hf_hub_download
+    dataset, _, wanted = dataset.partition(":")
+    names = _hub_names(dataset)
+    groups: dict[str, list[str]] = {}                   # "main/train" -> its shards, in one format
+    for suffix in _READERS:
+        found = [name for name in names if name.endswith(suffix) and not _NO_ROWS.search(name.lower())]
+        in_other_format = set(groups)
+        for name in found:
+            if (group := _SHARD.sub("", name)) not in in_other_format:
+                groups.setdefault(group, []).append(name)
+    if not groups:
+        raise DataError(f"{dataset}: no .parquet, .jsonl or .json file of rows in it (found: "
+                        f"{', '.join(names[:8]) or 'nothing'}); convert it to one of these")
+    named = [group for group in groups if wanted in (group, *groups[group])]
+    begins = re.compile(rf"(^|/){re.escape(wanted)}(?![a-z])" if wanted else "", re.IGNORECASE)
+    meant = named or [group for group in groups if begins.search(group)]
+    # the words of a path, one of which may be its split; the others are its configuration
+    splits, configurations = {}, set()
+    for group in meant:
+        words = re.findall("[a-z]+", group.lower())
+        splits[group] = next((_SPLITS[word] for word in reversed(words) if word in _SPLITS), None)
+        if splits[group]:
+            configurations.add(tuple(word for word in words if word not in _SPLITS))
+    of_split = [group for group in meant if splits[group] == split]
+    if len(of_split) == len(configurations) == 1:
+        meant = of_split
+    said = _SPLITS.keys() & re.findall("[a-z]+", wanted.lower())
+    if len(meant) != 1 or not said and splits[meant[0]] not in (split, None):
+        listed = [f"{dataset}:{group}" for group in meant or groups]
+        more = f" ... ({len(listed) - 12} more)" if len(listed) > 12 else ""
+        raise DataError(f"{dataset}: which of its files hold the {split} rows that are wanted? Give one of: "
+                        + ", ".join(listed[:12]) + more)
+    files = groups[meant[0]]
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{dataset}: reading {', '.join(files)}", file=sys.stderr)
     try:
-        names = sorted(HfApi().list_repo_files(dataset, repo_type="dataset"))
-        for suffix in (".parquet", ".jsonl", ".json"):
-            files = [name for name in names if name.endswith(suffix)]
-            files = [name for name in files if "train" in name] or files
-            if files:
-                return [Path(hf_hub_download(dataset, name, repo_type="dataset")) for name in files]
-    except Exception as error:                          # offline, no such dataset, no permission: the hub raises many
-        raise DataError(f"{dataset}: neither a file here nor a dataset of the hub ({_one_line(error)})") from None
-    raise DataError(f"{dataset}: no .parquet, .jsonl or .json file in it (found: {', '.join(names[:8]) or 'nothing'})")
+        return [Path(hf_hub_download(dataset, name, repo_type="dataset")) for name in files]
+    except Exception as error:                          # no connection, no permission: the hub raises many
+        raise DataError(f"{dataset}: cannot be fetched from the hub ({_one_line(error)})") from None
+
+
+def _hub_names(dataset: str) -> list[str]:
+    from huggingface_hub import HfApi, snapshot_download
+    try:
+        return sorted(HfApi().list_repo_files(dataset, repo_type="dataset"))
+    except Exception as error:                          # offline, no such dataset, no permission: many kinds
+        try:
+            folder = Path(snapshot_download(dataset, repo_type="dataset", local_files_only=True))
+            return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        except Exception:
+            raise DataError(f"{dataset}: neither a file here nor a dataset of the hub ({_one_line(error)})"
+                            ) from None
 
 
 def _parse(raw: bytes, where: str) -> object:
-    """One JSON value, or the DataError that says why not."""
+    """One JSON value, or the DataError that says why not. NaN, which pandas writes, is a number here."""
     try:
-        return strict_json(raw)
+        return strict_json(raw, constant=float)
     except UnicodeDecodeError as error:
         found = f"found 0x{raw[error.start]:02x}"
         return DataError(f"{where}: byte {error.start} is not UTF-8 ({found}); save the file as UTF-8")
@@ -976,21 +1182,21 @@ def _parse(raw: bytes, where: str) -> object:
         return DataError(f"{where}: JSON nested too deeply; a row is a flat object of text fields")
     except ValueError as error:
         begins = _quote(raw[:60].decode("utf-8", "replace"))
-        return DataError(f"{where}: malformed JSON ({_one_line(error)}; begins {begins}); correct or remove it")
+        return DataError(
+            f"{where}: malformed JSON ({_one_line(error)}; begins {begins}); correct or remove it")
 
 
 def text_field(row: dict, name: str, where: str) -> str:
     """row[name], if it is text that a tokenizer and a file can carry; DataError otherwise."""
     value = row.get(name)
-    if name not in row:
-        raise DataError(f"{where}: field {name!r}: not there (found: {', '.join(row) or 'nothing'}); expected text")
     if not isinstance(value, str):
-        raise DataError(f"{where}: field {name!r}: found {_kind(value)} {_shown(value)}; expected text")
-    if "\0" in value:
-        raise DataError(f"{where}: field {name!r}: a NUL character at position {value.index(chr(0))}; remove it")
-    if lone := re.search("[\ud800-\udfff]", value):
-        raise DataError(f"{where}: field {name!r}: half a surrogate pair (\\u{ord(lone[0]):x}) at position "
-                        f"{lone.start()}, which is no character: the text was cut or decoded wrongly; remove the row")
+        found = f"found {_kind(value)} {_shown(value)}"
+        if name not in row:
+            found = f"not there (found: {', '.join(row) or 'nothing'})"
+        raise DataError(f"{where}: field {name!r}: {found}; expected text")
+    if broken := re.search("[\0\ud800-\udfff]", value):            # NUL, or half a surrogate pair
+        raise DataError(f"{where}: field {name!r}: U+{ord(broken[0]):04X} at position {broken.start()} is no "
+                        "character: the text was cut or decoded wrongly; remove it")
     return value
 
 
@@ -998,7 +1204,8 @@ def text_field(row: dict, name: str, where: str) -> str:
 _STAGES = {"pairs": ({"prompt", "chosen", "rejected"}, "stepdpo.py --data F"),
            "rectified attempts": ({"completion", "full_rejected"}, "data.py pairs F"),
            "valued attempts": ({"completion", "values"}, "data.py localize F --judge values"),
-           "attempts": ({"completion", "correct"}, "eval.py --problems F --rollouts 8, or data.py localize F"),
+           "attempts": ({"completion", "correct"},
+                        "eval.py --problems F --rollouts 8, or data.py localize F"),
            "errors": ({"prefix", "full_rejected"}, "eval.py --problems F --samples 20"),
            "problems": ({"question", "answer"}, "eval.py --problems F")}
 
@@ -1007,20 +1214,20 @@ def expect(row: dict, where: str, *wanted: str) -> None:
     """DataError where a row is known to be of another stage of the pipeline than the `wanted` ones."""
     found = next((name for name, (columns, _) in _STAGES.items() if columns <= row.keys()), None)
     if found and found not in wanted:
-        raise DataError(f"{where}: the file holds {found}, and {wanted[0]} belong here; what goes on with {found} is "
-                        f"{_STAGES[found][1]}")
+        raise DataError(f"{where}: the file holds {found}, and {wanted[0]} belong here; what goes on with "
+                        f"{found} is {_STAGES[found][1]}")
 
 
 def writable(row: dict, where: str) -> dict:
-    """The fields of a row that the next stage's file can hold: not the dates, bytes, decimals and NaNs of parquet files.
-    DataError where text is broken, whatever the field."""
+    """The fields of a row that the next stage's file can hold: not the dates, bytes, decimals and NaNs of
+    parquet files. DataError where text is broken, whatever the field."""
     kept = {}
     for name, value in row.items():
         try:
             json.dumps({name: value}, ensure_ascii=False, allow_nan=False).encode()
         except (UnicodeEncodeError, RecursionError):
-            raise DataError(f"{where}: half a surrogate pair in it, or too deep an object (field {name!r}); make the row "
-                            "again") from None
+            raise DataError(f"{where}: half a surrogate pair in it, or too deep an object (field {name!r}); "
+                            "make the row again") from None
         except (TypeError, ValueError):
             continue
         kept[name] = value
@@ -1028,8 +1235,8 @@ def writable(row: dict, where: str) -> dict:
 
 
 def _kind(value) -> str:
-    kinds = {dict: "an object", list: "a list", str: "text", bool: "true/false", int: "a number", float: "a number",
-             type(None): "null"}
+    kinds = {dict: "an object", list: "a list", str: "text", bool: "true/false", int: "a number",
+             float: "a number", type(None): "null"}
     return kinds.get(type(value), type(value).__name__)
 
 
@@ -1053,39 +1260,46 @@ def _one_line(error) -> str:
 # Steps of a solution
 # ----------------------------------------------------------------------------------------------------------------------
 
-# A label begins a line, and the step's own words follow it. In the order in which "auto" tries them.
-_LABELS = {
-    "step": r"(?:^|\n)Step \d+:",                                                       # the paper's
-    "heading": r"(?:^|\n)[ \t>#*_]*(?:Step|STEP)[ \t]+\d+[ \t]*[:.)\-–]?(?:\*\*|__)?",  # "**Step 1:**", "### Step 1 -"
-    "number": r"(?:^|\n)[ \t>#*_]*(\d+)[.)](?:\*\*|__)?(?=\s)",                         # "1. ...", "2) ..."
-    "paragraph": r"\n[ \t]*\n\s*",                                                      # blank lines
-}
-STEP_STYLES = ("auto", *_LABELS)
+STEP_STYLES = ("auto", "step", "heading", "number", "paragraph", "line")
+
+# A label begins a line: dress, a word, a running number and what closes them, as in "**Step 1:**", "(1)",
+# "\textbf{Step one.}", "Étape 1 :", "第一步：", "1단계:". Any word of any language will do, if it counts 1, 2, ...
+_NUMERALS = ("one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen",
+             "first second third fourth fifth sixth seventh eighth ninth tenth",
+             "i ii iii iv v vi vii viii ix x", "① ② ③ ④ ⑤ ⑥ ⑦ ⑧ ⑨ ⑩",
+             "一 二 三 四 五 六 七 八 九 十 十一 十二 十三 十四 十五")
+_COUNT = {name: number for names in _NUMERALS for number, name in enumerate(names.split(), 1)}
+_NAMES = "|".join(sorted(_COUNT, key=len, reverse=True))
+_ORDINAL = r"(?:st|nd|rd|th|[eè](?:re|me)?|[ºª°]|\ufe0f?\u20e3)"      # the last draws a key around a digit
+_NUMERAL = rf"(?:\d{{1,4}}(?!\d){_ORDINAL}?|(?<![a-z])(?:{_NAMES})(?![a-z]))"
+_EOL = r"(?:\r?\n|\r(?!\n))"
+_DRESS = r"(?:\$?\\(?:text|emph|under|bold|math|sub|sect|para)[a-z]*\*?\{|<[a-z]+>|[^\w\r\n=+|$]|_){0,12}"
+_LETTER = r"[^\r\n\d.,:;!?=+*/()\[\]{}<>|$\\\"'。，：；！？、．（）【】]"         # \w lacks the vowel signs of Hindi
+_CJK = r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"     # kana, Chinese characters, Hangul: they need no space
+_CLOSER = (
+    rf"(?:[ \t]*(?:[:：)）\]】}}、．]|\.(?!\d)|\*\*|__|</[a-z]+>)|(?<=[①-⑩\u20e3])|(?<={_CJK})[,， \t]"
+    r"|[ \t]+[-–—]|[-–—](?=[ \t])|[ \t]*(?=[(（\r\n]|\Z))(?:[:：.)）\]】}*_$]|</[a-z]+>)*")
+_AFTER = rf"(?(before)(?:[ \t](?=步))?{_CJK}{{1,4}}?|(?<![①-⑩\u20e3])[ \t]?[^\W\d_]{{1,12}})(?={_CLOSER})"
+_LABEL = re.compile(
+    rf"(?:^|{_EOL}){_DRESS}(?P<before>{_LETTER}{{1,24}}?(?:n[or]\.[ \t]*|[ \t][(（])?)??(?P<number>{_NUMERAL})"
+    rf"(?(before)(?:[ \t]*(?:/|of)[ \t]*\d{{1,4}})?)(?P<after>{_AFTER})?(?P<closer>{_CLOSER})?",
+    re.IGNORECASE)
+# "Step" in the languages that people train in, and "1." or "2)". Other labels, as "Case 1:" or "(1)", often
+# number a part of a solution only.
+_SURE = re.compile(
+    r"(?<![^\W\d_])(?:step|[ée]tape|schritt|paso|passo|pas|stap|steg|trin|vaihe|krok|korak|lépés|adım|bước"
+    r"|langkah|hakbang|hatua|шаг|крок|βήμα|चरण|ধাপ|(?:ال)?خطوة|مرحله|گام|שלב|ขั้นตอนที่)(?![^\W\d_])"
+    r"|步|ステップ|手順|단계|^[^\w([（]*\d+[.)]", re.IGNORECASE)
+_THOUGHT = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]|<\|end_of_thought\|>|◁/think▷")
 
 
 def step_starts(text: str, style: str = "auto") -> list[tuple[int, int]]:
     """(begin, begin of its own words) of each step of a solution; between the two stands its label.
 
-    What comes before the first label belongs to the first step. Numbers without the word "Step" are labels only in the
-    sequence 1, 2, 3: a line of working may begin with "12. " as well. `auto` takes the first style that finds a label
-    (of numbers and paragraphs: two).
+    What comes before the first label belongs to the first step; so does a thought that ends in </think>.
+    `auto` is the first style that finds two steps, or one behind the word "Step"; lines are its last resort.
     """
-    if style == "auto":
-        for style, least in (("step", 1), ("heading", 1), ("number", 2), ("paragraph", 2)):
-            starts = step_starts(text, style)
-            if len(starts) >= 2 or least == 1 and starts[0][1] > 0:
-                return starts
-        return [(0, 0)]
-    starts = []
-    for label in re.finditer(_LABELS[style], text):
-        if style == "number" and int(label[1][:9]) != len(starts) + 1:
-            continue
-        if style == "paragraph" and (not text[:label.start()].strip() or label.end() == len(text)):
-            continue                                    # blank lines at the ends separate nothing
-        starts.append((label.start(), label.end()))
-    if style == "paragraph":
-        return [(0, len(text) - len(text.lstrip()) if text.strip() else 0)] + starts
-    return [(0, starts[0][1])] + starts[1:] if starts else [(0, 0)]
+    return _find_steps(text, style)[1]
 
 
 def split_steps(text: str, style: str = "auto") -> list[str]:
@@ -1094,15 +1308,157 @@ def split_steps(text: str, style: str = "auto") -> list[str]:
     return [text[a:b] for a, b in zip(begins, begins[1:])]
 
 
+def step_style(text: str, style: str = "auto") -> str:
+    """What tells the steps of a solution apart: "'Step 1:' labels", "paragraphs", "lines" or "one step"."""
+    return _find_steps(text, style)[0]
+
+
+def tell_styles(styles: Counter) -> None:
+    """Say how many solutions are of which style; and, loudly, where most of them are one step."""
+    if styles:
+        most = styles.most_common(5)
+        more = f", {len(styles) - 5} more styles" if len(styles) > 5 else ""
+        print("steps: " + ", ".join(f"{count:,} {style}" for style, count in most) + more)
+    if 2 * styles["one step"] > styles.total():
+        print(f"WARNING: {styles['one step']:,} of {styles.total():,} solutions are ONE step each: the first "
+              "wrong step is then always the first, and a pair two whole answers without an end. Look at "
+              "some (data.py show), and say with --steps how steps are told apart: "
+              f"{', '.join(STEP_STYLES[1:])}", file=sys.stderr)
+
+
+def _find_steps(text: str, style: str) -> tuple[str, list[tuple[int, int]]]:
+    """How the steps are told apart, in words ("'Step 1:' labels", "paragraphs"), and their `step_starts`."""
+    thought = max((end.end() for end in _THOUGHT.finditer(text)), default=0)
+    if not thought and re.match(r"\s*<think(?:ing)?>", text):
+        return "one step", [(0, 0)]                     # it never came to an end
+    own = text[thought:]
+    tries = [("step", 2), ("heading", 2), ("inline", 2), ("heading", 1), ("number", 2), ("word", 2),
+             ("paragraph", 2), ("line", 2)]
+    if style != "auto":
+        tries = [(style, 1)]
+    for tried, least in tries:
+        places = _places(own, tried)
+        if len(places) < least:
+            continue
+        (begin, end), *others = places
+        label = own[begin:end].strip(" *_#>\r\n")
+        if style == "auto" and tried not in ("paragraph", "line") and not _SURE.search(label):
+            paragraphs = len(_places(own, "paragraph"))
+            lines = len(_places(own, "line")) if paragraphs == 1 else 0
+            # more is without a label than an end, or, among lines, than a beginning and an end
+            if tried == "heading" or paragraphs > len(places) + 1 or lines > len(places) + 2:
+                continue
+        name = f"{tried}s" if tried in ("paragraph", "line") else f"{label!r} labels"
+        starts = [(0, thought + end), *((thought + begin, thought + end) for begin, end in others)]
+        return name if others else "one step", starts
+    return "one step", [(0, 0)]
+
+
+def _places(text: str, style: str) -> list[tuple[int, int]]:
+    """Begin and end of the label, or of the gap, in front of each step."""
+    if style == "line":
+        return _lines(text)
+    if style == "paragraph":
+        first = len(text) - len(text.lstrip())
+        gaps = [gap.span() for gap in re.finditer(rf"{_EOL}[ \t]*{_EOL}\s*", text)]
+        inner = [(begin, end) for begin, end in gaps if begin > first and end < len(text)]
+        return [(0, first if text.strip() else 0), *inner]
+    if style == "step":
+        labels = re.finditer(rf"(?:^|{_EOL})Step \d+:", text)
+    elif style == "inline":
+        labels = _inline(text)
+    else:
+        counted = _counted(text)
+        words = [word for word in counted if word and len(counted[word]) > 1]
+        words.sort(key=lambda word: not _SURE.search(word))
+        labels = counted.get("" if style == "number" else words[0] if words else "step", [])
+    return [label.span() for label in labels]
+
+
+def _number(name: str) -> int:
+    return _COUNT.get(name.casefold()) or int(re.match(r"\d+", name)[0])
+
+
+@functools.lru_cache(maxsize=1)                         # `auto` asks more than once
+def _counted(text: str) -> dict[str, list[re.Match]]:
+    """The labels of each word, those that count 1, 2, 3, ...; "" are numbers without a word."""
+    counted = {}
+    for label in _LABEL.finditer(text):
+        word = re.sub(r"[\s#№_-]", "", (label["before"] or "") + (label["after"] or "")).casefold()
+        labels, closer = counted.setdefault(word, []), label["closer"]
+        follows = _number(label["number"]) == len(labels) + 1
+        if word == "step":                              # in any order; the next one without a colon, too
+            follows = follows or closer is not None
+        elif word:                                      # a count that begins anew goes on
+            follows = closer is not None and (follows or bool(labels))
+        elif label["number"][-1] not in "①②③④⑤⑥⑦⑧⑨⑩\u20e3":
+            sign = (closer or "").strip()[:1]           # "12 eggs" and "3 - x" are none, but "3 - Ann has"
+            words = re.match(r"\s*[^\W\d_]{2}", text[label.end():label.end() + 9])
+            follows = follows and sign != "" and (sign not in "-–—" or words is not None)
+        if follows:
+            labels.append(label)
+    return counted
+
+
+def _inline(text: str) -> list[re.Match]:
+    """Labels on one line, "Step 1: ... Step 2: ..." or "1) ... 2) ...", in the dress of the first."""
+    one_line = len(text.strip().splitlines()) == 1      # amid text, a number without a word says nothing
+    firsts = (label for label in _LABEL.finditer(text)
+              if _number(label["number"]) == 1 and label["closer"] and (one_line or label["before"]))
+    first = next(firsts, None)
+    if first is None:
+        return []
+    before = re.escape(text[first.start():first.start("number")].lstrip())
+    after = re.escape(text[first.end("number"):first.end()].rstrip())
+    pattern = rf"(?<=[\s.!?;,)。！？；，）]){before}({_NUMERAL}){after}(?!(?<=\.)\d)"
+    labels = [first]
+    for label in re.compile(pattern, re.IGNORECASE).finditer(text, first.end()):
+        if _number(label[1]) == len(labels) + 1:
+            labels.append(label)
+    return labels if len(labels) > 1 else []
+
+
+# What lines lie inside of: formulas on display, environments, code, drawings.
+_CLOSES = {"\\[": "\\]", "$$": "$$", "\\begin": "\\end", "```": "```", "[asy]": "[/asy]"}
+_MARKS = re.compile("|".join(map(re.escape, {*_CLOSES, *_CLOSES.values()})))
+_GOES_ON = re.compile(r"[=<>≤≥≈≠+×÷/|&)}]|\\\[|\$\$|\\begin|```|\[asy\]")
+
+
+def _lines(text: str) -> list[tuple[int, int]]:
+    """A step a line, but for lines that go on with the one above: in or at the head of a formula on display,
+    of code or a table; behind a colon or comma; set in; in lower case behind an unfinished sentence."""
+    places, inside, above, end, margin = [], [], "", 0, 0
+    for line in re.finditer(r"[^\r\n]+", text):
+        words, indent = line[0].strip(), len(line[0].expandtabs(4)) - len(line[0].expandtabs(4).lstrip())
+        if not words:
+            continue
+        if not places:
+            margin = indent
+        lead_in = above.endswith((":", "：", ",", "，", "、", "=", "+", "\\\\")) or \
+            len(places) == 1 and re.fullmatch(r".{,60}step by step[.!]?", above, re.IGNORECASE)
+        wrapped = words[0].islower() and words[1:2].isalpha() and above[-1:] not in ".!?;。！？；"
+        if not places or not (inside or lead_in or wrapped or _GOES_ON.match(words) or indent > margin + 1):
+            bullet = re.match(r"\s*(?:[-*•‣◦·–—]\s+)?", line[0])
+            places.append((end, line.start() + bullet.end()))
+        for mark in _MARKS.findall(words):
+            if inside[-1:] == [mark]:
+                inside.pop()
+            elif mark in _CLOSES:
+                inside.append(_CLOSES[mark])
+        above, end = words, line.end()
+    return places or [(0, 0)]
+
+
 # A value: a number, fraction, root or power, or several of them without a gap, as "1:2", "2\sqrt{3}", "3x^2".
 _NUMBER, _BRACES = r"\d+(?:[.,]\d+)*", r"\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}"
-_ATOM = rf"(?:{_NUMBER}|\\[dt]?frac\s*{_BRACES}\s*{_BRACES}|\\sqrt\s*{_BRACES}|[A-Za-z]?\^(?:{_BRACES}|{_NUMBER}))"
+_ATOM = (rf"(?:{_NUMBER}|\\[dt]?frac\s*{_BRACES}\s*{_BRACES}|\\sqrt\s*{_BRACES}"
+         rf"|[A-Za-z]?\^(?:{_BRACES}|{_NUMBER}))")
 _VALUE = re.compile(rf"([-−–](\s*)\\?\$?)?({_ATOM}(?:(?:\s*/\s*|:)?{_ATOM})*)")
 
 
 def last_value(text: str) -> Fraction | str | None:
-    """The last value in a text with its sign: "so x = -\\frac{1}{2}." -> Fraction(-1, 2). Text where it is no plain
-    number; None where there is none."""
+    """The last value in a text with its sign: "so x = -\\frac{1}{2}." -> Fraction(-1, 2). Text where it is no
+    plain number; None where there is none."""
     text = re.sub(r"\{,\}|,?\\[!,]", ",", text)        # LaTeX's ways to write 10,000
     found = [match for match in _VALUE.finditer(text) if re.search(r"\d", match[3])]
     if not found:
@@ -1110,7 +1466,7 @@ def last_value(text: str) -> Fraction | str | None:
     minus, gap, value = found[-1].groups()
     value = re.sub(r"\s|,(?=\d{3}(?!\d))", "", value)
     value = re.sub(r"^\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}$", r"\1/\2", value)
-    if minus:                                           # "= - 5" and "is -5" have a sign, "10 - 5" and "x-5" have none
+    if minus:            # "= - 5" and "is -5" have a sign, not "10 - 5" and "x-5"
         before = text[:found[-1].start()]
         if before.rstrip()[-1:] in tuple("=<>≤≥≈([{:") or not gap and not re.match(r"[\w)\]}%]", before[-1:]):
             value = "-" + value
@@ -1121,12 +1477,14 @@ def last_value(text: str) -> Fraction | str | None:
 
 
 def same_step(a: str, b: str, style: str = "auto") -> bool:
-    """Whether two steps, labels aside, come to the same: to the same last value, or, without values, in the same words."""
+    """Whether two steps, labels aside, come to the same: to the same last value, or, without values, in the
+    same words."""
     def result(step):
+        # one step alone is no sequence: its label may have any number
+        label = None if style in ("paragraph", "line") else _LABEL.search(step)
         begin = step_starts(step, style)[0][1]
-        if style in ("auto", "number") and not begin:   # one numbered step alone is no sequence, and may begin at 2
-            label = re.match(_LABELS["number"], step)
-            begin = label.end() if label else step_starts(step, "number")[0][1]
+        closed = label and (label["closer"] is not None or str(label["before"]).strip().lower() == "step")
+        begin = begin or (label.end() if closed else 0)
         own = step[begin:]
         value = last_value(own)
         return " ".join(own.lower().split()) if value is None else value
@@ -1356,9 +1714,9 @@ def make_judge(name: str, args: argparse.Namespace) -> Judge:
     return function_judge(name)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # File to file
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def write_rows(path: str | Path, rows: Iterable) -> int:
     """Write JSONL: the file is there whole or not at all. Returns the number of rows."""
@@ -1370,10 +1728,13 @@ def write_rows(path: str | Path, rows: Iterable) -> int:
 
 
 class Journal:
-    """What is finished, on disk the moment it is: a line of settings, then [key, value] lines; the last of a key counts.
+    """What is finished, on disk the moment it is: a line of settings, then [key, value] lines.
 
-    `done`, {key (a tuple): value}, need not be made again. Errors of what failed go to `failed`: it is tried again.
-    A journal that was begun with other settings raises DataError, which names them.
+    done      {key (a tuple): value}, which need not be made again; of a key that stands twice the last value
+    failed    errors of what could not be made, and is to be tried again by the same command
+
+    A journal that was begun with other settings raises DataError, which names them. `others`, the journals of
+    other processes, are read along. Used as `with journal:`, it can be added to.
     """
 
     def __init__(self, path: Path, settings: dict, restart: bool = False, others: Iterable[Path] = ()):
@@ -1387,7 +1748,8 @@ class Journal:
             path.unlink(missing_ok=True)
 
     def _read(self, file: Path) -> None:
-        for number, line in enumerate(file.read_bytes().split(b"\n")[:-1]):      # behind the last \n: a torn line
+        whole_lines = file.read_bytes().split(b"\n")[:-1]               # behind the last \n: a torn line
+        for number, line in enumerate(whole_lines):
             try:
                 entry = json.loads(line)
                 if number > 0:
@@ -1427,28 +1789,31 @@ class Journal:
 def refuse_other(old, new: dict, path: Path) -> None:
     """DataError naming what differs between the settings of what lies at `path` and the present ones."""
     old = old if isinstance(old, dict) else {}
-    changed = [f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in new | old if old.get(key) != new.get(key)]
+    changed = [key for key in new | old if old.get(key) != new.get(key)]
     if changed:
-        raise DataError(f"{path}: was made otherwise: {'; '.join(changed)}; "
-                        "choose another --out, or begin anew with --restart")
+        how = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed)
+        raise DataError(f"{path}: was made otherwise: {how}; choose another --out, or begin anew with "
+                        "--restart")
 
 
 def summary_path(out: Path) -> Path:
-    """score.jsonl -> score.summary.json. Of any other name all is kept: "qwen2.5-0.5B" is no name with a suffix."""
+    """score.jsonl -> score.summary.json. Any other name is kept whole: "qwen2.5-0.5B" has no suffix."""
     return out.with_name(out.name.removesuffix(".jsonl") + ".summary.json")
 
 
 def stage(out: str | Path, settings: dict, work: Callable[[Journal, int, int], None],
           collect: Callable[[dict], tuple[list[dict], dict]], restart: bool = False) -> bool:
-    """Make the file `out`. It may be killed at any moment, and the same call goes on; torchrun's processes share it.
+    """Make the file `out`, shared by torchrun's processes. Killed at any moment, the same call goes on.
 
-        work(journal, rank, world)        in every process: its share of what is not in journal.done, added as it ends
-        collect(done) -> (rows, summary)  in process 0, from what all have done: the rows of `out`, and what to say of them
+        work(journal, rank, world)        in every process: journal.add for its share of what is not done
+        collect(done) -> (rows, summary)  in process 0, from what all have done: the rows of `out`, and a dict
 
-    settings: all that decides what the rows are. `out` is written whole, then its summary with the settings in it, and
-    the journals (OUT.journal-RANK) go, but for where journal.failed says that something is to be tried again.
-    Returns False where `out` was complete already. Raises DataError where what is there was made with other settings, or
-    no row came of it, which leaves no `out`; OSError where another command is writing it.
+    settings: all that decides what the rows are. `out` is written whole, then its summary, with the settings
+    in it, and the journals (OUT.journal-RANK) go. Where journal.failed holds an error they stay, and the same
+    call tries that again. Processes meet in these files; otherwise they only wait for each other.
+
+    Returns False where `out` was complete already. Raises DataError where what is there was made with other
+    settings, or where no row came of the work, which leaves no `out`; OSError where another command has it.
     """
     out, settings = Path(out), json.loads(json.dumps(settings))
     twin = out.with_suffix("") if out.suffix == ".jsonl" else Path(f"{out}.jsonl")
@@ -1488,7 +1853,8 @@ def stage(out: str | Path, settings: dict, work: Callable[[Journal, int, int], N
                 why = f"; the first of {failed} that failed: {journal.failed[0]}" if journal.failed else ""
                 raise DataError(f"{out}: no row came of it, so it is not written{why}")
             write_rows(out, rows)
-            write_rows(summary_path(out), [summary | {"seconds": seconds, "failed": failed, "settings": settings}])
+            summary |= {"seconds": seconds, "failed": failed, "settings": settings}
+            write_rows(summary_path(out), [summary])
             for path in _journals(out) if not failed else []:
                 path.unlink()
         meet()                                          # until `out` is there
@@ -1505,7 +1871,7 @@ def meet(number: int = 0) -> int:
 
 @functools.cache
 def _patient_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
-    """Sampling is uneven: here the processes may wait longer for each other than between the updates of a model."""
+    """Sampling is uneven: the processes may wait for each other longer than between updates of a model."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
 
@@ -1546,11 +1912,11 @@ COSTLY = ("endpoint", "ask")                            # judges whose verdicts 
 
 def judge_all(rows: dict[tuple, dict], name: str, args: argparse.Namespace,
               bad: list[DataError]) -> tuple[dict[tuple, int | str | None], bool]:
-    """(a verdict for every row, whether an earlier command had left some out).
+    """(a verdict for every row, whether the same command had been here and left some out).
 
-    A verdict is the index of the first wrong step, None (nothing wrong), or the text of Unclear. Rows on which the judge
-    fails are left out and named in `bad`; so are those that the person at the terminal did not come to (Stop is passed
-    on). What is decided is in OUT.verdicts, from which the same command goes on.
+    A verdict is the index of the first wrong step, None (nothing wrong), or the text of Unclear. Rows on
+    which the judge fails are left out and named in `bad`. What is decided is in OUT.verdicts, from which the
+    same command goes on, also where the person at the terminal stopped (Stop is passed on).
     """
     judge, path, out = make_judge(name, args), Path(f"{args.out}.verdicts"), Path(args.out)
     begun = path.exists() and not args.restart
@@ -1573,8 +1939,9 @@ def judge_all(rows: dict[tuple, dict], name: str, args: argparse.Namespace,
 
     decide = lambda key: (key, verdict(key))
     decided = in_threads(decide, todo, args.concurrency) if name == "endpoint" else map(decide, todo)
+    quiet = name in ("ask", "values")
     try:
-        with journal, progress(len(rows), len(rows) - len(todo), "verdicts", quiet=name in ("ask", "values")) as bar:
+        with journal, progress(len(rows), len(rows) - len(todo), "verdicts", quiet) as bar:
             for key, found in decided:
                 if isinstance(found, DataError):
                     bad.append(found)
@@ -1588,20 +1955,21 @@ def judge_all(rows: dict[tuple, dict], name: str, args: argparse.Namespace,
 
 
 def write_out(args: argparse.Namespace, rows: list[dict], bad: list[DataError], continued: bool) -> int:
-    """Write OUT and return the exit status. An OUT with other rows in it is not overwritten, unless by --restart or
-    where it was `continued`: the same command had left it incomplete."""
+    """Write OUT and return the exit status. An OUT with other rows in it is not overwritten, unless by
+    --restart or where it is `continued`: the same command had left it incomplete."""
     out, made = Path(args.out), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     if out.exists() and not (args.restart or continued or out.read_bytes() == made):
-        kept = Path(f"{out}.verdicts").exists()
-        raise DataError(f"{out}: exists and holds other rows; choose another --out, or " + (
-            "delete it, and the same command makes it again from the verdicts" if kept else "begin anew with --restart"))
+        remedy = "begin anew with --restart"
+        if Path(f"{out}.verdicts").exists():
+            remedy = "delete it, and the same command makes it again from the verdicts"
+        raise DataError(f"{out}: exists and holds other rows; choose another --out, or {remedy}")
     write_rows(out, rows)
     return 1 if bad else 0
 
 
 def read_attempts(file: str, bad: list[DataError], *stages: str) -> Iterator[tuple[tuple[str, int], dict]]:
-    """((id, sample), row) of the graded samples that eval.py wrote; rows that are none go to `bad`. DataError where the
-    first row is of none of the pipeline's `stages`.
+    """((id, sample), row) of the graded samples that eval.py wrote; rows that are none go to `bad`. DataError
+    where the first row is of none of the pipeline's `stages`.
 
     A row gets `where`, and `text`: the whole solution, prefix + completion.
     """
@@ -1616,15 +1984,17 @@ def read_attempts(file: str, bad: list[DataError], *stages: str) -> Iterator[tup
                 raise DataError(f"{where}: fields 'id', 'sample': found {_shown([id, sample])}; expected a "
                                 "name and a number, as eval.py writes them")
             key = str(id), sample
-            _, answer, completion = (text_field(row, name, where) for name in ("question", "answer", "completion"))
+            names = ("question", "answer", "completion")
+            _, answer, completion = (text_field(row, name, where) for name in names)
             prefix = text_field(row, "prefix", where) if "prefix" in row else ""
             if not answer.strip():
                 raise DataError(f"{where}: field 'answer': empty; a problem needs its right answer")
             if not isinstance(row.get("correct"), bool):
-                raise DataError(f"{where}: field 'correct': found {_kind(row.get('correct'))}; expected true or false, "
-                                "as eval.py grades it")
+                raise DataError(f"{where}: field 'correct': found {_kind(row.get('correct'))}; expected true "
+                                "or false, as eval.py grades it")
             if key in seen:
-                raise DataError(f"{where}: id {key[0]!r}, sample {sample} stands in {seen[key]} already; remove one")
+                raise DataError(f"{where}: id {key[0]!r}, sample {sample} stands in {seen[key]} already; "
+                                "remove one")
             seen[key] = where
             yield key, kept | {"where": where, "text": prefix + completion}
         except DataError as error:
@@ -1644,13 +2014,14 @@ def complain(bad: list[DataError], shown: int = 20) -> None:
         print(f"skipped: {len(bad) - shown} more rows", file=sys.stderr)
 
 
-OF_AN_ATTEMPT = ("id", "sample", "prefix", "completion", "extracted", "correct", "tokens", "stop_reason", "steps",
-                 "values", "agreement", "where", "text")        # the other fields are the problem's and are passed on
+# The other fields of an attempt are its problem's, and are passed on.
+OF_AN_ATTEMPT = ("id", "sample", "prefix", "completion", "extracted", "correct", "tokens", "stop_reason",
+                 "steps", "values", "agreement", "where", "text")
 
 
 def localize(args: argparse.Namespace) -> int:
-    """attempts -> errors: of each wrong attempt the prefix up to its first wrong step, that step, and the rest."""
-    bad, wrong, stages, problems = [], {}, Counter(), set()
+    """attempts -> errors: of a wrong attempt the prefix up to its first wrong step, that step, the rest."""
+    bad, wrong, stages, styles, problems = [], {}, Counter(), Counter(), set()
     valued = () if args.judge == "values" else ("attempts",)
     for key, row in read_attempts(args.file, bad, *valued, "valued attempts", "rectified attempts"):
         stages["attempts"] += 1
@@ -1658,19 +2029,22 @@ def localize(args: argparse.Namespace) -> int:
         stages["wrong"] += not row["correct"]
         if row["correct"]:
             continue
-        if row.get("stop_reason") == "length":          # it has no end, so its answer is wrong for another reason
+        if row.get("stop_reason") == "length":          # it is wrong because it has no end
             stages["cut off"] += 1
             continue
         steps = split_steps(row["text"], args.steps)
+        styles[step_style(row["text"], args.steps)] += 1
         if row.get("steps", steps) != steps:
-            bad.append(DataError(f"{row['where']}: field 'steps': not the text cut by --steps {args.steps}; give the "
-                                 "style that eval.py --rollouts was given"))
+            bad.append(DataError(f"{row['where']}: field 'steps': not the text cut by --steps {args.steps}; "
+                                 "give the style that eval.py --rollouts was given"))
             continue
         wrong[key] = row | {"steps": steps}
+    tell_styles(styles)
     try:
         verdicts, continued = judge_all(wrong, args.judge, args, bad)
     except Stop:
-        print(f"stopped; {args.out}.verdicts holds what was decided, and the same command goes on", file=sys.stderr)
+        print(f"stopped; {args.out}.verdicts holds what was decided, and the same command goes on",
+              file=sys.stderr)
         return 1
     errors, reasons = {}, Counter()
     for key, first in verdicts.items():
@@ -1688,11 +2062,13 @@ def localize(args: argparse.Namespace) -> int:
         else:
             carried = {name: value for name, value in row.items() if name not in OF_AN_ATTEMPT}
             errors[identity] = {"id": f"{key[0]}#{key[1]}"} | carried | {
-                "prefix": text[:begin], "rejected": text[begin:end], "full_rejected": text[begin:], "step": first + 1}
+                "prefix": text[:begin], "rejected": text[begin:end], "full_rejected": text[begin:],
+                "step": first + 1}
     complain(bad)
+    left_out = [(f"    {reason}", count) for reason, count in reasons.most_common()]
     print(funnel([("problems", len(problems)), ("attempts", stages["attempts"]), ("wrong", stages["wrong"]),
-                  ("    cut off by the length limit, not judged", stages["cut off"]),
-                  *((f"    {reason}", count) for reason, count in reasons.most_common()), ("located", len(errors))]))
+                  ("    cut off by the length limit, not judged", stages["cut off"]), *left_out,
+                  ("located", len(errors))]))
     if not errors:
         raise DataError(f"{args.file}: no first wrong step was located, nothing to write to {args.out}")
     return write_out(args, list(errors.values()), bad, continued)
@@ -1702,14 +2078,16 @@ def pairs(args: argparse.Namespace) -> int:
     """rectified attempts -> pairs in the columns of Math-Step-DPO-10K."""
     bad, stages, continued = [], Counter(), False
     if args.whole and args.verify:
-        raise DataError("--verify judges a chosen step; whole answers (--whole) are right by their final answer")
-    stages_taken = ("attempts", "valued attempts", "rectified attempts") if args.whole else ("rectified attempts",)
-    rows = list(read_attempts(args.file, bad, *stages_taken))
+        raise DataError("--verify judges a chosen step; --whole answers are right by their final answer")
+    of_any_attempts = ("attempts", "valued attempts") if args.whole else ()
+    rows = list(read_attempts(args.file, bad, *of_any_attempts, "rectified attempts"))
     candidates = whole_pairs(rows, stages) if args.whole else step_pairs(rows, args.steps, stages, bad)
     if args.verify:
-        solutions = {key: {"id": key[0], "where": key[0], "question": pair["prompt"], "answer": pair["answer"],
-                           "steps": split_steps(pair["initial_reason_steps"] + pair["full_chosen"], args.steps)}
-                     for key, pair in candidates.items()}
+        solutions = {}
+        for key, pair in candidates.items():
+            steps = split_steps(pair["initial_reason_steps"] + pair["full_chosen"], args.steps)
+            solutions[key] = {"id": key[0], "where": key[0], "question": pair["prompt"],
+                              "answer": pair["answer"], "steps": steps}
         verdicts, continued = judge_all(solutions, args.verify, args, bad)
         before = len(candidates)
         for key, pair in list(candidates.items()):      # right, or wrong only after the chosen step
@@ -1732,8 +2110,10 @@ def pairs(args: argparse.Namespace) -> int:
     return write_out(args, kept, bad, continued)
 
 
-def step_pairs(rows: list[tuple[tuple, dict]], style: str, stages: Counter, bad: list[DataError]) -> dict[tuple, dict]:
-    """Distinct first steps of the continuations that reach the right answer, against the wrong step they replace."""
+def step_pairs(rows: list[tuple[tuple, dict]], style: str, stages: Counter,
+               bad: list[DataError]) -> dict[tuple, dict]:
+    """Distinct first steps of the continuations that reach the right answer, against the wrong step that they
+    replace."""
     stages.update({"located errors": 0, "continuations": 0, "right": 0})
     candidates, errors, rectified = {}, set(), set()
     for (id, _), row in rows:
@@ -1741,8 +2121,8 @@ def step_pairs(rows: list[tuple[tuple, dict]], style: str, stages: Counter, bad:
             prefix, rejected, rest = (text_field(row, name, row["where"])
                                       for name in ("prefix", "rejected", "full_rejected"))
             if not rest.startswith(rejected):
-                raise DataError(f"{row['where']}: field 'rejected': is not the beginning of 'full_rejected'; both are "
-                                "the wrong attempt from the wrong step on, as data.py localize writes them")
+                raise DataError(f"{row['where']}: field 'rejected': is not the beginning of 'full_rejected'; "
+                                "both are the wrong attempt from the wrong step on, as localize writes them")
         except DataError as error:
             bad.append(error)
             continue
@@ -1764,33 +2144,39 @@ def step_pairs(rows: list[tuple[tuple, dict]], style: str, stages: Counter, bad:
         elif key in candidates:
             stages["    the same first step again"] += 1
         else:
-            candidates[key] = {
-                "dataset": row.get("dataset", ""), "prompt": row["question"], "initial_reason_steps": prefix,
-                "chosen": chosen, "rejected": rejected, "full_chosen": row["completion"], "full_rejected": rest,
-                "answer": row["answer"]}
+            candidates[key] = pair_of(row, prefix, chosen, rejected, row["completion"], rest)
     stages["located errors"], stages["rectified errors"] = len(errors), len(rectified)
     return candidates
 
 
 def whole_pairs(rows: list[tuple[tuple, dict]], stages: Counter) -> dict[tuple, dict]:
-    """Plain DPO's pairs: independently sampled right and wrong whole answers of a problem, the i-th right one with the
-    i-th wrong one."""
+    """Plain DPO's pairs: independently sampled right and wrong whole answers of a problem, the i-th right one
+    with the i-th wrong one."""
     stages.update({"problems": 0, "attempts": len(rows)})
-    sides: dict[str, tuple[dict, dict]] = {}            # problem -> its distinct right, its distinct wrong answers
+    sides: dict[str, tuple[dict, dict]] = {}            # problem -> its distinct right and wrong answers
     for (id, _), row in rows:
         side = sides.setdefault(id, ({}, {}))[not row["correct"]]
-        if row.get("stop_reason") == "length":          # training would put an end token where there is no end
+        if row.get("stop_reason") == "length":          # training would put an end token where no end is
             stages["    cut off by the length limit"] += 1
         elif row["text"].strip() in side:
             stages["    the same answer again"] += 1
         else:
             side[row["text"].strip()] = row
     stages["problems"] = len(sides)
-    stages["problems with right and wrong answers"] = sum(bool(right and wrong) for right, wrong in sides.values())
-    return {(id, i): {"dataset": a.get("dataset", ""), "prompt": a["question"], "initial_reason_steps": "",
-                      "chosen": a["text"], "rejected": b["text"], "full_chosen": a["text"], "full_rejected": b["text"],
-                      "answer": a["answer"]}
-            for id, (right, wrong) in sides.items() for i, (a, b) in enumerate(zip(right.values(), wrong.values()))}
+    both = [right and wrong for right, wrong in sides.values()]
+    stages["problems with right and wrong answers"] = sum(map(bool, both))
+    pairs = {}
+    for id, (right, wrong) in sides.items():
+        for i, (good, bad) in enumerate(zip(right.values(), wrong.values())):
+            pairs[id, i] = pair_of(good, "", good["text"], bad["text"], good["text"], bad["text"])
+    return pairs
+
+
+def pair_of(row: dict, steps: str, chosen: str, rejected: str, full_chosen: str, full_rejected: str) -> dict:
+    """A training row in the columns of Math-Step-DPO-10K."""
+    return {"dataset": row.get("dataset", ""), "prompt": row["question"], "initial_reason_steps": steps,
+            "chosen": chosen, "rejected": rejected, "full_chosen": full_chosen,
+            "full_rejected": full_rejected, "answer": row["answer"]}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2127,25 +2513,30 @@ def show_row(where: str, row: dict, example: Example | None, tokenizer: Tokenize
     if example is None:
         return "\n".join(parts)
 
-    batch = collate([example], [0])
-    own = [len(side) - example.shared for side in example.sides]
-    times = [0] * example.start + [len(own)] * (example.shared - example.start) + [1] * sum(own)  # each token predicted
-    legend = "(. read only   ^ loss" + ("   2 loss, once for each side)" if 2 in times else ")")
-    parts += ["", _paint(f"the same as {len(batch.input_ids)} tokens in a batch   {legend}", "title")]
-    titles = ("what both sides share, computed once" if len(own) == 2 else "the whole row",
-              "chosen, sees segment 0 and itself", "rejected, sees segment 0 and itself")
-    offset = 0
-    for segment, (title, role, length) in enumerate(zip(titles, COLOURS, batch.lengths)):
-        here = slice(offset, offset + length)
-        ids, positions = batch.input_ids[here].tolist(), batch.position_ids[here]
-        trunk = example.chosen[:example.shared].tolist() if segment else ()
-        picture = token_picture(ids, times[here], tokenizer, trunk)
+    layout = lay_out(example.sides, [0] * len(example.sides))
+    sides_at = np.zeros((len(example.sides), len(layout.tokens)), dtype=int)     # 1 read, 2 predicted by that side
+    for side, places in enumerate(layout.places):
+        sides_at[side, places] = 1
+        sides_at[side, places[example.start:]] = 2
+    times = (sides_at == 2).sum(0)                      # how often each token is predicted
+    legend = "(. read only   ^ loss" + ("   2 predicted for both sides: it cancels in the difference)" if 2 in times else ")")
+    parts += ["", _paint(f"the same as {len(layout.tokens)} tokens in a batch   {legend}", "title")]
+    begin, trunk = 0, {-1: []}                          # of each segment: the tokens up to its end
+    for segment, (length, parent) in enumerate(zip(layout.lengths, layout.parents)):
+        here = slice(begin, begin + length)
+        ids, positions = layout.tokens[here].tolist(), layout.positions[here]
+        through = [name for name, side in zip(of, sides_at) if side[begin]]
+        title = " and ".join(through) if len(example.sides) > 1 else "the whole row"
+        title += ", computed once" if len(through) > 1 else f", sees segment {parent} and itself" if parent >= 0 else ""
+        role = "context" if len(through) > 1 or len(example.sides) == 1 else through[0]
+        picture = token_picture(ids, times[here].tolist(), tokenizer, trunk[parent])
         parts.append(_block(f"segment {segment}: {title}; {length} tokens, positions {positions[0]}..{positions[-1]}",
                             picture, role))
-        offset += length
+        trunk[segment] = trunk[parent] + ids
+        begin += length
     ends = "no end token follows: the solution goes on" if method == "stepdpo" else \
         f"the answer ends with {tokenizer.decode([int(example.chosen[-1])])}"
-    return "\n".join(parts + [f"{len(batch.targets)} tokens carry loss; {ends}"])
+    return "\n".join(parts + [f"{sum(len(tokens) for _, tokens in example.predicted)} tokens carry loss; {ends}"])
 
 
 def show_solution(where: str, row: dict, style: str) -> str:
@@ -2160,7 +2551,8 @@ def show_solution(where: str, row: dict, style: str) -> str:
             except DataError as error:
                 raise DataError(f"{where}: {error}") from None
     verdict = {True: "right", False: "wrong"}.get(row.get("correct"), "not graded")
-    parts = [_paint(f"{where}   {len(steps)} steps (--steps {style}), {verdict}", "title"), "",
+    found = step_style("".join(steps), style)
+    parts = [_paint(f"{where}   {len(steps)} steps (--steps {style}: {found}), {verdict}", "title"), "",
              _block("question", text_field(row, "question", where), "context")]
     for i, (step, after, before) in enumerate(zip(steps, *counts.values()), 1):
         title = f"step {i}" + (f"; from its end {after[0]} of {after[1]} rollouts succeed" if after else "")
@@ -2176,17 +2568,26 @@ def statistics(examples: Sequence[Example], report: Report) -> str:
     pairs = [e for e in examples if e.rejected is not None]
     if pairs:
         columns |= {"rejected (loss)": [len(e.rejected) - e.start for e in pairs],
-                    "shared by both sides": [e.shared for e in pairs]}
+                    "alike on both sides": [common_length(e.chosen, e.rejected) for e in pairs]}
     columns["whole row in a batch"] = [e.length for e in examples]
     lines = [str(report), "", f"{'tokens':<24}{'min':>8}{'5 %':>8}{'median':>8}{'95 %':>8}{'max':>8}{'sum':>14}"]
     for name, values in columns.items():
         spread = "".join(f"{value:>8,.0f}" for value in np.percentile(values, [0, 5, 50, 95, 100]))
         lines.append(f"  {name:<22}{spread}{sum(values):>14,}")
-    if pairs:
-        separate, shared = sum(len(side) for e in pairs for side in e.sides), sum(e.length for e in pairs)
-        lines += ["", f"work saved by sharing the prefix: {1 - shared / separate:.1%}   (P + S_win + S_lose = "
-                      f"{shared:,} tokens instead of 2 P + S_win + S_lose = {separate:,})"]
-    return "\n".join(lines)
+    families: dict = {}
+    for row, example in enumerate(examples):
+        families.setdefault(family_of(example, row), []).append(row)
+    return "\n".join(lines + ["", tokens_shared(examples, list(families.values()))])
+
+
+def tokens_shared(examples: Sequence[Example], micro_batches: Iterable[list[int]]) -> str:
+    """What the tree saves: tokens of all texts one by one, of rows alone, and of rows together in these micro-batches."""
+    separate = sum(len(side) for example in examples for side in example.sides)
+    alone = sum(example.length for example in examples)
+    together = sum(tokens_in_tree([side for row in rows for side in examples[row].sides]) for rows in micro_batches)
+    saved = lambda tokens: f"{tokens:,} ({1 - tokens / separate:.1%} saved)"
+    return (f"tokens: {separate:,} text by text; what begins alike once: {saved(alone)} in each row, "
+            f"{saved(together)} in rows of one problem too")
 
 
 def show(args: argparse.Namespace) -> int:
@@ -2195,7 +2596,9 @@ def show(args: argparse.Namespace) -> int:
     if args.row is not None and args.row > len(rows):
         raise DataError(f"{args.data}: --row {args.row}: the file has rows 1 to {len(rows)}")
     if {"question", "completion"} <= columns.keys():   # an attempt; with `prompt`, a completion is trained on
-        print(show_solution(*rows[(args.row or 1) - 1], args.steps))
+        print(show_solution(*rows[(args.row or 1) - 1], args.steps) + "\n")
+        whole = (str(row.get("prefix") or "") + str(row.get("completion")) for _, row in rows)
+        tell_styles(Counter(step_style(text, args.steps) for text in whole))
         return 0
     if not args.model:
         raise DataError("--model is needed to show the tokens of training rows: a checkpoint, whose tokenizer is read")
@@ -2214,12 +2617,17 @@ def show(args: argparse.Namespace) -> int:
     if where not in kept:
         print(_paint("dropped: " + next(reason for reason, rows in report.dropped.items() if where in rows), "title"))
     print("\n" + statistics(examples, report))
+    if "initial_reason_steps" in columns:
+        print()
+        whole = (str(row["initial_reason_steps"]) + str(row.get("full_chosen") or row.get("chosen"))
+                 for _, row in rows)
+        tell_styles(Counter(step_style(text, args.steps) for text in whole))
     return 0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command line
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
@@ -2233,7 +2641,8 @@ def _object(text: str) -> dict:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a JSON object, such as '{{\"enable_thinking\": false}}'")
+        example = '{"enable_thinking": false}'
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a JSON object, such as '{example}'")
     return value
 
 
@@ -2251,25 +2660,31 @@ USAGE = """Look at preference data, and make it from graded attempts.
   locate the errors     python data.py localize valued.jsonl --judge values --out errors.jsonl
   pair                  python data.py pairs rectified.jsonl --out pairs.jsonl
 
-eval.py makes the attempts, their step values and the rectified continuations (see its --help). Each command has its
-own --help: python data.py pairs --help. Exit status: 0; 1 if rows had to be skipped (each is named) or it is not
-finished; 2 if the command cannot be carried out."""
+eval.py makes the attempts, their step values and the rectified continuations (see its --help). Each
+command has its own --help: python data.py pairs --help. Exit status: 0; 1 if rows had to be skipped (each is
+named) or it is not finished; 2 if the command cannot be carried out."""
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="data.py", description=USAGE, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(prog="data.py", description=USAGE,
+                                     formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{show,localize,pairs}")
 
     command = commands.add_parser(
         "show", help="print a row and what becomes of it: texts, tokens with the loss mask, statistics",
-        description="Print a row of a training file and what becomes of it: its texts, its tokens with the loss mask, "
-                    "and statistics of the file. Of a file of attempts: a solution cut into its steps.")
-    command.add_argument("--data", required=True, metavar="F", help=".jsonl, .json or .parquet file, or a hub dataset")
+        description="Print a row of a training file and what becomes of it: its texts, its tokens with the "
+                    "loss mask, and statistics of the file. Of a file of attempts: a solution cut into its "
+                    "steps.")
+    command.add_argument("--data", required=True, metavar="F",
+                         help=".jsonl, .json or .parquet file, or a hub dataset: owner/name, or, with the "
+                              "beginning of a path in it, owner/name:config/split")
     command.add_argument("--model", metavar="M", help="checkpoint folder (or hub id) whose tokenizer is used")
     command.add_argument("--prompt", choices=PROMPT_STYLES, default="chat",
                          help="prompt style; chat is the checkpoint's own template (default: %(default)s)")
-    command.add_argument("--method", choices=METHODS, help="what would train on it (default: what the columns suggest)")
-    command.add_argument("--row", type=positive, metavar="I", help="1 = the first row (default: the first kept one)")
+    command.add_argument("--method", choices=METHODS,
+                         help="what would train on it (default: what the columns suggest)")
+    command.add_argument("--row", type=positive, metavar="I",
+                         help="1 = the first row (default: the first kept one)")
     command.add_argument("--max_length", type=positive, default=1024, metavar="N",
                          help="longer rows are dropped, in tokens (default: %(default)s)")
     add_chat_options(command)
@@ -2277,52 +2692,63 @@ def arguments() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "localize", help="attempts -> errors: find the first wrong step of every wrong attempt",
-        description="Find the first wrong step of every wrong attempt. Writes one row for each: the prefix up to that "
-                    "step's label, the step, and the wrong rest; eval.py continues from such prefixes.")
-    command.add_argument("file", metavar="F", help="attempts that eval.py wrote (for --judge values: with --rollouts)")
+        description="Find the first wrong step of every wrong attempt. Writes one row for each: the prefix "
+                    "up to that step's label, the step, and the wrong rest; eval.py continues from "
+                    "such prefixes.")
+    command.add_argument("file", metavar="F",
+                         help="attempts that eval.py wrote (for --judge values: with --rollouts)")
     command.add_argument("--judge", required=True, metavar="J",
-                         help="values (rollouts of eval.py --rollouts), endpoint (a judge model on a server), ask "
-                              "(you, in the terminal), or MODULE:FUNCTION: a function of your own that gets "
-                              "(question, steps, answer) and returns the first wrong step's index (from 0) or None")
+                         help="values (rollouts of eval.py --rollouts), endpoint (a judge model on a "
+                              "server), ask (you, in the terminal), or MODULE:FUNCTION: a function of your "
+                              "own that gets (question, steps, answer) and returns the first wrong step's "
+                              "index (from 0) or None")
     command.set_defaults(run=localize)
 
     command = commands.add_parser(
         "pairs", help="rectified attempts -> pairs to train on, in the columns of Math-Step-DPO-10K",
-        description="Make preference pairs: the distinct first steps of those continuations whose final answer is "
-                    "right, each against the wrong step that it replaces.")
-    command.add_argument("file", metavar="F", help="graded continuations of errors, by eval.py (--whole: any attempts)")
+        description="Make preference pairs: the distinct first steps of those continuations whose final "
+                    "answer is right, each against the wrong step that it replaces.")
+    command.add_argument("file", metavar="F",
+                         help="graded continuations of errors, by eval.py (--whole: any attempts)")
     command.add_argument("--per_error", type=positive, metavar="N",
                          help="at most N pairs from one error (with --whole: one problem); default: all")
     command.add_argument("--whole", action="store_true",
-                         help="pair independently sampled right and wrong whole answers instead: plain DPO's data")
+                         help="pair independently sampled right and wrong whole answers instead: plain DPO's "
+                              "data")
     command.add_argument("--verify", metavar="J",
-                         help="keep only steps in which this judge finds no error: endpoint, ask, MODULE:FUNCTION")
-    command.add_argument("--dataset", metavar="NAME", help="for the column dataset (default: what the rows carry)")
+                         help="keep only steps in which this judge finds no error: endpoint, ask, "
+                              "MODULE:FUNCTION")
+    command.add_argument("--dataset", metavar="NAME",
+                         help="for the column dataset (default: what the rows carry)")
     command.set_defaults(run=pairs)
 
     for name in ("localize", "pairs"):
         command = commands.choices[name]
         command.add_argument("--out", required=True, metavar="F", help="JSONL file to write")
-        command.add_argument("--restart", action="store_true", help="begin anew, whatever an earlier run has left at F")
-        command.add_argument("--endpoint", metavar="URL", help="the judge's OpenAI-compatible server, such as "
-                             "http://localhost:8000/v1; the key is read from OPENAI_API_KEY")
+        command.add_argument("--restart", action="store_true",
+                             help="begin anew, whatever an earlier run has left at F")
+        command.add_argument("--endpoint", metavar="URL",
+                             help="the judge's OpenAI-compatible server, such as http://localhost:8000/v1; "
+                                  "the key is read from OPENAI_API_KEY")
         command.add_argument("--api_model", metavar="NAME", help="name of the judge model on that server")
         command.add_argument("--concurrency", type=positive, default=8, metavar="N",
                              help="requests at a time (default: %(default)s)")
     for command in commands.choices.values():
         command.add_argument("--steps", choices=STEP_STYLES, default="auto",
                              help='how steps are told apart: step ("Step 1:", the paper), heading ("**Step 1:**", '
-                                  '"Step 1."), number ("1."), paragraph (blank lines); auto, the default: the first of '
-                                  'these that is found')
+                                  '"Schritt 1.", "第一步："), number ("1.", "(1)"), paragraph (blank lines), '
+                                  'line; auto, the default: the first of these that finds two')
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
 def run_command(run: Callable[[], int], debug: bool = False) -> int:
-    """The exit status of `run`, a command of this project: its own, or 2 behind one line that says what is wrong and
-    what to do; 130 where it was interrupted, 143 where it was terminated. debug: the traceback instead.
+    """The exit status of `run`, a command of this project: its own; 2 behind one line that says what is wrong
+    and what to do; 130 where it was interrupted, 143 where it was terminated. debug: the traceback instead.
 
-    Under torchrun one process of a machine speaks. SIGTERM ends a command as Ctrl-C does: files are left whole."""
+    Under torchrun one process of a machine speaks. SIGTERM ends a command as Ctrl-C does, but processes under
+    torchrun die of it at once: a handler would not run while they wait for one that is not there.
+    """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")        # a terminal that has no "·" shows "?"
     speaks = os.environ.get("LOCAL_RANK", "0") == "0"
@@ -2333,8 +2759,9 @@ def run_command(run: Callable[[], int], debug: bool = False) -> int:
         terminated = True
         raise KeyboardInterrupt
 
-    in_main_thread = threading.current_thread() is threading.main_thread()          # no other may set a handler
-    before = signal.signal(signal.SIGTERM, terminate) if in_main_thread else None
+    # only the main thread may set handlers
+    alone = os.environ.get("WORLD_SIZE", "1") == "1" and threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, terminate) if alone else None
     try:
         status = run()
         sys.stdout.flush()
@@ -2343,9 +2770,10 @@ def run_command(run: Callable[[], int], debug: bool = False) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
+        how, status = ("terminated", 143) if terminated else ("interrupted", 130)
         if speaks:
-            print(f"{'terminated' if terminated else 'interrupted'}; the same command continues", file=sys.stderr)
-        return 143 if terminated else 130
+            print(f"{how}; the same command continues", file=sys.stderr)
+        return status
     except Exception as error:
         lost = isinstance(error, RuntimeError) and dist.is_initialized() and "onnection" in str(error)
         expected = (DataError, CheckpointError, FloatingPointError, OSError, torch.OutOfMemoryError)
@@ -2353,21 +2781,25 @@ def run_command(run: Callable[[], int], debug: bool = False) -> int:
             raise
         message = str(error)
         if isinstance(error, torch.OutOfMemoryError):
-            message = (f"out of GPU memory ({message.splitlines()[0]}); what is finished is kept: go on with a lower "
-                       "--batch_size (eval.py), with a lower --micro_batch_tokens or --max_length, or with "
-                       "--gradient_checkpointing (stepdpo.py)")
+            message = (f"out of GPU memory ({message.splitlines()[0]}); what is finished is kept: go on with "
+                       "a lower --batch_size (eval.py), with a lower --micro_batch_tokens or --max_length, "
+                       "or with --gradient_checkpointing (stepdpo.py)")
         elif lost:
-            message = "another process of this run has ended; if it failed, it says why. The same command continues"
+            message = ("another process of this run has ended; if it failed, it says why. The same command "
+                       "continues")
         if speaks or isinstance(error, OSError):        # a disk may be full for one process only
             print(f"error: {message}", file=sys.stderr)
+        else:
+            time.sleep(2)                               # torchrun ends the others as soon as one has ended: the first speaks
         return 2
     finally:
-        if in_main_thread:
+        if alone:
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done; 1 rows were skipped (named on stderr), or not finished; 2 an error, nothing written."""
+    """Exit status: 0 done; 1 rows were skipped (named on stderr), or not finished; 2 an error, nothing
+    written; 130 interrupted, 143 terminated."""
     args = arguments().parse_args(argv)
 
     def run() -> int:

@@ -936,9 +936,9 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def strict_json(raw: bytes):
+def strict_json(raw: bytes, constant: Callable | None = None):
     """The value of a UTF-8 JSON text, with or without BOM. ValueError or RecursionError where it is none,
-    names a key twice or holds a NaN."""
+    names a key twice or holds a NaN; `constant` makes a value of "NaN" and "Infinity" instead."""
     def unique(pairs):
         if len(value := dict(pairs)) < len(pairs):
             (twice, _), = Counter(key for key, _ in pairs).most_common(1)
@@ -948,7 +948,7 @@ def strict_json(raw: bytes):
     def refuse(name):
         raise ValueError(f"{name} is not JSON")
 
-    return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique, parse_constant=refuse)
+    return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique, parse_constant=constant or refuse)
 
 
 def read_json(path: Path) -> dict:

@@ -341,11 +341,12 @@ def run_seed(folder: Path, size: Size, seed: int, scored: str) -> dict:
         command(f"eval.py --model {f}/{arm} --problems {f}/test.jsonl --out {f}/score_{arm}.jsonl {answers}")
 
     held_out = rows_of(folder / "held_out_pairs.jsonl")
-    before = log_probs(folder / "sft", held_out)
+    log_probs = lambda arm: stepdpo.log_probs(folder / arm, held_out, "stepdpo", "raw")        # (pairs, 2), for all arms alike
+    before = log_probs("sft")
     found = {}
     for arm in ARMS:
         rows = rows_of(folder / f"score_{arm}.jsonl")
-        moved = log_probs(folder / arm, held_out) - before                   # (pairs, 2): log pi/ref of s_win, s_lose
+        moved = log_probs(arm) - before                                      # (pairs, 2): log pi/ref of s_win, s_lose
         margin = size.beta * (moved[:, 0] - moved[:, 1])
         found[arm] = {"verdicts": [row["correct"] for row in rows]} | ({} if arm == "sft" else {
             "margin": margin.mean().item(), "preference_accuracy": (margin > 0).float().mean().item(),
@@ -366,14 +367,6 @@ def divide(folder: Path, size: Size, seed: int) -> int:
     data.write_rows(folder / "reworded.jsonl", [row | {"chosen": reword(row["prompt"], row["chosen"], rng)}
                                                 for row in rows_of(folder / "pairs.jsonl")])
     return count
-
-
-def log_probs(folder: Path, pairs: list[dict]) -> torch.Tensor:
-    """(pairs, 2): log pi(s_win), log pi(s_lose) under the checkpoint. All arms are measured on the same held-out steps."""
-    tokenizer, policy = data.Tokenizer.from_pretrained(folder), stepdpo.Policy(Llama.from_pretrained(folder)).eval()
-    examples, _ = data.encode_dataset([(f"pair {i}", row) for i, row in enumerate(pairs)], tokenizer, "stepdpo", "raw")
-    args = argparse.Namespace(micro_batch_size=64, micro_batch_tokens=8192, precision="fp32")
-    return stepdpo.score(policy, examples, args, 0, 1, torch.device("cpu"), "margins")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,6 +25,15 @@ def assets() -> Path:
     return ASSETS
 
 
+@pytest.fixture(scope="session")
+def cases() -> Path:
+    """Inputs after public bug reports."""
+    folder = ASSETS.parent / "cases" / "shown"
+    if not folder.is_dir():
+        pytest.skip(f"cases of public bug reports are not here ({folder})")
+    return folder
+
+
 TINY = dict(vocab_size=97, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
             max_position_embeddings=128, rms_norm_eps=1e-6, bos_token_id=1, eos_token_id=2)
 

@@ -15,6 +15,7 @@ from hypothesis import given, settings, strategies as st
 from tokenizers import AddedToken, Tokenizer as Backend, decoders, models, pre_tokenizers, processors, trainers
 
 import data
+from model import common_length
 from data import (DataError, Example, Tokenizer, collate, encode_dataset, epoch_plan, read_rows, render_prompt,
                   response_start)
 
@@ -84,7 +85,7 @@ def test_reads_what_windows_and_web_tools_write(tmp_path):
 
 @pytest.mark.parametrize("line, found", [(b'{"a": 1', "malformed"), (b'{"a": 1, "a": 2}', "'a' stands there twice"),
                                          (b'[1]', "a list"), (b'"text"', "text"), (b"\xff{}", "not UTF-8"),
-                                         (b'{"a": NaN}', "NaN"), (b"[" * 100_000, "deep"),
+                                         (b"[" * 100_000, "deep"),
                                          (b'{"a": ' + b"9" * 5000 + b"}", "malformed"), (b"{} {}", "malformed"),
                                          (b"version https://git-lfs.github.com/spec/v1", "malformed")])
 def test_a_bad_line_is_named(tmp_path, line, found):
@@ -99,7 +100,7 @@ def test_a_bad_line_is_named(tmp_path, line, found):
 
 
 @pytest.mark.parametrize("name, content, found", [("a.jsonl", b"", "no rows"), ("a.json", b"[]", "no rows"),
-                                                  ("a.jsonl", b"\xff\xfe{\0}\0", "UTF-16"),
+                                                  ("a.jsonl", b"\xff\xfe{\0}\0", "not UTF-8"),
                                                   ("a.csv", b"a,b", "cannot read .csv"),
                                                   ("a.parquet", b"PAR1", "pyarrow|parquet"),
                                                   ("a.json", b"[{]", "malformed")])
@@ -127,24 +128,105 @@ def test_parquet(tmp_path):
     assert list(read_rows(tmp_path / "a.parquet"))[1] == (f"{tmp_path / 'a.parquet'}:row 2", PAIR | {"chosen": "x"})
 
 
-def test_a_hub_dataset(tmp_path, monkeypatch):
-    """owner/name that is no path here: the files of one format are taken, "train" first; a failure is one line."""
+def test_one_row_or_a_list_of_rows_in_an_object(tmp_path):
+    """What json.dump(..., indent=2) makes of one row, and of {"data": rows}, on one line or on many."""
+    for rows, written in [([PAIR], PAIR), ([PAIR, PAIR | {"a": 1}], {"data": [PAIR, PAIR | {"a": 1}], "version": "1"})]:
+        for indent in (None, 2):
+            (tmp_path / "a.json").write_text(json.dumps(written, indent=indent))
+            assert [row for _, row in read_rows(tmp_path / "a.json")] == rows
+
+
+def test_a_nan_is_refused_only_where_it_is_used(tiny):
+    """pandas writes NaN into the empty cells of every column."""
+    assert len(encode(tiny, PAIR | {"score": float("nan")})[0]) == 1
+    with pytest.raises(DataError, match="f.jsonl:1: field 'chosen': found a number 'NaN'"):
+        encode(tiny, PAIR | {"chosen": float("nan")})
+
+
+GSM8K = [f"{config}/{split}-00000-of-00001.parquet" for config in ("main", "socratic") for split in ("test", "train")]
+
+
+@pytest.mark.parametrize("dataset, split, files, taken", [
+    # the split by its whole word, shards together, one format
+    ("o/n", "train", ["README.md", "data/test.jsonl", "data/train.jsonl", "constraints/constrained.jsonl"], ["data/train.jsonl"]),
+    ("o/n", "train", ["strain/x.jsonl", "latest/train.jsonl"], ["latest/train.jsonl"]),
+    ("o/n", "train", ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test-00000-of-00001.parquet",
+                      "train.jsonl"], ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]),
+    ("o/n", "test", ["default/test/0000.parquet", "default/train/0000.parquet"], ["default/test/0000.parquet"]),
+    ("o/n", "train", ["Train.json", "dataset_infos.json", ".cache.json", "images/metadata.jsonl"], ["Train.json"]),
+    # the only file there is, if it does not say that it is of another split
+    ("o/n", "test", ["aime_2024.jsonl"], ["aime_2024.jsonl"]),
+    ("o/n", "train", ["test.jsonl"], None), ("o/n", "test", ["data/train.jsonl"], None),
+    ("o/n", "test", ["aime_2024.jsonl", "aime_2025.jsonl"], None),
+    ("o/n:data/train", "test", ["data/train.jsonl"], ["data/train.jsonl"]),
+    # of several configurations one is named
+    ("o/n", "test", GSM8K, None), ("o/n:main", "test", GSM8K, GSM8K[:1]), ("o/n:main", "train", GSM8K, GSM8K[1:2]),
+    ("o/n:test", "test", GSM8K, None), ("o/n:socratic/train", "train", GSM8K, GSM8K[3:]), ("o/n:sci", "test", GSM8K, None),
+    ("o/n:main", "train", GSM8K[:1], None),
+    ("o/n", "train", ["algebra/test.parquet", "all/auxiliary_train.parquet"], None),
+    ("o/n", "train", ["gsm8k_train.jsonl", "math_train.jsonl"], None)])
+def test_which_files_of_a_hub_dataset(monkeypatch, capsys, dataset, split, files, taken):
+    """One split of one configuration, said on stderr; or a refusal that lists what may be given."""
     import huggingface_hub
-    (tmp_path / "train-0.jsonl").write_text('{"a": 1}')
-    files = ["README.md", "data/test-0.jsonl", "data/train-0.jsonl"]
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name, repo_type: files)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file, repo_type: tmp_path / Path(file).name)
-    assert [row for _, row in read_rows("owner/name")] == [{"a": 1}]
-    files[:] = ["README.md"]
-    with pytest.raises(DataError, match="owner/name: no .parquet, .jsonl or .json file in it .found: README.md"):
-        list(read_rows("owner/name"))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file, repo_type: file)
+    if taken:
+        assert [path.as_posix() for path in data._hub_files(dataset, split)] == taken
+        assert f"o/n: reading {', '.join(taken)}" in capsys.readouterr().err
+        return
+    with pytest.raises(DataError, match=f"o/n: which of its files hold the {split} rows .* Give one of: o/n:") as error:
+        data._hub_files(dataset, split)
+    listed = re.findall(r"o/n:([^ ,]+)", str(error.value))
+    assert all(len(data._hub_files(f"o/n:{one}", split)) == 1 for one in listed), "what it lists can be given"
+
+
+def test_the_reported_hub_datasets(cases, monkeypatch):
+    """Lists of files after public bug reports: train's alone, or a refusal that names what there is."""
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file, repo_type: file)
+    taken = {}
+    for _, case in read_rows(cases / "hub.jsonl"):
+        monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name, repo_type: case["files"])
+        try:
+            taken[case["id"]] = [path.as_posix() for path in data._hub_files("owner/name")]
+        except DataError as error:
+            taken[case["id"]] = str(error)
+    assert taken["H03"] == ["data/train.jsonl"] and "found: data/x.csv" in taken["H05"]
+    assert "owner/name:socratic/test" in taken["H01"] and "owner/name:all/auxiliary_train" in taken["H07"]
+
+
+@pytest.mark.parametrize("files, found", [(["README.md", "dataset_infos.json", "data/x.csv"], "found: .*data/x.csv"),
+                                          (["train.jsonl.gz"], "found: train.jsonl.gz"), ([], "found: nothing")])
+def test_a_hub_dataset_without_rows(monkeypatch, files, found):
+    """What is there instead is named; a description of a data set is no data."""
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name, repo_type: files)
+    with pytest.raises(DataError, match=f"o/n: no .parquet, .jsonl or .json file of rows in it .{found}.*convert it"):
+        list(read_rows("o/n"))
+
+
+def test_a_hub_dataset_is_read_from_the_cache(tmp_path, monkeypatch):
+    """Without the hub, as models are; where nothing is cached, one line."""
+    import huggingface_hub
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: 1 / 0)
     with pytest.raises(DataError, match="owner/name: neither a file here nor a dataset of the hub"):
         list(read_rows("owner/name"))
+    cache, commit = tmp_path / "datasets--owner--name", "0" * 40
+    for name, row in (("data/train.jsonl", {"a": 1}), ("data/test.jsonl", {"a": 2})):
+        file = cache / "snapshots" / commit / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(row))
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
+    assert [row for _, row in read_rows("owner/name")] == [{"a": 1}]
+    assert [row for _, row in read_rows("owner/name:data/test")] == [{"a": 2}]
 
 
 @pytest.mark.parametrize("value, found", [(5, "a number 5|a number '5'"), (None, "null"), (["a"], "a list"),
-                                          ("a\0b", "NUL character at position 1"), ("ab\ud83d", r"ud83d.* position 2"),
+                                          ("a\0b", "U.0000 at position 1"), ("ab\ud83d", r"U.D83D at position 2"),
                                           (b"\x89PNG", "bytes .*PNG"), (datetime(2024, 5, 1), "datetime .*2024-05-01"),
                                           (Decimal("1.5"), "Decimal .*1.5"), ([b"a"], "a list")])
 def test_a_field_that_is_no_text(tiny, value, found):
@@ -327,7 +409,7 @@ def test_templates_beside_the_config(tmp_path):
     assert render_prompt("chat", "x", Tokenizer.from_pretrained(folder)) == "json: x"
     others = [{"name": "rag", "template": "no"}, {"name": "tool_use", "template": "no"}]
     tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path / "u", template=others))
-    with pytest.raises(DataError, match="no chat template called default, only rag, tool_use; .* save one of these as"):
+    with pytest.raises(DataError, match="no chat template called default, only rag, tool_use .save one as"):
         render_prompt("chat", "x", tokenizer)
     assert render_prompt("raw", "x", tokenizer) == "x"
 
@@ -439,16 +521,23 @@ def test_the_end_token_of_a_template(real, tmp_path):
     with pytest.raises(DataError, match=r"control token <\|im_start\|>"):
         encode(plain, PAIR | {"chosen": " 5<|im_start|>user"})
 
-    glm = with_template(real["llama3"], TURNS.replace("USER", "<|eot_id|>{{ m.content }}").replace("BOT", "{{ m.content }}"))
-    assert glm.decode([glm.end_of_turn_id("chat")]) == "<|end_of_text|>"
-    glm.eos_ids += (glm.control_ids["<|eot_id|>"],)
-    del glm.joints
-    assert glm.decode([glm.end_of_turn_id("chat")]) == "<|eot_id|>"
+    bare = TURNS.replace("BOT", "{{ m.content }}")
+    for after, end in (("<|reserved_special_token_0|>", "<|end_of_text|>"), ("<|eot_id|>", "<|eot_id|>")):
+        tokenizer = with_template(real["llama3"], bare.replace("USER", after + "{{ m.content }}"))
+        assert tokenizer.decode([tokenizer.end_of_turn_id("chat")]) == end
+    glm = with_template(real["llama3"], bare.replace("USER", "<|reserved_special_token_0|>{{ m.content }}"))
+    glm.eos_ids += (glm.added_ids["<|reserved_special_token_0|>"],)
+    assert glm.decode([glm.end_of_turn_id("chat")]) == "<|reserved_special_token_0|>"
 
     letters = with_template(real["tinyllama"], CHATML)
     (example,), report = encode(letters, {"prompt": "3 + 4?", "response": "7"}, method="sft", style="chat")
     assert letters.decode(example.chosen).endswith("assistant\n7</s>")
-    assert "end of an answer is no token of this tokenizer" in str(report) and r"'<|im_end|>\n'" in str(report)
+    assert "no token of this tokenizer" in str(report) and r"'<|im_end|>\n'" in str(report)
+
+    deaf = with_template(real["qwen2.5"], "<|im_start|>{{ messages[0].content }}<|im_start|>")
+    (example,), report = encode(deaf, {"prompt": "3 + 4?", "response": "7"}, method="sft", style="chat")
+    assert deaf.decode(example.chosen) == "<|im_start|>3 + 4?<|im_start|>7<|im_end|>"
+    assert "alters this conversation" in str(report)
 
 
 def test_system_prompt_and_template_arguments(real, tmp_path):
@@ -460,7 +549,7 @@ def test_system_prompt_and_template_arguments(real, tmp_path):
     row = {"system": "Be long.", "prompt": "1+1?", "response": "2"}
     (example,), _ = encode(told, row, method="sft", style="chat")
     assert "Be long." in told.decode(example.chosen) and "Be brief." not in told.decode(example.chosen)
-    with pytest.raises(DataError, match="--system and --template_args belong to the chat template; --prompt alpaca"):
+    with pytest.raises(DataError, match="--prompt alpaca has no place for --system"):
         render_prompt("alpaca", "1+1?", told)
     with pytest.raises(DataError, match="has no argument 'clam' .it reads .*calm.*correct --template_args"):
         render_prompt("chat", "1+1?", with_template(real["qwen2.5"], template, template_args={"clam": True}))
@@ -561,6 +650,10 @@ LAYOUTS = {     # name: (row, the turns before the answer)
     "history": ({"history": [["Hi", "Ho"]], "instruction": "2 + 3?", "input": ""} | PLAIN, [*EARLIER, *SAID]),
     "ShareGPT": ({"conversations": [{"from": "human", "value": "2 + 3?"}], "chosen": {"from": "gpt", "value": "5"},
                   "rejected": {"from": "gpt", "value": "6"}}, SAID),
+    "a thought beside the content": ({"prompt": [*SAID, {"role": "assistant", "content": "5", "reasoning_content": "Add."},
+                                                 {"role": "user", "content": "Sure?"}]} | PLAIN,
+                                     [*SAID, {"role": "assistant", "content": "<think>\nAdd.\n</think>\n\n5"},
+                                      {"role": "user", "content": "Sure?"}]),
     "content in parts": ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "2 + 3?"}]}]} | PLAIN, SAID),
 }
 
@@ -592,22 +685,24 @@ def test_rows_of_other_trainers_for_sft(tiny, tmp_path, capsys, row):
 
 @pytest.mark.parametrize("row, reason", [
     ({"chosen": [*SAID, RIGHT], "rejected": [*EARLIER, *SAID, WRONG]}, "differ before their last turn"),
-    ({"prompt": "1 + 1?", "chosen": [*SAID, RIGHT], "rejected": [*SAID, WRONG]}, "prompt is not among the turns of chosen"),
+    ({"prompt": "1 + 1?", "chosen": [*SAID, RIGHT], "rejected": [*SAID, WRONG]}, "prompt is not among the turns"),
     ({"prompt": [*SAID, RIGHT], "chosen": "5", "rejected": "6"}, "no turn of the user stands before the answer"),
     ({"prompt": SAID, "chosen": SAID, "rejected": [WRONG]}, "last turn of chosen is not the assistant's"),
     ({"prompt": [SYSTEM, *SAID], "system": "Subtract.", "chosen": "5", "rejected": "6"}, "more than one system prompt"),
-    ({"prompt": "2 + 3?", "history": "Hi", "chosen": "5", "rejected": "6"}, "history is neither"),
-    ({"prompt": "2 + 3?", "context": ["Ann has 2."], "chosen": "5", "rejected": "6"}, "context belongs to the prompt")])
+    ({"prompt": [*SAID, RIGHT | {"tool_calls": [{}]}, *SAID], "chosen": "5", "rejected": "6"}, "call of a tool"),
+    ({"prompt": "2 + 3?", "tools": [{}], "chosen": "5", "rejected": "6"}, "column tools has no place"),
+    ({"prompt": "2 + 3?", "history": 5, "chosen": "5", "rejected": "6"}, "history is not"),
+    ({"prompt": "2 + 3?", "history": "Hi", "chosen": "5", "rejected": "6"}, "history is not"),
+    ({"prompt": "2 + 3?", "context": ["Ann has 2."], "chosen": "5", "rejected": "6"}, "context, which belongs to the question, is no text")])
 def test_conversations_that_cannot_be_trained_on(tiny, row, reason):
     """Dropped under a reason: the rest of the file goes on."""
     (example,), report = encode(tiny, row, {"prompt": "2 + 3?"} | PLAIN, method="dpo", style="chat")
     assert len(report.dropped) == 1 and re.search(reason, str(report))
 
 
-@pytest.mark.parametrize("message, found", [({"role": "user"}, "message 1: field 'value': not there"), ("x", "found a list"),
+@pytest.mark.parametrize("message, found", [({"role": "user"}, "message 1: field 'content': found null"), ("x", "found a list"),
                                             ({"content": "x"}, "message 1: field 'from': not there"),
-                                            ({"role": "user", "content": [{"type": "image"}]}, "field 'text': not there"),
-                                            ({"role": "user", "content": "x", "tool_calls": [{}]}, "calls of tools")])
+                                            ({"role": "user", "content": [{"type": "image"}]}, "field 'text': not there")])
 def test_malformed_messages_are_named(tiny, message, found):
     with pytest.raises(DataError, match=f"f.jsonl:1: field 'prompt'.*{found}"):
         encode(tiny, {"prompt": [message]} | PLAIN, method="dpo", style="chat")
@@ -620,11 +715,11 @@ def test_end_marks_in_the_rows(real):
     plain, _ = encode(real["qwen2.5"], row(""), method="dpo", style="chat")
     for end in ("<|im_end|>", "<|im_end|>\n", "\n<|im_end|><|im_end|>"):
         examples, report = encode(real["qwen2.5"], row(end), method="dpo", style="chat")
-        assert examples[0].chosen.tolist() == plain[0].chosen.tolist() and "end token at the end" in str(report)
+        assert examples[0].chosen.tolist() == plain[0].chosen.tolist() and "brings its end token" in str(report)
     for end in ("</s>", "<|eot_id|>", "<end_of_turn>", "<｜end▁of▁sentence｜>", "<|END_OF_TURN_TOKEN|>", "<|end|>\n"):
-        with pytest.raises(DataError, match=f"{re.escape(end.strip())}, a mark of another model's chats"):
+        with pytest.raises(DataError, match=f"{re.escape(end.strip())}, which another model's chats"):
             encode(real["qwen2.5"], row(end), method="dpo", style="chat")
-    with pytest.raises(DataError, match=r"\[INST\], a mark of another"):
+    with pytest.raises(DataError, match=r"\[INST\], which another"):
         encode(real["qwen2.5"], row("") | {"prompt": "[INST] 2 + 3? [/INST]"}, method="dpo", style="chat")
     with pytest.raises(DataError, match="control token"):
         encode(real["qwen2.5"], row("<|im_end|>\nuser"), method="dpo", style="chat")
@@ -705,7 +800,7 @@ def test_the_boundary_falls_between_context_and_response(real, context, chosen, 
             continue
         assert example.chosen.tolist() == tokenizer.encode(before + chosen).ids
         assert example.rejected.tolist() == tokenizer.encode(before + rejected).ids
-        assert example.chosen[:example.shared].tolist() == example.rejected[:example.shared].tolist()
+        assert example.chosen[:example.start].tolist() == example.rejected[:example.start].tolist()
         if name == "qwen2.5":                                # NFC: compare with normalised text
             before = unicodedata.normalize("NFC", before)
         bos = 0 if tokenizer.bos_id is None else 1
@@ -751,62 +846,105 @@ def test_whole_answers_share_their_beginning(tiny):
     """dpo on answers that begin alike: the common beginning is computed once, yet every token of it keeps its loss on
     both sides."""
     (example,), _ = encode(tiny, PAIR, method="dpo")
-    assert example.start < example.shared < min(len(example.chosen), len(example.rejected))
+    assert example.start < common_length(example.chosen, example.rejected)
     batch = collate([example], [0])
     assert (batch.response == 0).sum() == len(example.chosen) - example.start
     assert (batch.response == 1).sum() == len(example.rejected) - example.start
 
 
 def test_one_side_is_the_beginning_of_the_other(tiny):
-    """Each branch keeps at least one token of its own, so that both exist."""
+    """The shorter side ends inside the longer one's tokens: nothing is computed twice, and both are predicted whole."""
     (example,), _ = encode(tiny, PAIR | {"chosen": " We add. We add.", "rejected": " We add."})
-    assert example.shared == len(example.rejected) - 1 and example.start <= example.shared
+    batch = collate([example], [0])
+    assert len(batch.input_ids) == example.length == len(example.chosen) > len(example.rejected)
+    assert torch.bincount(batch.response).tolist() == [len(side) - example.start for side in example.sides]
+
+
+def test_every_response_token_knows_its_step(real):
+    """In a whole answer, counted from the first step; in a pair of steps, the step that is judged; the end token
+    belongs to the last step."""
+    row = {"prompt": "Ann has 3 apples.", "initial_reason_steps": "Step 1: 3 + 4 = 7.\nStep 2:", "chosen": " 7 * 2 = 14.",
+           "rejected": " 7 + 2 = 9.", "full_chosen": " 7 * 2 = 14.\nStep 3: 14 - 5 = 9.", "full_rejected": " 7 + 2 = 9."}
+    for tokenizer in real.values():
+        (example,), _ = encode(tokenizer, row)
+        assert {int(step) for steps in example.steps for step in steps} == {1}
+        (example,), _ = encode(tokenizer, row, method="dpo")
+        for side, steps in zip(example.sides, example.steps):
+            assert len(steps) == len(side) - example.start and (np.diff(steps) >= 0).all()
+        texts = [tokenizer.decode(example.chosen[example.start:][example.steps[0] == k]) for k in range(3)]
+        assert ["3 + 4" in texts[0], "7 * 2" in texts[1], "14 - 5" in texts[2]] == [True] * 3
+        batch = collate([example], [0])
+        assert batch.step.tolist() == [int(step) for steps in example.steps for step in steps]
 
 
 # -------------------------------------------------------------------------------------------------------------- batches
 
 @st.composite
 def example_lists(draw):
+    """Rows of up to three problems, with one to three sides each, which fork anywhere and may end inside one another."""
+    prompts = [draw(st.lists(st.integers(0, 3), min_size=1, max_size=30)) for _ in range(3)]
     examples = []
-    for i in range(draw(st.integers(1, 5))):
-        trunk = draw(st.lists(st.integers(0, 50), min_size=1, max_size=9))
-        sides = [
-            trunk + [100 + s] + draw(st.lists(st.integers(0, 50), max_size=6))
-            for s in range(draw(st.sampled_from([1, 2, 2])))
-        ]
-        sides = [np.array(side, dtype=np.int32) for side in sides]
-        start = draw(st.integers(1, len(trunk)))
-        examples.append(
-            Example(f"f:{i}", sides[0], None if len(sides) == 1 else sides[1], start,
-                    len(sides[0]) if len(sides) == 1 else len(trunk)))
+    for i in range(draw(st.integers(1, 6))):
+        problem = draw(st.integers(0, 2))
+        context = prompts[problem] + draw(st.lists(st.integers(0, 1), max_size=4))
+        responses = draw(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=6), min_size=1, max_size=3, unique_by=tuple))
+        sides = [np.array(context + response, dtype=np.int32) for response in responses]
+        steps = [np.zeros(len(response), dtype=np.int32) for response in responses]
+        examples.append(Example(f"f:{i}", sides, len(context), steps, draw(st.sampled_from([None, f"problem {problem}"]))))
     return examples
 
 
 @given(examples=example_lists(), data_=st.data())
-@settings(max_examples=100)
-def test_a_batch_holds_both_sides_of_every_row(examples, data_):
+@settings(max_examples=200)
+def test_a_batch_holds_every_side_of_every_row(examples, data_):
     """Walking up the parents gives back each side's ids and positions 0, 1, 2..; each target is what follows its
-    predictor on that side."""
+    predictor on that side; nothing is there twice that one family has in common."""
     rows = data_.draw(st.permutations(range(len(examples))))
     batch = collate(examples, rows)
-    assert len(batch.input_ids) == sum(batch.lengths) == sum(examples[row].length for row in rows)
     assert batch.rows.tolist() == list(rows) and batch.input_ids.dtype == batch.targets.dtype == torch.int64
+    assert batch.examples == [examples[row] for row in rows]
+    assert len(batch.input_ids) == sum(batch.lengths) and (batch.predict_at.diff() > 0).all()
+    segment_of = np.repeat(np.arange(len(batch.lengths)), batch.lengths)
     ends = np.cumsum(batch.lengths)
-    own = lambda segment: list(range(ends[segment] - batch.lengths[segment], ends[segment]))
-    flat = lambda segment: [] if segment < 0 else flat(batch.parents[segment]) + own(segment)
-    leaves = [flat(s) for s in range(len(batch.lengths)) if s not in batch.parents]
-    leaves = iter(leaves)
-    for i, row in enumerate(rows):
-        for side, tokens in enumerate(examples[row].sides):
-            places = next(leaves)
-            assert batch.input_ids[places].tolist() == tokens.tolist()
-            assert batch.position_ids[places].tolist() == list(range(len(tokens)))
-            mine = batch.response == side * len(rows) + i
-            assert batch.predict_at[mine].tolist() == places[examples[row].start - 1:-1]
-            assert batch.targets[mine].tolist() == tokens[examples[row].start:].tolist()
+
+    def text_up_to(place):
+        """The flat places of the text that ends at this one."""
+        segment = segment_of[place]
+        places = list(range(ends[segment] - batch.lengths[segment], place + 1))
+        while (segment := batch.parents[segment]) >= 0:
+            places = list(range(ends[segment] - batch.lengths[segment], ends[segment])) + places
+        return places
+
+    sides = [(examples[row], side) for row in rows for side in examples[row].sides]
+    assert batch.responses == len(sides)
+    for number, (example, side) in enumerate(sides):
+        mine = batch.response == number
+        assert batch.targets[mine].tolist() == side[example.start:].tolist()
+        for at, place in zip(range(example.start - 1, len(side) - 1), batch.predict_at[batch.source[mine]].tolist()):
+            places = text_up_to(place)
+            assert batch.input_ids[places].tolist() == side[:at + 1].tolist()
+            assert batch.position_ids[places].tolist() == list(range(at + 1))
+    families = {}
+    for row in rows:
+        families.setdefault(data.family_of(examples[row], row), []).extend(examples[row].sides)
+    assert len(batch.input_ids) <= sum(map(data.tokens_in_tree, families.values()))
 
 
-@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=70),
+@given(texts=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=8))
+def test_tokens_in_a_tree(texts):
+    """As many as there are different beginnings."""
+    beginnings = {tuple(text[:n]) for text in texts for n in range(1, len(text) + 1)}
+    assert data.tokens_in_tree([np.array(text, dtype=np.int32) for text in texts]) == len(beginnings)
+
+
+def of_length(*lengths, problems=None):
+    """Rows of so many tokens; those of one problem share all but the last."""
+    problems = problems or [None] * len(lengths)
+    return [Example(f"f:{i}", [np.r_[np.zeros(length - 1), i + 1].astype(np.int32)], 1, [np.zeros(length - 1, dtype=np.int32)], problem)
+            for i, (length, problem) in enumerate(zip(lengths, problems))]
+
+
+@given(lengths=st.lists(st.integers(2, 300), min_size=1, max_size=70),
        batch=st.integers(1, 20),
        size=st.none() | st.integers(1, 5),
        budget=st.none() | st.integers(50, 500),
@@ -817,12 +955,13 @@ def test_a_batch_holds_both_sides_of_every_row(examples, data_):
 def test_the_plan_takes_every_row_once_and_the_same_steps_everywhere(lengths, batch, size, budget, world, seed, epoch):
     """Limits kept; the rows of a step do not depend on processes or micro-batches; another epoch takes another order of
     the same rows."""
-    plan = epoch_plan(lengths, batch_size=batch, micro_batch_size=size, micro_batch_tokens=budget, world_size=world,
+    examples = of_length(*lengths)
+    plan = epoch_plan(examples, batch_size=batch, micro_batch_size=size, micro_batch_tokens=budget, world_size=world,
                       seed=seed, epoch=epoch)
     steps = [sorted(row for rank in step for micro in rank for row in micro) for step in plan]
     assert sorted(row for step in steps for row in step) == list(range(len(lengths)))
     assert all(len(step) == batch for step in steps[:-1]) and 1 <= len(steps[-1]) <= batch
-    plain = epoch_plan(lengths, batch_size=batch, seed=seed, epoch=epoch)
+    plain = epoch_plan(examples, batch_size=batch, seed=seed, epoch=epoch)
     assert steps == [sorted(step[0][0]) for step in plain]
     for step in plan:
         assert len(step) == world
@@ -835,8 +974,46 @@ def test_the_plan_takes_every_row_once_and_the_same_steps_everywhere(lengths, ba
 
 def test_the_order_is_fixed_for_all_time():
     """Resuming with another numpy must not reorder an epoch: the order itself is pinned."""
-    order = lambda epoch: [row for step in epoch_plan([1] * 8, batch_size=1, seed=0, epoch=epoch) for row in step[0][0]]
+    order = lambda epoch: [row for step in epoch_plan(of_length(*[2] * 8), batch_size=1, seed=0, epoch=epoch) for row in step[0][0]]
     assert order(1) == [7, 4, 5, 1, 6, 2, 0, 3] and order(1) != order(2)
+
+
+def test_rows_of_one_problem_stay_together():
+    """Sixteen rows of four problems on two processes: a problem's rows are one micro-batch of one process, and the loads
+    are equal as they are counted in the tree."""
+    examples = of_length(*[30] * 16, problems=[f"problem {i % 4}" for i in range(16)])
+    (step,) = epoch_plan(examples, batch_size=16, world_size=2)
+    problems = [[{row % 4 for row in micro_batch} for micro_batch in rank] for rank in step]
+    assert sorted(len(ids) for rank in problems for ids in rank) == [2, 2]
+    assert not set.union(*problems[0]) & set.union(*problems[1])
+    (step,) = epoch_plan(examples, batch_size=16, micro_batch_size=4)
+    assert [{row % 4 for row in micro_batch} for micro_batch in step[0]] == [{0}, {1}, {2}, {3}] or len(step[0]) == 4
+    assert all(len({row % 4 for row in micro_batch}) == 1 for micro_batch in step[0])
+
+
+def test_one_problem_is_cut_for_many_processes():
+    """All rows of a step are of one problem: every process gets its share of them, and no micro-batch is over the budget."""
+    examples = of_length(*[50] * 24, problems=["x"] * 24)
+    (step,) = epoch_plan(examples, batch_size=24, world_size=4, micro_batch_tokens=54)
+    assert all(rank for rank in step) and sorted(row for rank in step for rows in rank for row in rows) == list(range(24))
+    for rows in (rows for rank in step for rows in rank):
+        assert data.tokens_in_tree([examples[row].chosen for row in rows]) <= 54
+
+
+def test_group_by_prompt_shuffles_problems():
+    """Each problem's rows follow each other, problems are in random order; without it rows are."""
+    examples = of_length(*[9] * 30, problems=[f"problem {i % 10}" for i in range(30)])
+    order = data.shuffled(examples, 0, 0, True)
+    problems = [examples[row].problem for row in order]
+    assert sorted(order) == list(range(30)) and all(len(set(problems[i:i + 3])) == 1 for i in range(0, 30, 3))
+    assert problems[::3] != sorted(set(problems)) and data.shuffled(examples, 0, 1, True) != order
+    assert data.shuffled(examples, 0, 0, False) != order
+
+
+def test_an_order_of_ones_own():
+    """A curriculum gives the rows' order; steps are cut from it."""
+    plan = epoch_plan(of_length(*[9] * 6), batch_size=2, order=[5, 0, 4, 1, 3, 2])
+    assert [sorted(step[0][0]) for step in plan] == [[0, 5], [1, 4], [2, 3]]
 
 
 # ---------------------------------------------------------------------------------------------------- real rows, show
@@ -867,7 +1044,7 @@ def test_show_prints_the_row_its_mask_and_the_saving(tmp_path, capsys):
     assert data.main(["show", "--data", str(file), "--model", str(folder), "--prompt", "alpaca"]) == 0
     out = capsys.readouterr().out
     for part in ("pairs.jsonl:2", "### Response:", "s_win", "2 + 3 = 6.", "^", "no end token follows",
-                 "3 rows, 2 kept, 1 dropped", "empty rejected", "work saved by sharing the prefix"):
+                 "3 rows, 2 kept, 1 dropped", "empty rejected", "what begins alike once"):
         assert part in out
     assert data.main(["show", "--data", str(file), "--model", str(folder), "--row", "3"]) == 0
     assert "\x1b" not in capsys.readouterr().out             # a row must not be able to command the terminal

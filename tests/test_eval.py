@@ -17,7 +17,7 @@ from conftest import ROOT, byte_tokenizer, tiny_model, write_json
 
 import data
 import eval as ev
-from data import first_error_from_values, read_rows
+from data import DataError, first_error_from_values, read_rows
 from model import locked
 
 WORDS = ["<s>", "</s>", "\n", " ", "Step", ":", ".", "+", "=", "The answer is", *"0123456789abc"]
@@ -80,10 +80,101 @@ def test_every_layout_gives_question_and_gold_answer(row, question, answer):
     assert problem.id == row.get("id", row.get("idx", "Problem_1" if "Problem_1" in row else 3))
 
 
+ASKED = "Which is prime?"
+FOUR = "Which is prime?\nAnswer Choices: (A) 4 (B) 6 (C) 7 (D) 9"
+TEXTS = ["4", "6", "7", "9"]
+
+
+@pytest.mark.parametrize("row", [
+    {"choices": TEXTS, "answer": 2}, {"choices": TEXTS, "label": "2"}, {"choices": TEXTS, "answer": "7"}, {"choices": TEXTS, "answer": 7},
+    {"choices": TEXTS, "answer": "C"}, {"choices": TEXTS, "answer": "(c)"}, {"Options": TEXTS, "Correct Answer": "C. 7"},
+    {"choices": TEXTS, "answer_index": 2, "type": "x"}, {"choices": TEXTS, "solution": "It is \\boxed{C}."}, {"choices": TEXTS, "answer": ["C"]},
+    {"options": ["A. 4", "B. 6", "C. 7", "D. 9"], "answer": "c"}, {"options": ["(a) 4", "(b) 6", "(c) 7", "(d) 9"], "answer": "(c) 7"},
+    {"options": dict(zip("ABCD", TEXTS)), "answer": "C"}, {"options": dict(zip("abcd", TEXTS)), "correct": "c", "answer": "x"},
+    {"choices": {"text": TEXTS, "label": list("ABCD")}, "answerKey": "C"}, {"choices": {"text": TEXTS, "label": list("1234")}, "answerKey": "3"},
+    {"choices": [{"label": label, "text": text} for label, text in zip("ABCD", TEXTS)], "answerKey": "C"},
+    dict(zip("ABCD", TEXTS)) | {"answer": "C"}, {f"option_{label}": text for label, text in zip("abcd", TEXTS)} | {"correct_option": "C"},
+    {f"op{label}": text for label, text in zip("abcd", TEXTS)} | {"cop": 2}, {f"ending{i}": TEXTS[i] for i in range(4)} | {"label": 2},
+    {f"option{i + 1}": TEXTS[i] for i in range(4)} | {"answer": "3"}, {"endings": TEXTS, "label": "2"}], ids=str)
+def test_multiple_choice_in_its_layouts(row):
+    """Choices once, with the letters of the prompt; the right one by letter, label, text, or index from 0."""
+    problem = ev.read_problem("f.jsonl:1", {"question": ASKED} | row)
+    assert (problem.question, problem.answer) == (FOUR, "C")
+    assert ev.grade("So the answer is (C).", problem.answer)[1] and not ev.grade("So the answer is (B).", problem.answer)[1]
+
+
+@pytest.mark.parametrize("row, found", [
+    ({"choices": TEXTS, "answer": 4}, "field 'answer': found '4'"), ({"choices": TEXTS, "answer": "2"}, "field 'answer': found '2'"),
+    ({"choices": [1, 2, 3], "answer": 2}, "field 'answer': found '2'"), ({"choices": TEXTS, "answer": "E"}, "letter, the text or the index .from 0."),
+    ({"options": "A. 4 B. 6", "answer": "A"}, "field 'options': expected a list"), ({"choices": [["4"], ["6"]], "answer": 0}, "field 'choices'"),
+    ({"choices": TEXTS}, "no answer"), ({"choices": TEXTS, "answer": ["A", "C"]}, "field 'answer'"), ({"label": 1}, "no answer .found: question, label")])
+def test_a_choice_that_is_not_clear_is_refused_by_name(row, found):
+    """1 to 4 or 0 to 3, the number or its place: never guessed."""
+    with pytest.raises(DataError, match=f"f.jsonl:1: .*{found}"):
+        ev.read_problem("f.jsonl:1", {"question": ASKED} | row)
+
+
+@pytest.mark.parametrize("row, question, answer", [
+    # other names, in any case
+    ({"ID": "x-1", "Problem": "Q", "Solution": "3 + 4 = 7", "Answer": 7}, "Q", "7"), ({"Question": "Q", "Final Answer": "7"}, "Q", "7"),
+    *(({"problem": "Q", name: "7"}, "Q", "7") for name in ("expected_answer", "ground_truth", "gold", "target", "gt", "referenceAnswer")),
+    ({"query": "Q", "target": 7}, "Q", "7"), ({"question": "Q", "answer": "so 3 + 4 = 7", "final_answer": "7"}, "Q", "7"),
+    ({"question": "Q", "answer": None, "solution": "3 + 4\n#### 7"}, "Q", "7"),
+    # both halves of a question, each once
+    ({"instruction": "Work it.", "input": "3 + 4?", "answer": "7"}, "Work it.\n3 + 4?", "7"), ({"instruction": "Q", "input": "", "answer": "7"}, "Q", "7"),
+    ({"ID": "chal-1", "Body": "Ann has 3.", "Question": "How many?", "Equation": "( 3.0 )", "Answer": 3.0, "Type": "x"}, "Ann has 3.\nHow many?", "3"),
+    ({"Body": "Ann has 3.", "Question": "Ann has 3. How many?", "Answer": 3}, "Ann has 3. How many?", "3"),
+    ({"passage": "P", "question": "Q", "answer": "7"}, "P\nQ", "7"), ({"context": ["P", "R"], "question": "Q", "answer": "7"}, "P\nR\nQ", "7"),
+    # conversations of one question
+    ({"prompt": [{"role": "user", "content": "Q"}], "reward_model": {"style": "rule", "ground_truth": "7"}, "ability": "math"}, "Q", "7"),
+    ({"prompt": [{"role": "user", "content": "Q"}], "reward_model": {"ground_truth": '["7"]'}}, "Q", "7"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, {"role": "assistant", "content": "A"}], "answer": 7}, "Q", "7"),
+    ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}], "answer": 7}, "Q", "7"),
+    # answers that are no text
+    ({"question": "Q", "answer": ["2", "-2"]}, "Q", "2, -2"), ({"question": "Is 7 prime?", "answer": True}, "Is 7 prime?", "Yes"),
+    ({"question": "True or false?", "answer": False}, "True or false?", "False"),
+    # columns that decide nothing
+    ({"question": "Q", "answer": "7", "label": 1, "a": 3, "b": 4, "options": None, "choices": [], "system": "", "history": [], "x": float("nan")}, "Q", "7")])
+def test_what_people_call_question_and_answer(row, question, answer):
+    problem = ev.read_problem("f.jsonl:1", row)
+    assert (problem.question, problem.answer) == (question, answer)
+
+
+@pytest.mark.parametrize("row, found", [
+    ({"question": "Q", "system": "Be brief."}, "field 'system' is not used here"), ({"question": "Q", "history": [["a", "b"]]}, "field 'history'"),
+    ({"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]}, "field 'messages': found turns of .'system', 'user'."),
+    ({"messages": [{"role": "user", "content": "Q"}] * 2}, "field 'messages': .*one turn of the user"), ({"question": "Q", "context": {"a": 1}}, "field 'context'"),
+    ({"question": float("nan")}, "field 'question': found a number 'NaN'"), ({"question": "Q", "answer": float("nan")}, "field 'answer': found a number 'NaN'"),
+    ({"question": "Q", "answer": {"value": 7}}, "field 'answer': found an object"), ({"text": "Q"}, "no question .found: text, answer")])
+def test_half_a_question_is_refused_by_name(row, found):
+    """What would change the question is used or named, never dropped."""
+    with pytest.raises(DataError, match=f"f.jsonl:1: .*{found}"):
+        ev.read_problem("f.jsonl:1", row | {"answer": row.get("answer", "7")})
+
+
+def test_the_reported_layouts(cases):
+    """Rows after public bug reports: the problem that people wanted of each."""
+    four = "Which number is prime?\nAnswer Choices: (A) 4 (B) 6 (C) 7 (D) 9"
+    wanted = {"L01": (four, "C"), "L02": (four, "C"), "L05": (four, "C"), "L07": (four, "C"), "L10": ("Work the sum below.\nWhat is 3 + 4?", "7"),
+              "L11": ("Ann has 3 apples. She buys 4.\nHow many has she now?", "7"), "L28": ("Solve x^2 = 4.", "2, -2"), "L29": ("Is 7 prime?", "Yes")}
+    for _, case in read_rows(cases / "layouts.jsonl"):
+        problem = ev.read_problem("f.jsonl:1", case["row"])
+        assert (problem.question, problem.answer) == wanted.get(case["id"], ("What is 3 + 4?", "7")), case["id"]
+
+
+def test_pairs_are_taken_as_problems_and_it_is_said(checkpoint, tmp_path, capsys):
+    """The questions of a training file may be asked, but not by an oversight."""
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps({"prompt": "1 + 1", "chosen": "2", "rejected": "3", "answer": "2"}) + "\n")
+    assert ev.main(command(checkpoint, file, tmp_path / "o.jsonl")) == 0
+    assert "pairs.jsonl: holds pairs; their prompts and answers are taken as problems" in capsys.readouterr().err
+
+
 def test_the_real_sets_are_read_whole(assets):
     sizes = {"gsm8k/test.jsonl": 1319, "gsm8k/stepdpo_GSM8K_test_data.jsonl": 1319,
              "math/tora_math_test_5000.jsonl": 5000, "math/openr_test500.jsonl": 500,
              "aqua/test.json": 254, "aime/qwen25math_aime24_test.jsonl": 30, "aime/qwen25math_amc23_test.jsonl": 40,
+             "word_problems/SVAMP.json": 1000, "word_problems/MultiArith.json": 600,
              "odyssey/final-odyssey-math-with-levels.jsonl": 387}
     for name, size in sizes.items():
         found = [ev.read_problem(where, row) for where, row in read_rows(assets / name)]
@@ -524,19 +615,23 @@ def test_an_out_that_cannot_be_is_refused_before_any_work(checkpoint, tmp_path, 
     assert "would replace that of a;" in capsys.readouterr().err
 
 
-def test_sigterm_ends_in_a_line_and_the_same_command_continues(processes, checkpoint, tmp_path):
-    """What a scheduler sends before it kills: exit status 143, what is finished is kept."""
-    file, out = problems(tmp_path / "p.jsonl", 300), tmp_path / "o.jsonl"
-    argv = [str(ROOT / "eval.py"), *command(checkpoint, file, out, *SAMPLED)]
-    processes.start(argv, 1)
-    journal, deadline = tmp_path / "o.jsonl.journal-0", time.time() + 120
-    while not (journal.exists() and journal.read_bytes().count(b"\n") > 3) and time.time() < deadline:
-        time.sleep(0.01)
-    os.kill(processes.pids[0], signal.SIGTERM)
-    assert processes.wait() == [143] and "terminated; the same command continues" in processes.log.read_text()
-    assert not out.exists() and not (tmp_path / "o.jsonl.lock").exists() and len(journal.read_bytes().splitlines()) > 3
-    processes.run(*argv)
-    assert len(rows_of(out)) == 900 and not journal.exists()
+def test_sigterm_ends_in_a_line_and_the_same_command_continues(checkpoint, tmp_path, monkeypatch, capsys):
+    """What a scheduler sends before it kills: exit status 143, what is finished is kept, and the handler goes again."""
+    file, out, add = problems(tmp_path / "p.jsonl"), tmp_path / "o.jsonl", data.Journal.add
+    before = signal.getsignal(signal.SIGTERM)
+
+    def ended_by_scheduler(self, key, value):
+        add(self, key, value)
+        if len(self.done) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(data.Journal, "add", ended_by_scheduler)
+        assert ev.main(command(checkpoint, file, out, *SAMPLED)) == 143
+    assert "terminated; the same command continues" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["o.jsonl.journal-0", "p.jsonl"]
+    assert (tmp_path / "o.jsonl.journal-0").read_text().count("\n") == 1 + 5
+    assert ev.main(command(checkpoint, file, out, *SAMPLED)) == 0 and len(rows_of(out)) == 21
 
 
 def test_bars_have_a_total_and_do_not_flood_a_log(checkpoint, tmp_path, capsys):

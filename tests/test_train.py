@@ -55,7 +55,7 @@ def test_the_twin(work, tmp_path, method):
     transformers = pytest.importorskip("transformers", reason="transformers is the oracle of this test")
     assert stepdpo.main(arguments(work, method, tmp_path / "out", "--max_steps", "3")) == 0
     examples, _ = data.encode_dataset(work / "pairs.jsonl", data.Tokenizer.from_pretrained(work / "model"), method, "alpaca", 1024)
-    plan = data.epoch_plan([e.length for e in examples], batch_size=8, seed=0, epoch=0)
+    plan = data.epoch_plan(examples, batch_size=8, seed=0, epoch=0)
     policy, reference = (transformers.AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32) for _ in range(2))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.0)
 
@@ -165,13 +165,13 @@ def test_processes_that_do_not_see_the_same_are_noticed(processes, work, tmp_pat
     value = str(work / other) if option != "--lr" else other
     script = wrapped(tmp_path, f"if rank: sys.argv[sys.argv.index({option!r}) + 1] = {value!r}")
     processes.start([script, *arguments(work, "stepdpo", tmp_path / "out")], world=2)
-    assert processes.wait() == [2, 2]
+    assert set(processes.wait()) <= {2, -15}                # the second may be ended as torchrun would
     assert "do not read the same model, data and settings" in processes.log.read_text() and not (tmp_path / "out").exists()
 
 
 NOT_FINITE = """
-def objective(token_logps, batch, ref_logps, args):
-    losses, metrics = stepdpo.preference_objective(token_logps, batch, ref_logps, args)
+def objective(token_logps, ref_token_logps, batch, args):
+    losses, metrics = stepdpo.preference_objective(token_logps, ref_token_logps, batch, args)
     if ROW in batch.rows.tolist() and WHAT == "gradient":
         token_logps.register_hook(lambda grad: grad * torch.inf)
     elif ROW in batch.rows.tolist():
@@ -188,12 +188,12 @@ def test_one_row_that_is_not_finite_stops_all_processes_before_the_weights_are_t
     """One row has a finite loss with an infinite gradient, or a loss that is no number, in one of two processes: all stop in that step, its rows are named, and
     what the last checkpoint holds are the weights before it."""
     examples, _ = data.encode_dataset(work / "pairs.jsonl", data.Tokenizer.from_pretrained(work / "model"), "stepdpo", "alpaca", 1024)
-    epoch = data.epoch_plan([e.length for e in examples], batch_size=8, micro_batch_size=16, micro_batch_tokens=8192, world_size=world, seed=0, epoch=0)
+    epoch = data.epoch_plan(examples, batch_size=8, micro_batch_tokens=8192, world_size=world, seed=0, epoch=0)
     batches = [sorted(row for micros in step for micro in micros for row in micro) for step in epoch]
     step, row = 2, batches[2][0]
     script = wrapped(tmp_path, NOT_FINITE.replace("ROW", str(row)).replace("WHAT", repr(what)))
     processes.start([script, *arguments(work, "stepdpo", tmp_path / "out", "--checkpoint_every", "1")], world=world)
-    assert processes.wait() == [2] * world
+    assert set(processes.wait()) <= {2, -15}
     error, = [line for line in processes.log.read_text().splitlines() if line.startswith("error: ")]
     assert f"step {step}: loss {'0.' if what == 'gradient' else 'nan'}" in error and "gradient norm" in error
     assert error.endswith(", ".join(examples[row].where for row in batches[step]))
@@ -214,7 +214,7 @@ def no_room():
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("function, call, named", [("write_json", 1, "run.json"), ("score", 2, "reference.safetensors"), ("append", 4, "metrics.jsonl"),
+@pytest.mark.parametrize("function, call, named", [("write_json", 1, "run.json"), ("score_tokens", 2, "reference.safetensors"), ("append", 4, "metrics.jsonl"),
                                                    ("save_checkpoint", 3, "checkpoint/writing/"), ("evaluate", 1, "eval.jsonl"),
                                                    ("save_pretrained", 1, "model.safetensors"), ("keep_lines", 1, "")])
 def test_a_full_disk(work, tmp_path, monkeypatch, capsys, function, call, named):
@@ -266,13 +266,14 @@ stepdpo.save_checkpoint = full""")
 
 
 def test_an_unusable_out_is_refused_before_the_model_is_read(work, tmp_path, monkeypatch, capsys):
-    """A file, below a file, a stranger's folder, the model's own, a folder that one may not write into: at once, not after minutes of reading weights."""
+    """A file, below a file, another checkpoint's folder, the model's own, a folder that one may not write into: at once,
+    not after minutes of reading weights."""
     monkeypatch.setattr(stepdpo, "resolve", lambda folder: pytest.fail("the model was looked for"))
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "thesis.tex").write_text("x")
-    for out, found in ((tmp_path / "file", "file: is a file"), (tmp_path / "file" / "below", "file: is a file"), (tmp_path / "folder", "is not empty"),
-                       (work / "model", "is not empty")):
+    (tmp_path / "folder" / "model-00001-of-00002.safetensors").write_text("x")
+    for out, found in ((tmp_path / "file", "file: is a file"), (tmp_path / "file" / "below", "file: is a file"),
+                       (tmp_path / "folder", "holds model-00001-of-00002.safetensors"), (work / "model", "holds config.json")):
         assert found in fails(capsys, arguments(work, "sft", out))
     (tmp_path / "locked").mkdir(mode=0o555)
     if os.access(tmp_path / "locked", os.W_OK):
@@ -381,8 +382,8 @@ def test_a_run_is_not_continued_under_other_conditions(work, tmp_path, capsys):
     tiny_checkpoint(tmp_path / "other", seed=5)
     assert "model: " in fails(capsys, arguments(work, "stepdpo", out, "--max_steps", "1", "--model", str(tmp_path / "other")))
 
-    def another_objective(token_logps, batch, ref_logps, args):
-        return stepdpo.response_logps(token_logps, batch).chunk(2)[1], {}
+    def another_objective(token_logps, ref_token_logps, batch, args):
+        return stepdpo.response_logps(token_logps, batch).view(-1, 2)[:, 1], {}
 
     assert stepdpo.main(arguments(work, "stepdpo", out, "--max_steps", "1"), another_objective) == 2
     assert "objective: 'preference_objective' then" in capsys.readouterr().err
@@ -391,13 +392,20 @@ def test_a_run_is_not_continued_under_other_conditions(work, tmp_path, capsys):
     (tmp_path / "early").mkdir()                                # killed in the moment before run.json had its name: nothing to protect yet
     (tmp_path / "early" / "run.json.tmp").write_text("{")
     assert stepdpo.main(arguments(work, "stepdpo", tmp_path / "early", "--max_steps", "1")) == 0
-    (tmp_path / "precious").mkdir()
-    (tmp_path / "precious" / "thesis.tex").write_text("x")
     for more in ([], ["--restart"]):
-        assert "is not empty" in fails(capsys, arguments(work, "stepdpo", tmp_path / "precious", *more))
-        assert "is not empty" in fails(capsys, arguments(work, "stepdpo", work / "model", *more))                  # nor is the base checkpoint
+        assert "holds config.json and no run.json" in fails(capsys, arguments(work, "stepdpo", work / "model", *more))
         assert "--model or --reference" in fails(capsys, [*arguments(work, "stepdpo", out, *more), "--model", str(out)])
     assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
+
+
+def test_harmless_files_in_the_way_are_left_alone(work, tmp_path):
+    """OUT made beforehand, with a log that `tee` writes there, or what version control and file managers leave."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("train.log", ".gitkeep", ".DS_Store"):
+        (out / name).write_text("x")
+    assert stepdpo.main(arguments(work, "stepdpo", out, "--max_steps", "1")) == 0
+    assert (out / "model.safetensors").is_file() and (out / "train.log").read_text() == "x"
 
 
 def test_another_reference(work, tmp_path, capsys):
@@ -425,8 +433,8 @@ def test_a_loss_that_is_not_a_number_stops_the_run_before_the_weights_are_touche
 def test_a_wrong_reference_is_noticed(work, tmp_path, monkeypatch, capsys):
     """If the first loss is not log 2, the reference is not the policy at step 0, and training would optimise something else. (A variant's margin may
     begin where it likes.)"""
-    right = stepdpo.score
-    monkeypatch.setattr(stepdpo, "score", lambda *a: right(*a) + torch.tensor([1.0, 0.0]))
+    right = stepdpo.score_tokens
+    monkeypatch.setattr(stepdpo, "score_tokens", lambda *a, **how: [row + torch.linspace(1, 0, len(row)) for row in right(*a, **how)])
     assert "instead of 0" in fails(capsys, arguments(work, "stepdpo", tmp_path / "out"))
     variant = lambda *args: stepdpo.preference_objective(*args)
     assert stepdpo.main(arguments(work, "stepdpo", tmp_path / "variant", "--max_steps", "1"), objective=variant) == 0
