@@ -1369,9 +1369,9 @@ def _places(text: str, style: str) -> list[tuple[int, int]]:
         labels = _inline(text)
     else:
         counted = _counted(text)
-        words = [word for word in counted if word and len(counted[word]) > 1]
+        words = [word for word in counted if word and len(counted[word]) > 1] or ["step"]
         words.sort(key=lambda word: not _SURE.search(word))
-        labels = counted.get("" if style == "number" else words[0] if words else "step", [])
+        labels = counted.get("" if style == "number" else words[0], [])
     return [label.span() for label in labels]
 
 
@@ -2790,7 +2790,7 @@ def run_command(run: Callable[[], int], debug: bool = False) -> int:
         if speaks or isinstance(error, OSError):        # a disk may be full for one process only
             print(f"error: {message}", file=sys.stderr)
         else:
-            time.sleep(2)                               # torchrun ends the others as soon as one has ended: the first speaks
+            time.sleep(2)
         return 2
     finally:
         if alone:

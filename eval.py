@@ -584,20 +584,30 @@ def _prepare_step(sampler: Sampler | Remote, problem: Problem, text: str, steps:
     """Many tokenizers write a full stop and the line break behind it as one token. Behind a whole step the
     model must read that token, or it would be where it never was: at a full stop without a line break."""
     prompt = sampler.prepare(problem, text)
-    styles = STEP_STYLES[1:] if steps == "auto" else (steps,)
-    # where the words of its last step begin, behind the label
-    words = max(step_starts(text + " ", style)[-1][1] for style in styles)
+    words = _behind_label(text, steps)
     breaks = re.findall(r"\n\s*", text[:words])
     if breaks:
-        line_break = breaks[-1]                                         # as before that label
+        line_break = breaks[-1]                                     # as before the last label
     else:
-        line_break = "\n" if words else "\n\n"                          # without any label: of paragraphs
+        line_break = "\n" if words or steps == "line" else "\n\n"    # without any label: of paragraphs
     continued = text.rstrip() + line_break + "Step"
-    if isinstance(sampler, Sampler) and text[words:].strip() and continued.startswith(text):
+    whole_step = text[words:].strip() and not text.rstrip().endswith((":", "："))      # a first label may be anything
+    if isinstance(sampler, Sampler) and whole_step and continued.startswith(text):
         joined = sampler.prepare(problem, continued, len(text))
         if joined.content[:len(prompt.content)] != prompt.content:
             return joined
     return prompt
+
+
+def _behind_label(text: str, steps: str) -> int:
+    """Where the words of the last step begin, behind its label. With `auto` any label is one here: "1." is, before
+    there is a "2."."""
+    ends = []
+    for style in STEP_STYLES[1:] if steps == "auto" else (steps,):
+        label, words = step_starts(text + " ", style)[-1]
+        if text[label:words].strip():
+            ends.append(words)
+    return max(ends, default=step_starts(text, steps)[-1][1])
 
 
 def step_end(text: str, at: int, style: str = "auto", over: bool = True) -> int | None:
@@ -1008,9 +1018,9 @@ LONGEST_BOX = 4_000            # characters that a \boxed{} may hold
 LAST_MATCHES = 50              # candidates of one kind that are looked at, from the end
 
 END_TOKENS = re.compile(
-    r"<\|(?:im_end|im_start|endoftext|eot_id|end_of_text|end|eom_id|start_header_id|user|assistant)\|>|</s>|"
-    r"<s>|<eos>"
-    r"|<end_of_turn>|<｜[^｜<>\n]{1,30}｜>|\[/?INST\]|\n#{2,3} Instruction|\n\n(?:Question|Q|Human|User):")
+    r"<\|(?:im_end|im_start|endoftext|eot_id|end_of_text|end|eom_id|start_header_id|user|assistant)\|>"
+    r"|</s>|<s>|<eos>|<end_of_turn>|<｜[^｜<>\n]{1,30}｜>|\[/?INST\]|\n#{2,3} Instruction"
+    r"|\n\n(?:Question|Q|Human|User):")
 BOX = re.compile(r"(?:\\f?box(?:ed)?|\\framebox|\x08oxed|(?<![A-Za-z\\])boxed(?=\{))(?![A-Za-z])\s*")
 
 # Characters by script, for use in [...]: the letters from Cyrillic on, which no formula has; those written
@@ -1021,24 +1031,19 @@ MONEY = r"$¢£¥฿₠-₿﷼"
 
 # Words by language. One of the nouns announces an answer, with a verb, a colon or a number soon behind it.
 ANSWER_WORDS = ("antwort|réponse|reponse|respuestas?|respostas?|risposta|antwoord|svaret|svar|vastaus|"
-                "odpowiedź|"
-                "odpowiedz|odpověď|odpoveď|válasz|răspunsul|răspuns|cevap|yanıt|jawaban|jawabannya|jibu|đáp "
-                "án|đáp số|"
-                "câu trả lời|kết quả cuối cùng|ответ|ответы|відповідь|отговор|одговор|απάντηση|الجواب|جواب|"
-                "الإجابة|"
-                "الاجابة|إجابة|پاسخ|התשובה|תשובה|उत्तर|जवाब|উত্তর|సమాధానం|பதில்|விடை")
+                "odpowiedź|odpowiedz|odpověď|odpoveď|válasz|răspunsul|răspuns|cevap|yanıt|jawaban|"
+                "jawabannya|jibu|đáp án|đáp số|câu trả lời|kết quả cuối cùng|ответ|ответы|відповідь|"
+                "отговор|одговор|απάντηση|الجواب|جواب|الإجابة|الاجابة|إجابة|پاسخ|התשובה|תשובה|उत्तर|जवाब|"
+                "উত্তর|సమాధానం|பதில்|விடை")
 ANSWER_VERBS = ("ist|lautet|beträgt|sind|wäre|est|sont|es|son|sería|é|são|è|sono|is|zijn|är|er|blir|on|to|"
-                "wynosi|je|jest|"
-                "este|là|adalah|ialah|ni|هو|هي|است|برابر|היא|הוא|है|हैं|হল|হলো|είναι|это|равен|равна|равно|"
-                "дорівнює|е")
-BEFORE_LETTER = ("the|option|choice|letter|answer|opción|opcion|alternativa|alternative|letra|lettre|réponse|"
-                 "buchstabe|"
-                 "respuesta|la|el|le|die|der|den|a|o|l'|вариант|варіант|буква|под|phương án|câu|pilihan|opsi|"
-                 "seçenek|şık|"
-                 "lựa chọn|选项|選項|选|選|選択肢|ตัวเลือก|ข้อ|الخيار|خيار|विकल्प|보기|선택지|번호")
+                "wynosi|je|jest|este|là|adalah|ialah|ni|هو|هي|است|برابر|היא|הוא|है|हैं|হল|হলো|είναι|это|"
+                "равен|равна|равно|дорівнює|е")
+BEFORE_LETTER = ("the|option|choice|letter|answer|opción|opcion|alternativa|alternative|letra|lettre|"
+                 "réponse|buchstabe|respuesta|la|el|le|die|der|den|a|o|l'|вариант|варіант|буква|под|"
+                 "phương án|câu|pilihan|opsi|seçenek|şık|lựa chọn|选项|選項|选|選|選択肢|ตัวเลือก|ข้อ|الخيار|خيار|"
+                 "विकल्प|보기|선택지|번호")
 ADVERBS = ("also|donc|somit|daher|folglich|por tanto|por lo tanto|entonces|portanto|quindi|dunque|więc|"
-           "therefore|thus|"
-           "hence|equal to|de|igual a|égale à|gleich|genau|exactly|则|就|应|应该|약|约|大约|大約|約")
+           "therefore|thus|hence|equal to|de|igual a|égale à|gleich|genau|exactly|则|就|应|应该|약|约|大约|大約|約")
 REASON = "because|since|which|is|porque|weil|denn|da|car|puisque|perché|poiché|потому|так как|vì|karena|çünkü"
 AND = "and|und|et|y|e|и|και|dan|ve|và|和|与|與|及|、|と|와|과|และ"
 OR = "or|oder|ou|o|или|hoặc|atau|veya|或|或者|または|또는|หรือ"
@@ -1053,19 +1058,19 @@ STATEMENT = re.compile("|".join((
     r"|\b(?:final|correct) (?:result|solution|options|choices)\b)[^.\n:=]{0,60}?(?:\b(?:is|are|be|was)\b"
     r"(?! worth)|[:=])",
     r"\bfinal answer\b(?![^\n]{0,60}(?:\bis\b|:))",
-    r"(?:答案|正解|最终结果|最終結果)[^。.\n:=\d]{0,12}?(?:[选選]项[是为為]?|[是为為选選は】:=]|(?=\s?-?\d))",
+    r"(?:答案|正解|最终结果|最終結果)[^。.\n:=\d]{0,12}?(?:[选選][项項择擇][是为為]?|[是为為选選は】:=]|(?=\s?-?\d))",
     r"(?<![回问問作解])答(?:え)?[*\s]*(?:[:=]|は|是)|(?:정답|답)[*\s]*(?:[:=]|[은는이](?=[\s(*\d$\\])|(?=-?\d))",
     r"(?:คำตอบ|ตอบ)[^.\n:=\d]{0,15}?(?:[:=]|คือ|เป็น|(?=\s?-?\d))",
-    rf"\b(?:option|choice|choose)\b(?: is\b|:)?{LETTER}",
+    rf"\b(?:option|choice|choose)\b(?: is\b| answer\b|:)?{LETTER}",
     rf"\b(?:pick|chose|select(?:ed)?|go(?:ing)? with)\b{LETTER}(?=\)?\*{{0,2}}(?:[.,:;]|\s*$|\s(?:{REASON})"
     rf"\b))",
     rf"\b(?:option|choice)\b(?: is\b|:)?(?:{SMALL_LETTER})",
-    r"\b(?-i:([A-J]))\)?\*{0,2} (?:is|must be|would be) (?:correct|(?:the |our )?(?:(?:right|correct|best|"
-    r"final) )?"
-    r"(?:answer|option|choice))\b",
+    r"(?<!ngle )\b(?-i:([A-J]))\)?\*{0,2} (?:is|must be|would be) (?:"
+    r"(?:correct|right)(?! (?!because|since|as|and|for)[a-z])"
+    r"|(?:the |our )?(?:(?:right|correct|best|final) )?(?:answer|option|choice)\b)",
     r"\b(?-i:([b-hj])) is the (?:right|correct|best) (?:answer|option|choice)\b",
     r"\bit(?:'s| is|’s| must be| should be) +\*{0,2}\(?(?-i:([A-J]))(?=\)?\*{0,2}(?:[:.,)]|\s*$))",
-    rf"(?<![不没沒])(?:[选選][择擇项項]?|選択肢)(?:的?[是为為]|应为)?[ *\"“「(:]*(?-i:([A-J]{{1,6}}))(?![A-Za-z\d])"
+    rf"(?<![不没沒])(?:[选選][择擇项項]?|選択肢)(?:的?[是为為はが]|应为)?[ *\"“「(:]*(?-i:([A-J]{{1,6}}))(?![A-Za-z\d])"
     r"(?![)」”\"\s*]*(?:[选選]?[项項])?[是为為]?(?:[不错錯誤误]|有误))",
     r"(?-i:(?<![A-Za-z\d])([A-J]))\)?(?:[选選]?[项項])?(?:[是为為がを이가을를은는]\s?)?(?:正[确確](?!性)|正解|정답|맞|選|선택)",
 )), re.I)
@@ -1082,8 +1087,7 @@ FIELD = re.compile(r"""["'](?:(?:final|correct|my|the)[ _-]?)*(?:answer|ans|choi
                    r"""'((?:\\.|[^'\\\n]){1,2000})'|\[([^][{}\n]{1,2000})\]"""
                    r"""|(?!null\b)([^][\s"',{}]{1,200}))""", re.I)
 SENTENCE_END = re.compile(r"\n|(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bRs)(?:[.!?;](?=\s|$|\*|"
-                          r"[\"']))"
-                          r"|,?\s\(?(?:because|since|which|as)\s")
+                          r"[\"']))|,?\s\(?(?:because|since|which|as)\s")
 GROUPED = (r"\d{1,3}(?:,\d{3}){1,9}(?!,?\d)|\d{1,2}(?:,\d{2}){1,6},\d{3}(?!,?\d)|\d{1,3}(?:\.\d{3}){2,9}"
            r"(?![.,]?\d)"
            r"|\d{1,3}(?:['’\u2009\u202f\xa0]\d{3}){1,9}(?![\d'’])|\d{1,3}(?: \d{3}){1,9}(?![\d/]| \d)")
@@ -1099,14 +1103,11 @@ MATHS = re.compile(r"\$\$([^$]+)\$\$|\$((?![ \d][^$]* \$)(?:\\\$|[^$\n])+)\$(?!\
                    r"|\\\(((?:[^\\]|\\[^)(])+)\\\)|\\\[((?:[^\\]|\\[^\][])+)\\\]")
 CHOICE = re.compile(rf"(?:\(([A-J])\)|([A-J])(?=[).:,]|\s*$|\s(?:{REASON})\b|[*\s)]*[{UNSPACED}]))")
 CHOICES = re.compile(rf"\(?[A-J]\)?(?:(?:\s*[,、&]\s*(?:(?:{AND}|{OR})\s)?|\s*(?:{AND}|{OR})\s*)\(?[A-J]\)?"
-                     rf"(?![A-Za-z\d]))+"
-                     rf"(?=\s*$|[.;]|[{UNSPACED}]|\s(?:are|{REASON})\b)")
+                     rf"(?![A-Za-z\d]))+(?=\s*$|[.;]|[{UNSPACED}]|\s(?:are|{REASON})\b)")
 TUPLE_AT_END = re.compile(r"(?:\b(?:is|are)\b|区间|集合|[是为為は=:])\s*((?:[([]|\\?\{)[^][(){}\n]{1,100},"
-                          r"[^][(){}\n]{1,100}"
-                          r"(?:[])]|\\?\}))[\s.$]*\Z")
+                          r"[^][(){}\n]{1,100}(?:[])]|\\?\}))[\s.$]*\Z")
 NO_ANSWER = set("given not unknown unclear undetermined determined possible found provided correct wrong "
-                "incorrect "
-                "right none as in a based obtained therefore required".split())
+                "incorrect right none as in a based obtained therefore required".split())
 
 
 def extract_answer(completion: str) -> str | None:
@@ -1192,8 +1193,7 @@ JOINT = re.compile(
     rf"\s*(?:[^\W\d]+\s*)?(?:[.;,]?\s*\n\s*(?={LABEL}|{NAMED})|\.\s+(?={NAMED})"
     rf"|[,;、\s]*(?<!\w)(?:{AND}|(?P<or>{OR}))(?![a-z])|[,;、](?:\s*,)?)\s*(?:[-•]\s*)?(?:{LABEL}\s*)?"
     r"(?:(?!(?:so|thus|hence|therefore|then|corrected|correcting|actually|wait|no|not|but|total|sum|final|"
-    r"finally|answer|"
-    r"gives|giving|result|instead|again|namely)\b)[^\W\d]+[\s:]*){0,6}=?\s*", re.I)
+    r"finally|answer|gives|giving|result|instead|again|namely)\b)[^\W\d]+[\s:]*){0,6}=?\s*", re.I)
 
 
 def _boxed(text: str, boxes: list[re.Match]) -> str | None:
@@ -1330,22 +1330,19 @@ SCALES = {word: value for value, words in {
     100: "hundred", 1_000: "thousand тысяч тысячи mille tausend ribu nghìn พัน", 10_000: "万 萬 만",
     100_000: "lakh lakhs लाख", 10**7: "crore crores करोड़", 10**8: "亿 億 억",
     10**6: "million millions mln millones millón milhões milhão milioni milione millionen миллион миллиона "
-           "миллионов "
-           "млн juta triệu ล้าน",
+           "миллионов млн juta triệu ล้าน",
     10**9: "billion billions bn milliard milliards milliarden miliardi миллиард миллиарда миллиардов млрд "
            "miliar tỷ",
     10**12: "trillion trillions"}.items() for word in words.split()}
 SCALE = re.compile(rf"\s?({'|'.join(sorted(SCALES, key=len, reverse=True))})(?![A-Za-z])", re.I)
 CARDINALS = {word: n for n, word in enumerate(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen "
-    "eighteen nineteen".split())}
+    "seventeen eighteen nineteen".split())}
 TENS = {word: 10 * n for n, word in enumerate(
     "twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
 ORDINALS = {word: n for n, word in enumerate(
-    "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth "
-    "fifteenth "
-    "sixteenth seventeenth eighteenth nineteenth".split(), 1)}
+    "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth "
+    "fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth".split(), 1)}
 ORDINALS |= {word[:-1] + "ieth": n for word, n in TENS.items()}
 PARTS = {word + s: n for word, n in ORDINALS.items() if n > 2 for s in ("", "s")}
 PARTS |= {"half": 2, "halves": 2, "quarter": 4, "quarters": 4, "hundredth": 100, "hundredths": 100}
@@ -1400,8 +1397,7 @@ def _worded(text: str) -> tuple[str, int] | None:
 HAN_VALUES = {c: n for n, chars in enumerate("零〇 一 二两兩 三 四 五 六 七 八 九".split()) for c in chars}
 HAN_SCALES = {"十": 10, "百": 100, "千": 1000} | {c: n for c, n in SCALES.items() if len(c) == 1}
 HAN = "".join([*HAN_VALUES, *HAN_SCALES])
-MEASURES = ("个個只隻条條本元円圆人名位天日岁歲块塊张張件头頭辆輛棵支枝页頁分秒时時小米厘公毫克千升年月周星倍斤吨度份杯"
-            "袋箱瓶台双对颗粒层平立")
+MEASURES = ("个個只隻条條本元円圆人名位天日岁歲块塊张張件头頭辆輛棵支枝页頁分秒时時小米厘公毫克千升年月周星倍斤吨度份杯袋箱瓶台双对颗粒层平立")
 _HAN = rf"(?:\d+(?:\.\d+)?|(?!千[克米瓦卡])[{HAN}])(?:(?!千[克米瓦卡])[{HAN}]|(?<=[{HAN}])\d+(?:\.\d+)?)*"
 HAN_NUMBER = re.compile(rf"([-负負])?(?:({_HAN})又)?(?:({_HAN})分之)?({_HAN})(?:点([{''.join(HAN_VALUES)}]+))?"
                         rf"(?!元[一二三])(?=\W|$|[{MEASURES}でだ])")
@@ -1446,14 +1442,11 @@ MOST_WORK = 6_000        # tree nodes visited by the numeric comparisons of one 
 DIGITS = 50              # decimal digits of the numeric comparisons
 
 FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan asin acos atan sinh cosh tanh ln log lg exp "
-                "sqrt max min "
-                "gcd lcm".split())
+                "sqrt max min gcd lcm".split())
 TRIGONOMETRIC = {"sin", "cos", "tan", "cot", "sec", "csc"}
-SYMBOLS = set("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi "
-              "rho sigma "
-              "tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell "
-              "hbar dots "
-              "ldots cdots angle triangle".split())
+SYMBOLS = set("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu "
+              "xi rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi "
+              "Psi Omega ell hbar dots ldots cdots angle triangle".split())
 WORDS_OF_MATHS = FUNCTIONS | {"pi", "inf", "infty", "infinity", "oo", "and"}
 # Units in their spellings: 5 cm is not 5 m. A unit that only one side has, or that is not here, is ignored.
 UNITS = {name: spellings.split()[0] for spellings in (
@@ -1527,15 +1520,13 @@ ALIGNED = re.compile(r"\\begin\{(aligned|align\*?|gather(?:ed)?\*?|split|equatio
 INTERVAL = re.compile(r"(^|\\cup|\\in(?![a-z])|[=,]) ?"
                       r"([][])([^][]{1,200}[,;][^][]{1,200})([][])(?= ?(?:$|\\cup|\\setminus|,|\)))")
 BUILDER = re.compile(r'\\?\{ ?([A-Za-z]) ?(?:\\in ?ℝ ?)?(?:[:|]|,? "(?:such that|s\.t\.?|where|for which)")')
-ALL_REALS = re.compile(r'^(?:[a-z] (?:\\in|=|"?(?:is|can be)"?) )?"?(?:the set of |set of )?(?:(?:all|any)'
-                       r'(?: the)? )?'
-                       r'(?:reals|real numbers?|real values)(?: of [a-z])?"?(?! ?(?!except|other|excl|but)'
-                       r'\w)', re.I)
+ALL_REALS = re.compile(r'^(?:[a-z] (?:\\in|=|"?(?:is|can be)"?) )?"?(?:the set of |set of )?'
+                       r'(?:(?:all|any)(?: the)? )?(?:reals|real (?:numbers?|values)|real"? [a-z]\b)'
+                       r'(?: of [a-z])?"?(?! ?(?!except|other|excl|but)\w)', re.I)
 STYLE = re.compile(r"\\(text|textbf|textrm|textit|textsf|texttt|textnormal|textup|textsc|mathnormal|mathtt|bm"
                    r"|ensuremath|mbox|hbox|mathrm|mathbf|mathsf|mathit|"
                    r"mathbb|bold|operatorname|boldsymbol|emph|underline|overline|bar|vec|hat|widehat|fbox|rm|"
-                   r"bf)"
-                   r"\*?\s*\{([^{}]*)\}")
+                   r"bf)\*?\s*\{([^{}]*)\}")
 ORNAMENTS = set("bm mathbf boldsymbol bold underline overline bar vec hat widehat fbox mathit".split())
 LAYOUT = re.compile(r"(?<!\\)\\(?:(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits|quad"
                     r"|qquad|noindent|rm|bf|"
@@ -2427,7 +2418,7 @@ def _without(points: list[Fraction]) -> tuple:
 
 
 def _interval(node: tuple) -> tuple:
-    """An inequality with a variable alone on a side, as an interval (two: their intersection); else itself."""
+    """An inequality with a variable alone on a side, as an interval (two: their intersection); else as is."""
     if node[0] == "list":
         holes = [_exact(x[2][1]) for x in node[1]
                  if x[0] == "rel" and x[1] == ["!="] and x[2][0][0] == "name"]

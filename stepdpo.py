@@ -60,8 +60,9 @@ if __name__ == "__main__":      # python -P does not search a script's own folde
 
 import data
 from data import Batch, DataError, Example
-from model import (CheckpointError, Config, Llama, Tree, choose_device, fingerprint, keep_freed_memory,
-                   locked, own_rows, read_json, resolve, sync, whole, writing, written)
+from model import (CheckpointError, Config, Llama, Tree, choose_device, fingerprint, join_processes,
+                   keep_freed_memory, leave_processes, locked, own_rows, read_json, resolve, sync, whole, writing,
+                   written)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -327,7 +328,10 @@ def train(args, objective, encode, order) -> int:
 
     The loss is the mean over the global batch of pairs (of answer tokens in SFT), however the batch is cut
     into micro-batches and processes."""
-    rank, world, device = distributed(args.device)
+    device = choose_device(args.device)
+    rank, world = join_processes()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     keep_freed_memory()
     torch.manual_seed(args.seed)            # nothing here draws from it; a variant may
     out = Path(args.out)
@@ -746,28 +750,6 @@ def check_reference(source: str, model: Llama, tokenizer: data.Tokenizer):
 # ----------------------------------------------------------------------------------------------------------
 # processes: everything here is also right for one process without torchrun
 
-def distributed(device: str | None) -> tuple[int, int, torch.device]:
-    """(rank, world size, device), joining the process group that torchrun announces. nccl on CUDA, gloo on
-    CPU."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = choose_device(device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        # torchrun --max-restarts keeps one store for all starts, where new processes would find the addresses
-        # of dead ones. So each start puts a prefix of its own before its keys. (On one machine only: the
-        # agents of several may count starts differently. There, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives
-        # each start a new store.)
-        store, starts = None, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
-        if starts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and one_machine:
-            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = dist.PrefixStore(f"start {starts}", dist.TCPStore(*address))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                                world_size=world, timeout=timedelta(hours=2))
-    return rank, world, device
-
-
 def processes() -> tuple[int, int]:
     """(rank, number of processes)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -1110,7 +1092,4 @@ def main(argv: list[str] | None = None, objective=None, *, options=None, encode=
 
 
 if __name__ == "__main__":
-    status = main()
-    if dist.is_initialized() and status != 2:      # after an error the others may not be there to part from
-        dist.destroy_process_group()
-    sys.exit(status)
+    sys.exit(leave_processes(main()))

@@ -3,24 +3,28 @@
     python benchmarks/generate.py                                                 under 5 minutes on 2 cores
     python benchmarks/generate.py --device cuda --shape 0.5B --precision bf16
 
-    rectification    8 prompts of 256 tokens, 4 samples each, 64 new tokens, temperature 0.8, top-p 0.95: a wrong step is drawn again
+    rectification   8 prompts of 256 tokens, 4 samples each, 64 new tokens, temperature 0.8, top-p 0.95: a
+                    wrong step is drawn again
     evaluation      64 prompts of 64 to 192 tokens, greedy, 64 new tokens each
-    collection      the same prompts, temperature 1; one token of 96 ends an answer, or its 192nd does: answers as unequal as real ones are
+    collection      the same prompts, temperature 1; one token of 96 ends an answer, or its 192nd does:
+                    answers as unequal as real ones are
 
-Weights are random. In the first two cases no token ends a sample, so every contestant makes exactly samples x 64 tokens; in the third the
-tokens of the answers are counted, not what is computed for rows that have ended. transformers gets one batch, padded on the left as it wants it,
-a KV cache, and its own defaults otherwise; this project is `model.generate`, as eval.py calls it.
+Weights are random. In the first two cases no token ends a sample, so every contestant makes exactly
+samples x 64 tokens; in the third the tokens of the answers are counted, not what is computed for rows
+that have ended. transformers gets one batch, padded on the left as it wants it, a KV cache, and its own
+defaults otherwise; this project is `model.generate`, as eval.py calls it.
 
-In turn, each in a process of its own, round after round; a process makes its tokens once to warm up and is timed after that; the medians
-count. Under greedy both must find the same tokens (in bf16 rounding parts them, so there only the first difference is printed)."""
+In turn, each in a process of its own, round after round; a process makes its tokens once to warm up and
+is timed after that; the medians count. Under greedy both must find the same tokens (in bf16 rounding
+parts them, so there only the first difference is printed)."""
 import argparse
 import random
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-from common import QUICK, SHAPES, finish, in_child, machine, machine_line, median, peak_memory, synchronize, table, version, write_checkpoint, yes
+from common import (SHAPES, add_options, clocked, finish, in_child, machine, machine_line, median, must,
+                    peak_memory, progress, table, version, write_checkpoint, yes)
 
 import torch
 
@@ -28,12 +32,14 @@ from model import Llama, generate, keep_freed_memory
 
 CASES = {"rectification": dict(prompts=8, n=4, lengths=(256, 256), temperature=0.8, top_p=0.95),
          "evaluation": dict(prompts=64, n=1, lengths=(64, 192), temperature=0.0, top_p=1.0),
-         "collection": dict(prompts=64, n=1, lengths=(64, 192), temperature=1.0, top_p=1.0, ends=96, longer=3)}
+         "collection": dict(prompts=64, n=1, lengths=(64, 192), temperature=1.0, top_p=1.0, ends=96,
+                            longer=3)}
 
 
 def prompts_of(case: dict, vocab: int) -> list[list[int]]:
     rng = random.Random(0)
-    return [[rng.randrange(2, vocab) for _ in range(rng.randint(*case["lengths"]))] for _ in range(case["prompts"])]
+    return [[rng.randrange(2, vocab) for _ in range(rng.randint(*case["lengths"]))]
+            for _ in range(case["prompts"])]
 
 
 def ends_of(case: dict, vocab: int) -> list[int]:
@@ -42,36 +48,38 @@ def ends_of(case: dict, vocab: int) -> list[int]:
 
 
 def timed(work, device: str, repeats: int, most: float) -> tuple:
-    """(result, seconds of each run after the first): up to `repeats` of them, as long as they take less than `most` seconds."""
+    """(result, seconds of each run after the first): up to `repeats` of them, as long as they take less than
+    `most` seconds."""
     result, seconds = work(), []
     while len(seconds) < repeats and (not seconds or sum(seconds) + seconds[-1] < most):
-        synchronize(device)
-        clock = time.perf_counter()
-        work()
-        synchronize(device)
-        seconds.append(time.perf_counter() - clock)
+        seconds.append(clocked(device, work)[1])
     return result, seconds
 
 
-def run_ours(folder: str, case: dict, prompts: list, new: int, device: str, bf16: bool, repeats: int) -> dict:
+def run_ours(folder: str, case: dict, prompts: list, new: int, device: str, dtype, repeats: int) -> dict:
     keep_freed_memory()
-    model = Llama.from_pretrained(folder, dtype=torch.bfloat16 if bf16 else torch.float32, device=device)
-    ends = tuple(ends_of(case, model.config.vocab_size))
-    work = lambda: generate(model, prompts, n=case["n"], max_new_tokens=new, temperature=case["temperature"], top_p=case["top_p"], eos_ids=ends, seed=0)
-    samples, seconds = timed(work, device, repeats, 15)
-    return {"tokens": [s.token_ids for row in samples for s in row], "seconds": seconds, "peak": peak_memory(device)}
+    model = Llama.from_pretrained(folder, dtype=dtype, device=device)
+    how = dict(n=case["n"], max_new_tokens=new, temperature=case["temperature"], top_p=case["top_p"], seed=0,
+               eos_ids=tuple(ends_of(case, model.config.vocab_size)))
+    samples, seconds = timed(lambda: generate(model, prompts, **how), device, repeats, 15)
+    tokens = [s.token_ids for row in samples for s in row]
+    return {"tokens": tokens, "seconds": seconds, "peak": peak_memory(device)}
 
 
-def run_transformers(folder: str, case: dict, prompts: list, new: int, device: str, bf16: bool, repeats: int) -> dict:
+def run_transformers(folder: str, case: dict, prompts: list, new: int, device: str, dtype,
+                     repeats: int) -> dict:
     import transformers
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if bf16 else torch.float32).to(device).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    how = dict(do_sample=True, temperature=case["temperature"], top_p=case["top_p"], top_k=0) if case["temperature"] else dict(do_sample=False)
+    how = dict(do_sample=False)
+    if case["temperature"]:
+        how = dict(do_sample=True, temperature=case["temperature"], top_p=case["top_p"], top_k=0)
     ends = ends_of(case, model.config.vocab_size)
-    config = transformers.GenerationConfig(max_new_tokens=new, min_new_tokens=None if ends else new, num_return_sequences=case["n"],
-                                           eos_token_id=ends or None, pad_token_id=0, **how)
+    config = transformers.GenerationConfig(
+        max_new_tokens=new, min_new_tokens=None if ends else new, num_return_sequences=case["n"],
+        eos_token_id=ends or None, pad_token_id=0, **how)
 
     def work():
         torch.manual_seed(0)
@@ -79,8 +87,10 @@ def run_transformers(folder: str, case: dict, prompts: list, new: int, device: s
             return model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
 
     out, seconds = timed(work, device, repeats, 15)
-    stop = set(ends)                                                            # what was computed for a row after its end is no output
-    answers = [row[:next((i for i, token in enumerate(row) if token in stop), len(row))] for row in out[:, width:].tolist()]
+    stop, answers = set(ends), []
+    for row in out[:, width:].tolist():         # what was computed for a row after its end is no output
+        length = next((i for i, token in enumerate(row) if token in stop), len(row))
+        answers.append(row[:length])
     return {"tokens": answers, "seconds": seconds, "peak": peak_memory(device)}
 
 
@@ -94,62 +104,68 @@ def first_difference(a: list, b: list) -> str | None:
 
 
 def prepare(folder: str, shape: str) -> dict:
-    config = dict(SHAPES[shape], eos_token_id=None)
-    return write_checkpoint(Path(folder), config)
+    return write_checkpoint(Path(folder), SHAPES[shape] | {"eos_token_id": None})
 
 
 def main(argv=None) -> int:
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--shape", choices=("toy", "0.5B", "7B"), default="toy",
-                   help="toy: 8 layers, 512 wide, vocabulary 32,000; 0.5B, 7B: those of Qwen2 (random weights)")
-    p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of weights and arithmetic (default fp32)")
-    p.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
-    p.add_argument("--rounds", type=int, default=2, help="how often each contestant runs (default 2)")
-    p.add_argument("--quick", action="store_true", help=QUICK)
-    p.add_argument("--json", metavar="FILE", help="write all figures there")
+    p = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
+    add_options(p, precision="of weights and arithmetic")
     args = p.parse_args(argv)
-    shape, new, rounds, bf16 = ("quick", 8, 1, False) if args.quick else (args.shape, 64, args.rounds, args.precision == "bf16")
-    contestants = {"this project": run_ours, **({"transformers": run_transformers} if version("transformers") and not args.quick else {})}
-    report = {"machine": machine(args.device, tuple(contestants)[1:]), "settings": vars(args), "cases": {}, "checks": {}}
-    rows, notes = [], []
+    shape, new, rounds, repeats, bf16 = args.shape, 64, args.rounds, 3, args.precision == "bf16"
+    contestants = {"this project": run_ours, "transformers": run_transformers}
+    if args.quick:
+        shape, new, rounds, repeats, bf16 = "quick", 8, 1, 1, False
+    if args.quick or not version("transformers"):
+        del contestants["transformers"]
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    report = {"machine": machine(args.device, tuple(contestants)[1:]), "settings": vars(args),
+              "cases": {}, "checks": {"all_ran": True, "all_tokens": True}}
+    rows, notes, checks = [], [], report["checks"]
     with tempfile.TemporaryDirectory() as folder:
-        if "failed" in (made := in_child(prepare, folder, shape)):
-            p.error(made["failed"])
+        must(f"--shape {shape}", prepare, folder, shape)
         for name, case in CASES.items():
             prompts = prompts_of(case, SHAPES[shape]["vocab_size"])
             runs = {who: [] for who in contestants}
             for turn in range(rounds):
                 for who, work in contestants.items():
-                    run = in_child(work, folder, case, prompts, new * case.get("longer", 1), args.device, bf16, 1 if args.quick else 3)
+                    most = new * case.get("longer", 1)
+                    run = in_child(work, folder, case, prompts, most, args.device, dtype, repeats)
                     runs[who].append(run)
                     said = run.get("failed") or f"{median(run['seconds']):.2f} s"
-                    print(f"  {name}, round {turn + 1}: {who}: {said}", file=sys.stderr, flush=True)
-            samples, report["cases"][name] = case["prompts"] * case["n"], {}
-            ran = {}
+                    progress(f"{name}, round {turn + 1}: {who}: {said}")
+            samples, ran, failed = case["prompts"] * case["n"], {}, {}
             for who, found in runs.items():
                 if failures := [run["failed"] for run in found if "failed" in run]:
-                    report["cases"][name][who] = {"failed": failures[0]}
-                    report["checks"]["all_ran"] = False
+                    failed[who] = {"failed": failures[0]}
                     rows.append([f"{name}: {who}: {failures[0][:80]}"] + [None] * 5)
                     continue
-                times, made = [s for run in found for s in run["seconds"]], sum(map(len, found[0]["tokens"]))
-                ran[who] = {"seconds": median(times), "samples_per_second": samples / median(times), "tokens_per_second": made / median(times),
-                            "tokens": made, "peak_bytes": max(run["peak"] for run in found), "runs": times}
-                report["checks"]["all_tokens"] = report["checks"].get("all_tokens", True) and ("ends" in case or made == samples * new)
-            report["cases"][name] |= ran
+                seconds = [s for run in found for s in run["seconds"]]
+                time, made = median(seconds), sum(map(len, found[0]["tokens"]))
+                ran[who] = {"seconds": time, "samples_per_second": samples / time,
+                            "tokens_per_second": made / time, "tokens": made,
+                            "peak_bytes": max(run["peak"] for run in found), "runs": seconds}
+                checks["all_tokens"] &= "ends" in case or made == samples * new
+            checks["all_ran"] &= not failed
+            report["cases"][name] = failed | ran
             for who, c in ran.items():
-                faster = c["tokens_per_second"] / ran["transformers"]["tokens_per_second"] if "transformers" in ran else None
-                rows.append([f"{name}: {who}", c["tokens"], c["samples_per_second"], c["tokens_per_second"], faster, c["peak_bytes"] / 1e9])
+                faster = None
+                if "transformers" in ran:
+                    faster = c["tokens_per_second"] / ran["transformers"]["tokens_per_second"]
+                rows.append([f"{name}: {who}", c["tokens"], c["samples_per_second"], c["tokens_per_second"],
+                             faster, c["peak_bytes"] / 1e9])
             if case["temperature"] == 0 and len(ran) == 2:
                 parted = first_difference(*(runs[who][0]["tokens"] for who in contestants))
-                if not bf16:
-                    report["checks"]["greedy_equal"] = report["checks"].get("greedy_equal", True) and parted is None
-                made = ran["this project"]["tokens"]
-                notes.append(f"Checked, {name}: both made the same {made:,} tokens: {yes(parted is None)}{', ' + parted if parted else ''}.")
-    title = f"Generation, {args.precision}" + (": transformers is not installed, or left out" if len(contestants) == 1 else "")
-    columns = {"": "", "tokens made": ",", "samples/s": ".2f", "tokens/s": ",.0f", "of transformers": ".2f", "peak GB": ".2f"}
-    finish(report, machine_line(report["machine"]) + "\n\n" + table(title, columns, rows, notes), args.json)
-    return 0 if report["checks"] and all(report["checks"].values()) else 1
+                checks["greedy_equal"] = bf16 or parted is None
+                notes.append(f"Checked, {name}: both made the same {ran['this project']['tokens']:,} tokens: "
+                             f"{yes(parted is None)}{', ' + parted if parted else ''}.")
+    title = f"Generation, {args.precision}"
+    if len(contestants) == 1:
+        title += ": transformers is not installed, or left out"
+    columns = {"": "", "tokens made": ",", "samples/s": ".2f", "tokens/s": ",.0f", "of transformers": ".2f",
+               "peak GB": ".2f"}
+    text = machine_line(report["machine"]) + "\n\n" + table(title, columns, rows, notes)
+    finish(report, text, args.json)
+    return 0 if all(checks.values()) else 1
 
 
 if __name__ == "__main__":
