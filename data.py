@@ -34,6 +34,7 @@ import importlib
 import json
 import math
 import os
+import queue
 import random
 import re
 import signal
@@ -45,8 +46,8 @@ import time
 import unicodedata
 import urllib.error
 import urllib.request
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import Counter, deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from fractions import Fraction
@@ -1563,20 +1564,20 @@ Judge = Callable[[dict], int | None]  # row with question, answer, steps -> inde
 
 
 def rollout_counts(row: dict, name: str, width: int) -> list[list[int] | None]:
-    """row["values"] (width 2) or row["agreement"] (width 3): for each step null, or counts from small to large."""
+    """row["values"] (width 2) or row["agreement"] (width 3): for each step null or counts, from small to large."""
     counts, steps = row.get(name), len(row["steps"])
     if not isinstance(counts, list) or len(counts) != steps:
-        raise DataError(f"field {name!r}: expected an entry for each of {steps} steps; eval.py --rollouts makes it")
+        raise DataError(f"field {name!r}: expected an entry for each of {steps} steps, as eval.py --rollouts has it")
     for entry in counts:
-        if entry is not None and not (isinstance(entry, list) and len(entry) == width
-                                      and all(type(n) is int for n in entry) and [0, *entry] == sorted([0, *entry])):
+        usable = isinstance(entry, list) and len(entry) == width and all(type(n) is int for n in entry)
+        if entry is not None and not (usable and [0, *entry] == sorted([0, *entry])):
             raise DataError(f"field {name!r}: found {_shown(entry)}; expected null or {width} counts, as "
                             "eval.py --rollouts writes them")
     return counts
 
 
 def judge_by_values(row: dict) -> int | None:
-    """From the rollouts of `eval.py --rollouts`: no judge but the policy itself. `agreement` may be missing."""
+    """From the rollouts of `eval.py --rollouts`: the policy is its own judge. `agreement` may be missing."""
     agreement = rollout_counts(row, "agreement", 3) if row.get("agreement") is not None else None
     first = first_error_from_values(rollout_counts(row, "values", 2), agreement)
     if first is None:
@@ -1669,14 +1670,14 @@ def ask(row: dict) -> int | None:
 
 
 def function_judge(name: str) -> Judge:
-    """MODULE:FUNCTION: gets (question, steps, answer), all texts, and returns the first wrong step's index, or None."""
+    """MODULE:FUNCTION gets (question, steps, answer), all texts; it returns the first wrong step's index, or None."""
     module, _, function = name.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
         checker = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        raise DataError(f"--judge {name}: {_one_line(error)}; expected values, endpoint, ask, or a MODULE:FUNCTION "
-                        "that can be imported from here") from None
+        raise DataError(f"--judge {name}: {_one_line(error)}; expected values, endpoint, ask, or a "
+                        "MODULE:FUNCTION that can be imported from here") from None
     finally:
         sys.path.pop(0)
 
@@ -1684,11 +1685,11 @@ def function_judge(name: str) -> Judge:
         steps = row["steps"]
         try:
             first = checker(row["question"], list(steps), row["answer"])
-        except Exception as error:                      # somebody's own code: the row is named, the others go on
+        except Exception as error:                  # somebody's own code: the row is named, the others go on
             raise DataError(f"--judge {name} raised {type(error).__name__}: {_one_line(error)}") from error
         if first is not None and (type(first) is not int or not 0 <= first < len(steps)):
-            raise DataError(f"--judge {name} returned {_quote(repr(first))} for {len(steps)} steps; expected the index "
-                            "of one (from 0), or None")
+            raise DataError(f"--judge {name} returned {_quote(repr(first))} for {len(steps)} steps; expected the "
+                            "index of one (from 0), or None")
         return first
     return judge
 
@@ -1936,21 +1937,12 @@ def judge_all(rows: dict[tuple, dict], name: str, args: argparse.Namespace,
         except DataError as error:
             return DataError(f"{rows[key]['where']}: {error}")
 
-    def as_they_fall() -> Iterator[tuple[tuple, int | str | None | DataError]]:
-        if name != "endpoint":
-            yield from ((key, verdict(key)) for key in todo)
-            return
-        with ThreadPoolExecutor(args.concurrency) as pool:
-            futures = {pool.submit(verdict, key): key for key in todo}
-            try:
-                yield from ((futures[future], future.result()) for future in as_completed(futures))
-            finally:
-                pool.shutdown(cancel_futures=True)      # after an error: wait for what is under way, no more
-
+    decide = lambda key: (key, verdict(key))
+    decided = in_threads(decide, todo, args.concurrency) if name == "endpoint" else map(decide, todo)
     quiet = name in ("ask", "values")
     try:
         with journal, progress(len(rows), len(rows) - len(todo), "verdicts", quiet) as bar:
-            for key, found in as_they_fall():
+            for key, found in decided:
                 if isinstance(found, DataError):
                     bad.append(found)
                 else:
@@ -2348,7 +2340,7 @@ class Endpoint:
         except (ValueError, RecursionError):
             reply = None
         words = self._safe(text)
-        stream = re.match(r"data:|event:|\{.*\}\n\{", text)              # server-sent events, or an object a line
+        stream = re.match(r"data:|event:|\{.*\}\n\{", text)      # server-sent events, or an object a line
         if status >= 300:
             kind, said = _kind_of(status), f"HTTP {status}: {words!r}"
             if status < 400:
@@ -2381,6 +2373,34 @@ class _EveryStatus(urllib.request.HTTPErrorProcessor):
     def http_response(self, request, response):     # no exception for an error; and no redirect is followed:
         return response                             # the key would go along to wherever it points
     https_response = http_response
+
+
+def in_threads(work: Callable, items: Sequence, threads: int) -> Iterator:
+    """work(item) of each item, as they end. What work raises is raised here, and nothing new is begun. Whoever
+    stops listening need not wait for requests under way, which may take minutes: the threads die with the program.
+    """
+    waiting, results = deque(items), queue.SimpleQueue()
+
+    def serve() -> None:
+        with suppress(IndexError):                  # nothing waits any more
+            while True:
+                item = waiting.popleft()
+                try:
+                    results.put((work(item), None))
+                except BaseException as error:
+                    waiting.clear()
+                    results.put((None, error))
+
+    for _ in range(min(threads, len(items))):
+        threading.Thread(target=serve, daemon=True).start()
+    try:
+        for _ in items:
+            result, error = results.get()
+            if error is not None:
+                raise error
+            yield result
+    finally:
+        waiting.clear()
 
 
 def _kind_of(status: int) -> str:

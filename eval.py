@@ -24,7 +24,6 @@ import sys
 import time
 import unicodedata
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache
@@ -39,7 +38,7 @@ if __name__ == "__main__":      # python -P does not search a script's own folde
 
 from data import (BOXED, LONGEST_TOKEN, PROMPT_STYLES, STEP_STYLES, DataError, Endpoint, Journal,
                   RequestRefused, Tokenizer, add_chat_options, check_out, complain, digest, expect,
-                  first_error_from_values, next_prefix, positive, progress, read_rows, render_prompt,
+                  first_error_from_values, in_threads, next_prefix, positive, progress, read_rows, render_prompt,
                   run_command, same_step, split_steps, stage, step_starts, summary_path, text_field, writable)
 from model import (CheckpointError, Llama, choose_device, fingerprint, join_processes, keep_freed_memory,
                    leave_processes, read_json, resolve, samples, stable_key)
@@ -475,17 +474,15 @@ class Remote:
     def __init__(self, endpoint: str, api_model: str, *, model: str | None = None, prompt: str = "chat",
                  concurrency: int = 32, system: str | None = None, template_args: dict | None = None):
         self.endpoint, self.prompt, self.concurrency = Endpoint(endpoint, api_model), prompt, concurrency
-        self.tokenizer = None
-        if model:
-            self.tokenizer = Tokenizer.from_pretrained(resolve(model), system=system, template_args=template_args)
+        of_chat = {"system": system, "template_args": template_args}
+        self.tokenizer = Tokenizer.from_pretrained(resolve(model), **of_chat) if model else None
         if prompt != "chat" and (system or template_args):
             raise DataError("--system and --template_args belong to the chat template; --prompt "
                             f"{prompt} has no place for them: choose --prompt chat")
         self.system = "You are a helpful assistant." if prompt == "qwen2-boxed" else system
         self.template_args = template_args
         self.alike = 0                           # samples just like the first of their prompt; -inf: not all
-        self.settings = {"endpoint": self.endpoint.url, "api_model": api_model, "prompt": prompt,
-                         "system": system, "template_args": template_args}
+        self.settings = {"endpoint": self.endpoint.url, "api_model": api_model, "prompt": prompt} | of_chat
 
     def prepare(self, problem: Problem, text: str, cut: int | None = None) -> Prompt:
         """As Sampler.prepare; the prompt's content is (where, the body of its request)."""
@@ -500,7 +497,7 @@ class Remote:
             asked = question if self.prompt == "chat" else question + BOXED
             body["messages"].append({"role": "user", "content": asked})
             if self.template_args:
-                body["chat_template_kwargs"] = self.template_args       # as vLLM, SGLang and llama.cpp call them
+                body["chat_template_kwargs"] = self.template_args       # vLLM, SGLang and llama.cpp take them
             return Prompt((where, body), text, False)
         if self.prompt == "chat" and self.tokenizer is None:
             raise DataError(f"{where}: a prefix needs the checkpoint's chat template: give --model too")
@@ -512,8 +509,8 @@ class Remote:
     def batches(self, prompts: Sequence[Prompt], n: int) -> list[list[int]]:
         return [list(range(len(prompts)))]       # the server makes its own batches: keep it busy to the end
 
-    def draw(self, prompts: Sequence[Prompt], n: int, seed: int, temperature: float = 0.0, *, top_p: float = 1.0,
-             max_new_tokens: int = 2048, stop: Sequence[str] = (),
+    def draw(self, prompts: Sequence[Prompt], n: int, seed: int, temperature: float = 0.0, *,
+             top_p: float = 1.0, max_new_tokens: int = 2048, stop: Sequence[str] = (),
              done: Container = frozenset()) -> Iterator[tuple[int, int, Drawn | DataError]]:
         """(i, j, the j-th sample of prompt i) as each ends; those in `done` are not asked for. A DataError
         stands for a sample that the server refused or failed to give. EndpointError: it gives none at all."""
@@ -521,7 +518,8 @@ class Remote:
         how |= {"top_p": top_p} if temperature else {}          # some servers refuse a top_p of 1
         how |= {"stop": list(stop)} if stop else {}
 
-        def ask(i: int, j: int) -> tuple[int, int, Drawn | DataError]:
+        def ask(sample: tuple[int, int]) -> tuple[int, int, Drawn | DataError]:
+            i, j = sample
             where, body = prompts[i].content
             own = {"seed": stable_key(seed, body, j) % 2**31} if temperature else {}
             try:
@@ -534,19 +532,12 @@ class Remote:
 
         wanted = [(i, j) for i in range(len(prompts)) for j in range(n) if (i, j) not in done]
         first: dict[int, str] = {}               # the first text of each prompt
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            try:
-                for future in as_completed([pool.submit(ask, i, j) for i, j in wanted]):
-                    i, j, outcome = future.result()
-                    if temperature and isinstance(outcome, Drawn):
-                        if i in first:
-                            self._compare(first[i], outcome.text, temperature)
-                        first.setdefault(i, outcome.text)
-                    yield i, j, outcome
-            except BaseException:
-                self.endpoint.over.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        for i, j, outcome in in_threads(ask, wanted, self.concurrency):
+            if temperature and isinstance(outcome, Drawn):
+                if i in first:
+                    self._compare(first[i], outcome.text, temperature)
+                first.setdefault(i, outcome.text)
+            yield i, j, outcome
 
     def _compare(self, one: str, other: str, temperature: float) -> None:
         """Warn, once, of a server that gives the same sample again and again."""

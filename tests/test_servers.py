@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -321,14 +320,37 @@ def test_when_none_can_succeed_nobody_waits():
         waits.set()
         return 503, {}
 
-    with Server(play) as server, ThreadPoolExecutor(2) as pool:
+    def ask(asked):
+        with pytest.raises(EndpointError, match="HTTP 401"):
+            endpoint.ask({"messages": asked})
+
+    with Server(play) as server:
         endpoint = client(server, pause=1000)
-        busy = pool.submit(endpoint.ask, {"messages": "busy"})
-        with pytest.raises(EndpointError, match="HTTP 401"):
-            endpoint.ask({"messages": "wrong key"})
-        with pytest.raises(EndpointError, match="HTTP 401"):
-            busy.result()
-        assert len(server.requests) == 2
+        assert list(data.in_threads(ask, ["busy", "wrong key"], 2)) == [None, None] and len(server.requests) == 2
+
+
+def test_in_threads_all_is_done_once_or_the_error_is_heard():
+    """Many threads, no item twice; an error ends it, and nothing new is begun behind it."""
+    assert sorted(data.in_threads(lambda n: n * n, range(500), 16)) == [n * n for n in range(500)]
+    begun = []
+
+    def work(n):
+        begun.append(n)
+        return 1 // (n - 3)
+
+    with pytest.raises(ZeroDivisionError):
+        list(data.in_threads(work, range(500), 1))
+    assert begun == [0, 1, 2, 3] and list(data.in_threads(work, [], 4)) == []
+
+
+def test_nobody_waits_for_requests_under_way():
+    """Whoever stops listening (Ctrl-C) goes on at once: a model may think for minutes."""
+    free = threading.Event()
+    results = data.in_threads(lambda n: n if n else free.wait(60), [0, 1], 2)
+    assert next(results) == 1
+    results.close()
+    assert not free.is_set()
+    free.set()
 
 
 # ------------------------------------------------------------------------------------------------------ a judge model
