@@ -66,7 +66,7 @@ def rows_of(path: Path) -> list[dict]:
     ({"question": "Q", "answer": "16 - 3 = <<16-3=13>>13\n#### 1,013"}, "Q", "1,013"),
     ({"idx": "GSM8K_0", "instruction": "Q", "output": "w", "answer": ["18"]}, "Q", "18"),
     # MATH, MATH-500
-    ({"problem": "Q", "type": "Algebra", "solution": "\\boxed{1}, or $\\boxed{\\frac{1}{2}}$."}, "Q", "\\frac{1}{2}"),
+    ({"problem": "Q", "type": "Algebra", "solution": "\\boxed{1}. No, $\\boxed{\\frac{1}{2}}$."}, "Q", "\\frac{1}{2}"),
     ({"problem": "Q", "solution": "$\\boxed{9}$", "answer": "3"}, "Q", "3"),
     # AQuA, AMC, Odyssey, anyone's
     ({"question": "Q", "options": ["A)7 (m)", "B)(8)"], "correct": "B"}, "Q\nAnswer Choices: (A) 7 (m) (B) (8)", "B"),
