@@ -61,8 +61,8 @@ if __name__ == "__main__":      # python -P does not search a script's own folde
 import data
 from data import Batch, DataError, Example
 from model import (CheckpointError, Config, Llama, Tree, choose_device, fingerprint, join_processes,
-                   keep_freed_memory, leave_processes, locked, own_rows, read_json, resolve, sync, whole, writing,
-                   written)
+                   keep_freed_memory, leave_processes, locked, own_rows, read_json, resolve, sync, whole,
+                   writing, written)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -465,9 +465,9 @@ def check(run: Run, step: int, mean: dict[str, float], grad_norm: float, rows: l
         # pass.
         rounding = max(1.0, run.args.beta) * (2e-3 if run.args.precision == "fp32" else 0.25)
         if abs(mean["margin"]) > rounding:
-            raise FloatingPointError(f"step 0: margin {mean['margin']:.4f} instead of 0, loss {mean['loss']:.4f}, "
-                                     "where log 2 = 0.6931 is expected: the reference's log-probs are not this "
-                                     "model's")
+            raise FloatingPointError(f"step 0: margin {mean['margin']:.4f} instead of 0, loss "
+                                     f"{mean['loss']:.4f} where log 2 = 0.6931 is expected: the "
+                                     "reference's log-probs are not this model's")
 
 
 @torch.no_grad()
