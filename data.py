@@ -1420,7 +1420,7 @@ def _inline(text: str) -> list[re.Match]:
 
 # What lines lie inside of: formulas on display, environments, code, drawings.
 _CLOSES = {"\\[": "\\]", "$$": "$$", "\\begin": "\\end", "```": "```", "[asy]": "[/asy]"}
-_MARKS = re.compile("|".join(map(re.escape, {*_CLOSES, *_CLOSES.values()})))
+_BRACKETS = re.compile("|".join(map(re.escape, {*_CLOSES, *_CLOSES.values()})))
 _GOES_ON = re.compile(r"[=<>≤≥≈≠+×÷/|&)}]|\\\[|\$\$|\\begin|```|\[asy\]")
 
 
@@ -1440,7 +1440,7 @@ def _lines(text: str) -> list[tuple[int, int]]:
         if not places or not (inside or lead_in or wrapped or _GOES_ON.match(words) or indent > margin + 1):
             bullet = re.match(r"\s*(?:[-*•‣◦·–—]\s+)?", line[0])
             places.append((end, line.start() + bullet.end()))
-        for mark in _MARKS.findall(words):
+        for mark in _BRACKETS.findall(words):
             if inside[-1:] == [mark]:
                 inside.pop()
             elif mark in _CLOSES:

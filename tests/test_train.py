@@ -420,10 +420,11 @@ def test_another_reference(work, tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_before_the_weights_are_touched(work, tmp_path, capsys):
-    """A NaN weight: the message names the step and the rows of its batch, and no checkpoint is left behind that holds it."""
+    """Weights so large that the loss overflows: the message names the step and the rows of its batch, and no checkpoint
+    is left behind that holds it."""
     tiny_checkpoint(tmp_path / "broken")
     tensors = load_file(tmp_path / "broken" / "model.safetensors")
-    tensors["model.norm.weight"][3] = math.nan
+    tensors["model.norm.weight"][:] = 3e38
     save_file(tensors, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
     error = fails(capsys, arguments(work, "sft", tmp_path / "out", "--model", str(tmp_path / "broken")))
     assert "step 0: loss nan" in error and "pairs.jsonl:" in error and error.count("pairs.jsonl:") == 8
