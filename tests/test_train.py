@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 import stepdpo
+from model import locked
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 COMMON = ["--prompt", "alpaca", "--batch_size", "8", "--lr", "1e-3", "--device", "cpu"]         # also where there is a GPU: bits are compared
@@ -406,6 +407,17 @@ def test_harmless_files_in_the_way_are_left_alone(work, tmp_path):
         (out / name).write_text("x")
     assert stepdpo.main(arguments(work, "stepdpo", out, "--max_steps", "1")) == 0
     assert (out / "model.safetensors").is_file() and (out / "train.log").read_text() == "x"
+
+
+def test_two_runs_into_one_out(work, tmp_path, capsys):
+    """While another command writes OUT, the second one says who, and touches nothing; a lock that a killed one left
+    behind holds nothing."""
+    argv = arguments(work, "stepdpo", tmp_path / "out", "--max_steps", "1")
+    with locked(tmp_path / "out"):
+        assert f"is being written by process {os.getpid()} on" in fails(capsys, argv)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "out.lock").write_text("process 1 on a machine that was switched off")
+    assert stepdpo.main(argv) == 0 and [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_another_reference(work, tmp_path, capsys):
