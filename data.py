@@ -413,7 +413,7 @@ def _example(row: Texts, encoded: list[Encoded], end: int | None, max_length: in
         return "chosen and rejected are the same"
     steps = []
     for side, ids, response in zip(encoded, sides, row.responses):
-        of_token = step_of_tokens(side.offsets, row.steps + response, len(row.prompt))[start:]
+        of_token = step_of_tokens(side.offsets[start:], row.steps + response, len(row.prompt))
         steps.append(np.concatenate([of_token, of_token[-1:]])[:len(ids) - start])      # the end token is of the last step
     return Example(row.where, sides, start, steps, row.problem, row.row)
 
