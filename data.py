@@ -2585,9 +2585,11 @@ def tokens_shared(examples: Sequence[Example], micro_batches: Iterable[list[int]
     separate = sum(len(side) for example in examples for side in example.sides)
     alone = sum(example.length for example in examples)
     together = sum(tokens_in_tree([side for row in rows for side in examples[row].sides]) for rows in micro_batches)
+    if together == separate:
+        return f"tokens: {separate:,}, no two texts begin alike"
     saved = lambda tokens: f"{tokens:,} ({1 - tokens / separate:.1%} saved)"
-    return (f"tokens: {separate:,} text by text; what begins alike once: {saved(alone)} in each row, "
-            f"{saved(together)} in rows of one problem too")
+    return (f"tokens: {separate:,} text by text; {saved(alone)} with the common beginning of a row's texts once; "
+            f"{saved(together)} with that of a problem's rows once")
 
 
 def show(args: argparse.Namespace) -> int:

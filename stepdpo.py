@@ -363,13 +363,13 @@ def loop(run: Run) -> int:
     with StopSignal() as stop:
         for step in range(done, total):
             # ---- once in a while
-            if run.held_out and args.eval_every and step % args.eval_every == 0:
-                evaluate(run, step)
             if step // per_epoch != epoch:
                 epoch = step // per_epoch
                 plan = plan_of_epoch(run, epoch)
                 if step == done:
                     screen.opening(plan)
+            if run.held_out and args.eval_every and step % args.eval_every == 0:
+                evaluate(run, step)
             batch_of_step = plan[step % per_epoch]                          # [rank][micro-batch][row]
             rows = [row for of_rank in batch_of_step for micro_batch in of_rank for row in micro_batch]
             units = sum(run.examples[row].units for row in rows)            # the mean's denominator
