@@ -1,26 +1,28 @@
-"""Preference data: from rows of text to the flat, prefix-shared batches that the loss sees; and the files in between.
+"""Preference data: from rows of text to the flat batches that the loss sees, and the files in between.
 
-One row, as Math-Step-DPO-10K has it (`python data.py show --data F --model M` prints a real one and its tokens):
+One row, as Math-Step-DPO-10K has it (`python data.py show --data F --model M` prints one and its tokens):
 
-    prompt                   "What is 7 * 8 + 5?"                     x             \\  context: read by the model,
-    initial_reason_steps     "Let's think step by step.\\nStep 1:"    s_1..s_{k-1}  /   no loss
-    chosen                   " 7 * 8 = 56."                           s_win         \\  response: loss on every token
-    rejected                 " 7 * 8 = 54."                           s_lose        /
+    prompt                   "What is 7 * 8 + 5?"                  x             \\  context: read by the
+    initial_reason_steps     "Let's think step by step.\\nStep 1:" s_1..s_{k-1}  /   model, no loss
+    chosen                   " 7 * 8 = 56."                        s_win         \\  response: loss on
+    rejected                 " 7 * 8 = 54."                        s_lose        /   every token
     full_chosen, full_rejected: the step and everything after it;  answer, dataset: not used in training
 
 Which text is the response depends on the method, and so does its end:
 
     sft       the whole chosen answer, given the prompt               ends with the end-of-turn token
     dpo       the whole chosen / rejected answer, given the prompt    ends with the end-of-turn token
-    stepdpo   the chosen / rejected step, given prompt and steps      no end token: the solution goes on. A model that
-                                                                      learned to stop after a step would never finish.
+    stepdpo   the chosen / rejected step, given prompt and steps      no end token: the solution goes on, and
+                                                                      a model that learned to stop after a
+                                                                      step would never finish
 
-The two sides of a pair are encoded once each, as whole texts. Their common beginning is in the batch once (`Batch`).
+The sides of a row are encoded once each, as whole texts; what they have in common is in a batch once.
 
-The second half of the file turns graded attempts (eval.py) into such rows: it cuts solutions into steps, has the first
-wrong step located (`localize`) and pairs it with the steps that led to the right answer (`pairs`).
+Part 2 turns graded attempts (eval.py) into such rows: it cuts solutions into steps, has the first wrong step
+located (`localize`) and pairs it with the steps that led to the right answer (`pairs`).
 
-Legend: B rows of a micro-batch, N tokens laid end to end in it, M predicted (response) tokens among them.
+Legend: B rows of a micro-batch, R responses in it, N tokens of its flat row, P places that predict, M
+response tokens that they predict.
 """
 from __future__ import annotations      # the method stands first, what it is made of behind it
 
@@ -66,21 +68,21 @@ from tqdm import tqdm
 if __name__ == "__main__":      # python -P does not search a script's own folder
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from model import (CheckpointError, common_length, join_processes, lay_out, locked, read_json, resolve, strict_json,
-                   writing, written)
+from model import (CheckpointError, common_length, join_processes, lay_out, locked, read_json, resolve,
+                   strict_json, writing, written)
 
 
 class DataError(ValueError):
     """The user's data cannot be used. One line: file and line, field, what was found, what to do."""
 
 
-# ======================================================================================================================
+# ==========================================================================================================
 # PART 1. Rows -> tokens -> batches: the method.
-# ======================================================================================================================
+# ==========================================================================================================
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Rows to tokens
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 METHODS = ("sft", "dpo", "stepdpo")
 LONGEST_TOKEN = 1_000                                   # characters: more than a token of any vocabulary has
@@ -88,16 +90,17 @@ LONGEST_TOKEN = 1_000                                   # characters: more than 
 
 @dataclass(slots=True)
 class Example:
-    """One row as tokens: K >= 1 whole sequences from BOS on (2 of a pair, 1 in SFT), alike in their first `start` tokens."""
-    where: str                                          # "file:line"
-    sides: list[np.ndarray]                             # K of them, int32 ids: context + response; chosen, rejected
-    start: int                                          # index of the first response token, on every side
-    steps: list[np.ndarray]                             # of each side: of which step of its solution each response token is
-    problem: str | None = None                          # the prompt x: rows of one problem begin alike and stay together
-    row: dict | None = None                             # the row it was made of, for a variant's own columns
-    reference: bool = False                             # whether its loss asks for log-probs under the reference
-    units: int = 1                                      # what it counts in the mean: a pair is 1, SFT counts its tokens
-    asked: list | None = None                           # of each side (places, tokens): what is predicted, if not the response
+    """One row as tokens: K >= 1 whole sequences from BOS on (2 of a pair, 1 in SFT), alike in their first
+    `start` tokens."""
+    where: str                                  # "file:line"
+    sides: list[np.ndarray]                     # K of them, int32 ids: context + response; chosen, rejected
+    start: int                                  # index of the first response token, on every side
+    steps: list[np.ndarray]                     # of each side's response tokens: the step that they belong to
+    problem: str | None = None                  # the prompt x: rows of one problem begin alike, stay together
+    row: dict | None = None                     # the row it was made of, for a variant's own columns
+    reference: bool = False                     # whether its loss asks for log-probs under the reference
+    units: int = 1                              # its weight in the mean: 1 for a pair, its tokens in SFT
+    asked: list | None = None                   # of each side (places, tokens): asked instead of the response
 
     @property
     def chosen(self) -> np.ndarray:
@@ -109,7 +112,8 @@ class Example:
 
     @property
     def predicted(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Of each side: the places (in the side) whose hidden states predict, and the tokens that they predict."""
+        """Of each side: the places (in the side) whose hidden states predict, and the tokens that they
+        predict."""
         if self.asked is not None:
             return self.asked
         return [(np.arange(self.start - 1, len(side) - 1), side[self.start:]) for side in self.sides]
@@ -118,165 +122,6 @@ class Example:
     def length(self) -> int:
         """Tokens that the row takes in a batch, its sides' common beginning once."""
         return tokens_in_tree(self.sides)
-
-
-@dataclass
-class Report:
-    """What became of a file's rows. str(report) is a few lines to print."""
-    source: str
-    rows: int = 0
-    kept: int = 0
-    dropped: dict[str, list[str]] = field(default_factory=dict)     # reason -> "file:line" of each row
-    notes: dict[str, list[str]] = field(default_factory=dict)       # what to know of kept rows -> the same
-    details: dict[str, str] = field(default_factory=dict)           # note -> more about its first row
-
-    def drop(self, reason: str, where: str) -> None:
-        self.dropped.setdefault(reason, []).append(where)
-
-    def note(self, remark: str, where: str, detail: str = "") -> None:
-        self.notes.setdefault(remark, []).append(where)
-        self.details.setdefault(remark, detail)
-
-    def __str__(self) -> str:
-        lines = [f"{self.source}: {self.rows:,} rows, {self.kept:,} kept, {self.rows - self.kept:,} dropped"]
-        for title, found in (("", self.dropped), ("note: ", self.notes)):
-            for reason, rows in sorted(found.items(), key=lambda item: -len(item[1])):
-                detail = self.details.get(reason, "") if title else ""
-                lines.append(f"  {len(rows):>7,}  {title}{reason}  (first: {Path(rows[0]).name}){detail}")
-        return "\n".join(lines)
-
-
-class Unfit(DataError):
-    """A row that is well formed and cannot be trained on: it is dropped, under this reason."""
-
-
-def texts_of(row: dict, method: str, where: str) -> tuple[str | list[dict], str, list[str]]:
-    """(question, reasoning that is context, the one or two responses) of a row, as `method` trains it.
-
-    The question is a text or, where there is more to it (a system prompt, earlier turns), the conversation up
-    to the answer: [{"role": ..., "content": ...}, ...]. Rows may be laid out like
-
-      - Math-Step-DPO-10K: a whole answer is initial_reason_steps + full_*; where full_* begins with those
-        steps, it is the whole answer itself. Without these columns, chosen and rejected are whole answers;
-      - TRL's: prompt with chosen and rejected, or with completion, each a text or messages; messages alone;
-      - Alpaca's and LLaMA-Factory's: instruction, input, output; conversations; with system or history.
-
-    Of a conversation the last turn is the answer. Raises DataError where a row is malformed, Unfit where a
-    well-formed one cannot be used.
-    """
-    of_steps = any(name in row for name in ("initial_reason_steps", "full_chosen", "full_rejected"))
-    sides = ["full_chosen", "full_rejected"] if of_steps and method != "stepdpo" else ["chosen", "rejected"]
-    asked = next((name for name in ("prompt", "instruction", "question") if name in row), None)
-    talk = next((name for name in ("messages", "conversations") if name in row), None)
-    if method == "sft":
-        answers = ("response", sides[0], "completion", "output", talk)
-        sides = [next((name for name in answers if name in row), sides[0])]
-    whole = sides[0] == "full_chosen"
-    needed = ["initial_reason_steps", *sides] if whole or method == "stepdpo" else sides
-    missing = [name for name in needed if name not in row]
-    if not asked and not talk and not all(isinstance(row.get(name), list) for name in sides):
-        missing.insert(0, "prompt")
-    if missing or asked == "question":                  # so the pipeline's other files call it
-        expect(row, where, "pairs", "problems")
-    if missing:
-        also = " (or prompt, response)" if method == "sft" else ""
-        raise DataError(f"{where}: {method} needs the columns {', '.join(['prompt', *needed])}{also}; found "
-                        f"{', '.join(row) or 'none'}; missing {', '.join(missing)}: rename them or change "
-                        "method")
-
-    before = _turns_before(row, where, asked, talk if talk not in sides else None)
-    turns, texts = zip(*(_answer(row, name, where) for name in sides))
-    question = _joined(before, turns[0])
-    if any(_joined(before, other) != question for other in turns):
-        raise Unfit("chosen and rejected differ before their last turn, and only that is trained")
-    if not question or question[-1]["role"] in ("assistant", "system"):
-        raise Unfit("no turn of the user stands before the answer")
-    if sum(turn["role"] == "system" for turn in question) > 1:
-        raise Unfit("more than one system prompt")
-    if len(question) == 1:
-        question = question[0]["content"]
-
-    steps = text_field(row, "initial_reason_steps", where) if "initial_reason_steps" in needed else ""
-    if not whole:
-        return question, steps, list(texts)
-    full = lambda text: text.startswith(steps) or not text.strip()      # an empty one is counted as such
-    return question, "", [text if full(text) else steps + text for text in texts]
-
-
-def _turns_before(row: dict, where: str, asked: str | None, talk: str | None) -> list[dict]:
-    """The turns up to the answer from columns of their own: system, history, the prompt in its parts."""
-    for name in ("tools", "images", "videos", "audios", "chat_template_kwargs"):
-        if row.get(name):
-            raise Unfit(f"the column {name} has no place in the prompt")
-    turns = []
-    for name in ("system", "system_prompt", "system_message"):
-        if row.get(name):
-            turns.append({"role": "system", "content": text_field(row, name, where)})
-    history = row.get("history") or []                  # LLaMA-Factory's [[question, answer], ...]
-    for pair in history if isinstance(history, list) else [history]:
-        if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
-            raise Unfit("history is not [[question, answer], ...]; make it turns of the prompt")
-        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    name = asked or talk
-    if name is None or isinstance(row[name], list):
-        return turns + (messages_field(row, name, where) if name else [])
-    text = text_field(row, name, where)
-    for part in ("context", "passage", "input"):
-        value = row.get(part) or ""
-        if not isinstance(value, str):
-            raise Unfit(f"{part}, which belongs to the question, is no text")
-        if value.strip() and value.strip() not in text:
-            text = f"{text}\n{value}" if part == "input" else f"{value}\n{text}"
-    return turns + [{"role": "user", "content": text}]
-
-
-def _joined(before: list[dict], turns: list[dict]) -> list[dict]:
-    """The conversation up to an answer: what other columns have of it, then the turns before the answer in
-    its own. Where these are the conversation from its beginning, they have to repeat what the others say."""
-    if not turns or turns[0]["role"] not in ("system", "user"):
-        return before + turns
-    told = [turn["content"].strip() for turn in turns]
-    if any(turn["content"].strip() not in told for turn in before if turn["role"] != "system"):
-        raise Unfit("the prompt is not among the turns before the answer")
-    return [turn for turn in before if turn["role"] == "system" and turn not in turns] + turns
-
-
-def _answer(row: dict, name: str, where: str) -> tuple[list[dict], str]:
-    """(the turns before it, the answer): a text, or of messages the last."""
-    if not isinstance(row[name], (list, dict)):
-        return [], text_field(row, name, where)
-    *turns, last = messages_field(row, name, where)
-    if last["role"] != "assistant":
-        raise Unfit(f"the last turn of {name} is not the assistant's")
-    return turns, last["content"]
-
-
-def messages_field(row: dict, name: str, where: str) -> list[dict]:
-    """row[name]: messages, [{"role": ..., "content": ...}, ...], or a single one; also as ShareGPT has them
-    (from, value; human, gpt). Only these two keys come back; a thought (reasoning_content) stands in <think>
-    before the content. DataError where the field is anything else."""
-    messages = []
-    for number, message in enumerate(row[name] if isinstance(row[name], list) else [row[name]], 1):
-        if not isinstance(message, dict):
-            found = f"found {_kind(row[name])} {_shown(row[name])}"
-            raise DataError(f"{where}: field {name!r}: {found}; expected text or messages, "
-                            '[{"role": ..., "content": ...}, ...]')
-        here = f"{where}: field {name!r}, message {number}"
-        if message.get("tool_calls"):
-            raise Unfit(f"a call of a tool in {name}")
-        role = text_field(message, "role" if "role" in message else "from", here)
-        content = message.get("content", message.get("value"))
-        if isinstance(content, list):                   # [{"type": "text", "text": ...}]
-            pieces = [piece if isinstance(piece, dict) else {} for piece in content]
-            content = "".join(text_field(piece, "text", here) for piece in pieces)
-        content = text_field({"content": content}, "content", here)
-        for thought in ("reasoning_content", "reasoning", "thinking"):
-            if message.get(thought):
-                content = f"<think>\n{text_field(message, thought, here)}\n</think>\n\n{content}"
-        messages.append({"role": {"human": "user", "gpt": "assistant"}.get(role, role), "content": content})
-    if not messages:
-        raise DataError(f"{where}: field {name!r}: an empty list; expected messages")
-    return messages
 
 
 def encode_dataset(source: str | Path | Iterable[tuple[str, dict]], tokenizer: Tokenizer, method: str,
@@ -311,49 +156,6 @@ def encode_dataset(source: str | Path | Iterable[tuple[str, dict]], tokenizer: T
         reasons = "; ".join(f"{len(where)} {reason}" for reason, where in report.dropped.items())
         raise DataError(f"{report.source}: no row is left to use ({reasons})")
     return examples, report
-
-
-class Texts(NamedTuple):
-    """A row before it becomes tokens. context = prompt + steps is read; the K responses are judged."""
-    where: str                                          # "file:line"
-    row: dict
-    problem: str                                        # the question x, as it stands in the row
-    prompt: str                                         # x, rendered
-    steps: str                                          # s_1..s_{k-1}, "" where whole answers are judged
-    responses: list[str]
-
-
-def to_examples(rows: Sequence[Texts], tokenizer: Tokenizer, end: int | None, max_length: int | None,
-                report: Report, bos: bool = True) -> list[Example]:
-    """Tokenise rows of any number of responses; `end`, if any, follows each response. What is dropped goes to
-    `report`. bos: False for prompts that a chat template has made."""
-    fitting = []
-    for row in rows:
-        longest = len(row.prompt) + len(row.steps) + max(map(len, row.responses))
-        if max_length is not None and longest > LONGEST_TOKEN * max_length:     # without waiting for its tokens
-            report.drop(f"longer than {max_length} tokens", row.where)
-        else:
-            fitting.append(row)
-    texts = [row.prompt + row.steps + response for row in fitting for response in row.responses]
-    encoded = iter(tokenizer.encode_batch(texts, bos))
-    examples = []
-    for row in fitting:
-        made = _example(row, [next(encoded) for _ in row.responses], end, max_length)
-        if isinstance(made, str):
-            report.drop(made, row.where)
-        else:
-            examples.append(made)
-    return examples
-
-
-def _chunks(items: Iterable, size: int) -> Iterator[list]:
-    chunk = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    yield chunk
 
 
 def _render(where: str, row: dict, tokenizer: Tokenizer, method: str, style: str, report: Report) -> Texts:
@@ -396,6 +198,49 @@ def _render(where: str, row: dict, tokenizer: Tokenizer, method: str, style: str
     return Texts(where, row, problem, prompt, "", responses)
 
 
+class Texts(NamedTuple):
+    """A row before it becomes tokens. context = prompt + steps is read; the K responses are judged."""
+    where: str                                          # "file:line"
+    row: dict
+    problem: str                                        # the question x, as it stands in the row
+    prompt: str                                         # x, rendered
+    steps: str                                          # s_1..s_{k-1}, "" where whole answers are judged
+    responses: list[str]
+
+
+def to_examples(rows: Sequence[Texts], tokenizer: Tokenizer, end: int | None, max_length: int | None,
+                report: Report, bos: bool = True) -> list[Example]:
+    """Tokenise rows of any number of responses; `end`, if any, follows each response. What is dropped goes to
+    `report`. bos: False for prompts that a chat template has made."""
+    fitting = []
+    for row in rows:
+        longest = len(row.prompt) + len(row.steps) + max(map(len, row.responses))
+        if max_length is not None and longest > LONGEST_TOKEN * max_length:     # not worth encoding
+            report.drop(f"longer than {max_length} tokens", row.where)
+        else:
+            fitting.append(row)
+    texts = [row.prompt + row.steps + response for row in fitting for response in row.responses]
+    encoded = iter(tokenizer.encode_batch(texts, bos))
+    examples = []
+    for row in fitting:
+        made = _example(row, [next(encoded) for _ in row.responses], end, max_length)
+        if isinstance(made, str):
+            report.drop(made, row.where)
+        else:
+            examples.append(made)
+    return examples
+
+
+def _chunks(items: Iterable, size: int) -> Iterator[list]:
+    chunk = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    yield chunk
+
+
 def _example(row: Texts, encoded: list[Encoded], end: int | None, max_length: int | None) -> Example | str:
     """Tokens of a row, or the reason to drop it. encoded: of prompt + steps + each response, in one piece."""
     boundary = len(row.prompt) + len(row.steps)         # the character at which every side's response begins
@@ -414,13 +259,15 @@ def _example(row: Texts, encoded: list[Encoded], end: int | None, max_length: in
     steps = []
     for side, ids, response in zip(encoded, sides, row.responses):
         of_token = step_of_tokens(side.offsets[start:], row.steps + response, len(row.prompt))
-        steps.append(np.concatenate([of_token, of_token[-1:]])[:len(ids) - start])      # the end token is of the last step
+        with_end = np.concatenate([of_token, of_token[-1:]])            # an end token belongs to the last step
+        steps.append(with_end[:len(ids) - start])
     return Example(row.where, sides, start, steps, row.problem, row.row)
 
 
 def step_of_tokens(offsets: Sequence[tuple[int, int]], solution: str, begin: int) -> np.ndarray:
-    """(tokens,) int32: of which step (0 = the first) of the solution each token's last character is. The solution
-    begins at character `begin` of the text that the offsets are of; what stands before it counts as step 0."""
+    """(tokens,) int32: of which step (0 = the first) of the solution each token's last character is. The
+    solution begins at character `begin` of the text that the offsets are of; what stands before it counts as
+    step 0."""
     starts = [begin + start for start, _ in step_starts(solution)][1:]
     ends = np.array([end for _, end in offsets])
     return np.searchsorted(starts, ends - 1, side="right").astype(np.int32)
@@ -429,48 +276,78 @@ def step_of_tokens(offsets: Sequence[tuple[int, int]], solution: str, begin: int
 def response_start(offsets: Sequence[tuple[int, int]], boundary: int) -> int:
     """Index of the first token that holds a character of the response, i.e. one at `boundary` or after it.
 
-    A token across the boundary ("\\n\\n", half of it context) belongs to the response: the model makes it in one piece.
-    """
+    A token across the boundary ("\\n\\n", half of it context) belongs to the response: the model makes it in
+    one piece. """
     start = next((i for i, (_, after) in enumerate(offsets) if after > boundary), len(offsets))
-    # A normaliser may melt the response's first character into the token before (NFC: "e" + a combining accent). That
-    # token's offsets then end at the boundary although the character is in it; no other token begins with it.
+    # A normaliser may melt the response's first character into the token before (NFC: "e" + a combining
+    # accent). That token's offsets then end at the boundary although the character is in it; no other token
+    # begins with it.
     if 0 < start < len(offsets) and offsets[start][0] > boundary:
         start -= 1
     return start
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Report:
+    """What became of a file's rows. str(report) is a few lines to print."""
+    source: str
+    rows: int = 0
+    kept: int = 0
+    dropped: dict[str, list[str]] = field(default_factory=dict)     # reason -> "file:line" of each row
+    notes: dict[str, list[str]] = field(default_factory=dict)       # what to know of kept rows -> the same
+    details: dict[str, str] = field(default_factory=dict)           # note -> more about its first row
+
+    def drop(self, reason: str, where: str) -> None:
+        self.dropped.setdefault(reason, []).append(where)
+
+    def note(self, remark: str, where: str, detail: str = "") -> None:
+        self.notes.setdefault(remark, []).append(where)
+        self.details.setdefault(remark, detail)
+
+    def __str__(self) -> str:
+        lines = [f"{self.source}: {self.rows:,} rows, {self.kept:,} kept, {self.rows - self.kept:,} dropped"]
+        for title, found in (("", self.dropped), ("note: ", self.notes)):
+            for reason, rows in sorted(found.items(), key=lambda item: -len(item[1])):
+                detail = self.details.get(reason, "") if title else ""
+                lines.append(f"  {len(rows):>7,}  {title}{reason}  (first: {Path(rows[0]).name}){detail}")
+        return "\n".join(lines)
+
+
+class Unfit(DataError):
+    """A row that is well formed and cannot be trained on: it is dropped, under this reason."""
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Batches
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Batch:
-    """A micro-batch of B rows as one radix tree, laid out in a flat row of N tokens: no padding, and what begins alike
-    is there once, whether in the sides of a pair or in several pairs of one problem.
+    """A micro-batch of B rows as one radix tree, laid out in a flat row of N tokens: no padding, and what
+    begins alike is there once, whether in the sides of a pair or in several pairs of one problem.
 
-        one pair                                    two pairs of a problem, cut at steps 2 and 3
-        [ x s_1..s_{k-1} | s_win ... | s_lose ... ] [ x s_1 | s_2 | s_win' .. | s_lose' .. | s_win .. | s_lose .. ]
-          parent -1        parent 0    parent 0       -1      0     1           1            0          0
+        one pair                            two pairs of a problem, cut at steps 2 and 3
+        [ x s_1..s_{k-1} | s_win | s_lose ] [ x s_1 | s_2 | s_win' | s_lose' | s_win | s_lose ]       segments
+          parent -1        0       0          -1      0     1        1         0       0              parents
 
-    A segment sees its parents whole and itself causally; siblings never see each other. Positions go on from the
-    parent's end, so all branches of a fork begin at the same one.
+    A segment sees its parents whole and itself causally; siblings never see each other. Positions go on from
+    the parent's end, so all branches of a fork begin at the same one.
 
-    A hidden state predicts the token after it: `predict_at` are the P places where one is wanted, each once, and
-    `source[m]` says which of them predicts targets[m]. The token before a fork predicts the first token of every
-    branch, so P < M: it meets the vocabulary once.
-    """
-    input_ids: torch.Tensor                             # (N,) int64
-    position_ids: torch.Tensor                          # (N,) int64
-    lengths: list[int]                                  # tokens of each segment, in order; they add up to N
-    parents: list[int]                                  # the segment that each one continues; -1 = none
-    predict_at: torch.Tensor                            # (P,) int64, ascending: places in the flat row
-    source: torch.Tensor                                # (M,) int64: the hidden state, of the P, that predicts targets[m]
-    targets: torch.Tensor                               # (M,) int64: response tokens, row by row and side by side
-    response: torch.Tensor                              # (M,) int64: pair i has responses 2i (chosen), 2i + 1 (rejected)
-    step: torch.Tensor                                  # (M,) int64: the step of its solution that targets[m] is of
-    rows: torch.Tensor                                  # (B,) int64: indices into the dataset
-    examples: list[Example]                             # the B rows themselves
-    responses: int                                      # R: how many there are
+    A hidden state predicts the token after it: `predict_at` are the P places where one is wanted, each once,
+    and `source[m]` says which of them predicts targets[m]. The token before a fork predicts the first token
+    of every branch, so P < M: it meets the vocabulary once. """
+    input_ids: torch.Tensor             # (N,) int64
+    position_ids: torch.Tensor          # (N,) int64
+    lengths: list[int]                  # tokens of each segment, in order; they add up to N
+    parents: list[int]                  # the segment that each one continues; -1 = none
+    predict_at: torch.Tensor            # (P,) int64, ascending: places in the flat row
+    source: torch.Tensor                # (M,) int64: the hidden state, of the P, that predicts targets[m]
+    targets: torch.Tensor               # (M,) int64: response tokens, row by row and side by side
+    response: torch.Tensor              # (M,) int64: pair i has responses 2i (chosen) and 2i + 1 (rejected)
+    step: torch.Tensor                  # (M,) int64: the step of its solution that targets[m] is of
+    rows: torch.Tensor                  # (B,) int64: indices into the dataset
+    examples: list[Example]             # the B rows themselves
+    responses: int                      # R: how many there are
 
     def to(self, device) -> "Batch":
         move = lambda value: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
@@ -506,8 +383,8 @@ def tokens_in_tree(texts: Sequence[np.ndarray]) -> int:
 
 
 def add_to_tree(tree: list[tuple[bytes, np.ndarray]], texts: Iterable[np.ndarray]) -> int:
-    """Put texts into `tree`, a sorted list, and return how many tokens they add to it: of each text those that it does
-    not have in common with a neighbour in that order."""
+    """Put texts into `tree`, a sorted list, and return how many tokens they add to it: of each text those
+    that it does not have in common with a neighbour in that order."""
     added = 0
     for text in texts:
         key = text.astype(">i4").tobytes()              # big-endian bytes sort as the numbers do
@@ -520,16 +397,17 @@ def add_to_tree(tree: list[tuple[bytes, np.ndarray]], texts: Iterable[np.ndarray
 
 def epoch_plan(examples: Sequence[Example], *, batch_size: int, micro_batch_size: int | None = None,
                micro_batch_tokens: int | None = None, world_size: int = 1, seed: int = 0, epoch: int = 0,
-               order: Sequence[int] | None = None, group_by_prompt: bool = False) -> list[list[list[list[int]]]]:
-    """plan[step][rank] = that rank's micro-batches, each a list of row indices. A pure function; every row once.
+               order: Sequence[int] | None = None, group_by_prompt: bool = False) -> list:
+    """plan[step][rank] = that rank's micro-batches, each a list of row indices. A pure function; every row
+    once.
 
-    Which rows make a step depends on (seed, epoch, batch_size) alone, or on `order`, not on how the work is spread: runs
-    on 1 and on 8 processes take the same steps. Within a step the rows of one problem stay together, since they share
-    their beginning; such families are dealt, largest first, to the rank with the fewest tokens so far, and packed in
-    that order into micro-batches of at most `micro_batch_size` rows and `micro_batch_tokens` tokens, as counted in the
-    tree (a longer row travels alone). A family larger than that, or than a rank's share, is cut. The last step of an
-    epoch may be short, and a rank may then have nothing to do in it.
-    """
+    Which rows make a step depends on (seed, epoch, batch_size) alone, or on `order`, not on how the work is
+    spread: runs on 1 and on 8 processes take the same steps. Within a step the rows of one problem stay
+    together, since they share their beginning; such families are dealt, largest first, to the rank with the
+    fewest tokens so far, and packed in that order into micro-batches of at most `micro_batch_size` rows and
+    `micro_batch_tokens` tokens, as counted in the tree (a longer row travels alone). A family larger than
+    that, or than a rank's share, is cut. The last step of an epoch may be short, and a rank may then have
+    nothing to do in it. """
     if order is None:
         order = shuffled(examples, seed, epoch, group_by_prompt)
     plan = []
@@ -540,8 +418,11 @@ def epoch_plan(examples: Sequence[Example], *, batch_size: int, micro_batch_size
         most = math.inf if micro_batch_tokens is None else micro_batch_tokens
         if world_size > 1:
             sides_of = lambda rows: [side for row in rows for side in examples[row].sides]
-            most = min(most, -(-sum(tokens_in_tree(sides_of(rows)) for rows in families.values()) // world_size))
-        pieces = [piece for rows in families.values() for piece in _cut(rows, examples, micro_batch_size, most)]
+            total = sum(tokens_in_tree(sides_of(rows)) for rows in families.values())
+            most = min(most, math.ceil(total / world_size))
+        pieces = []
+        for rows in families.values():
+            pieces += _cut(rows, examples, micro_batch_size, most)
         ranks, loads = [[] for _ in range(world_size)], [0] * world_size
         for tokens, rows in sorted(pieces, key=lambda piece: -piece[0]):
             rank = loads.index(min(loads))
@@ -553,7 +434,8 @@ def epoch_plan(examples: Sequence[Example], *, batch_size: int, micro_batch_size
 
 def shuffled(examples: Sequence[Example], seed: int, epoch: int, group_by_prompt: bool) -> list[int]:
     """The rows in random order; or the problems in random order, the rows of each side by side."""
-    # raw bits of PCG64, sorted: unlike permutation(), the stream is promised to stay the same in every version of numpy
+    # raw bits of PCG64, sorted: unlike permutation(), the stream is promised to stay the same in every
+    # version of numpy
     draws = np.random.PCG64([seed, epoch]).random_raw(len(examples))
     if group_by_prompt:
         number: dict = {}                               # family -> its place of first appearance
@@ -563,7 +445,8 @@ def shuffled(examples: Sequence[Example], seed: int, epoch: int, group_by_prompt
 
 
 def _cut(family: list[int], examples: Sequence[Example], most_rows: int | None, most_tokens: float) -> list:
-    """[(tokens in the tree, rows)] of a family: one piece if it fits, else several of neighbours, which share the most."""
+    """[(tokens in the tree, rows)] of a family: one piece if it fits, else several of neighbours, which share
+    the most."""
     pieces, tree, piece, tokens = [], [], [], 0
     for row in sorted(family, key=lambda row: examples[row].chosen.tolist()) if len(family) > 1 else family:
         more = add_to_tree(tree, examples[row].sides)
@@ -576,7 +459,7 @@ def _cut(family: list[int], examples: Sequence[Example], most_rows: int | None, 
     return pieces + [(tokens, piece)]
 
 
-def _pack(pieces: list[tuple[int, list[int]]], max_rows: int | None, max_tokens: int | None) -> list[list[int]]:
+def _pack(pieces: list[tuple[int, list]], max_rows: int | None, max_tokens: int | None) -> list[list[int]]:
     batches, tokens = [], 0
     for more, rows in pieces:
         tokens += more
@@ -588,9 +471,9 @@ def _pack(pieces: list[tuple[int, list[int]]], max_rows: int | None, max_tokens:
     return batches
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Prompts
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 PROMPT_STYLES = ("qwen2-boxed", "alpaca", "deepseek-math", "chat", "raw")
@@ -625,9 +508,9 @@ def render_prompt(style: str, question: str | list[dict], tokenizer: Tokenizer, 
     raise DataError(f"prompt style {style!r} is not known; choose one of {', '.join(PROMPT_STYLES)}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The tokenizer and the chat template
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 # What marks turns and ends in the chats of the common families. As a token it would forge a turn; where a
 # tokenizer lacks it (a row made for another model), it would be trained letter by letter. Inside a text, <s>
@@ -647,7 +530,8 @@ class Encoded(NamedTuple):
 
 
 class Joints(NamedTuple):
-    """What a chat template writes around an answer, here in Vicuna's: "USER: 3 + 4? ASSISTANT: It is 7.</s>"."""
+    """What a chat template writes around an answer, here in Vicuna's: "USER: 3 + 4? ASSISTANT: It is
+    7.</s>"."""
     opening: str                                        # the generation prompt: "ASSISTANT:"
     lead: str                                           # between it and the answer: " "
     closing: str                                        # all that follows the answer: "</s>"
@@ -701,15 +585,15 @@ class Tokenizer:
     def from_pretrained(cls, folder: str | Path, *, system: str | None = None,
                         template_args: dict | None = None) -> "Tokenizer":
         """Read tokenizer.json and, where they are, tokenizer_config.json, special_tokens_map.json,
-        config.json, generation_config.json and the chat template. DataError or CheckpointError where a file is
-        damaged or disagrees with another. Rust code obeys tokenizer.json: it executes nothing of it, but may
-        take its time."""
+        config.json, generation_config.json and the chat template. DataError or CheckpointError where a file
+        is damaged or disagrees with another. Rust code obeys tokenizer.json: it executes nothing of it, but
+        may take its time."""
         folder = Path(folder)
         path, settings_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
         if not path.is_file():
             holds = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) if folder.is_dir() else "nothing"
-            raise DataError(f"{folder}: tokenizer.json is not there, only {holds}; transformers makes it from "
-                            "a tokenizer.model: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)")
+            raise DataError(f"{folder}: tokenizer.json is not there, only {holds}; transformers makes it "
+                            "from a tokenizer.model: AutoTokenizer.from_pretrained(F).save_pretrained(F)")
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
             opening = backend.encode("").ids            # what the post-processor puts around a text
@@ -875,9 +759,9 @@ class Tokenizer:
         lead = before[len(prompt):] if before.startswith(prompt) else ""
         if end := self._added.search(closing):
             return Joints(opening, lead, closing, closing[:end.start()], self.added_ids[end[0]])
-        if not closing.strip():                         # the end may come with a next turn: the mark that ends
-            longer = self.render_chat([*answered, {"role": "user", "content": "?"}])    # this one, or begins
-            end = self._added.match(longer.rpartition(words)[2].lstrip())               # that one (GLM-4)
+        if not closing.strip():     # the end may come with a next turn: the mark that ends this one, or (GLM-4)
+            longer = self.render_chat([*answered, {"role": "user", "content": "?"}])    # begins that one
+            end = self._added.match(longer.rpartition(words)[2].lstrip())
             if end and (self.added_ids[end[0]] in self.eos_ids or re.search("end|eo[stm]|</s>", end[0])):
                 return Joints(opening, lead, closing, "", self.added_ids[end[0]])
         return Joints(opening, lead, closing, "", None)
@@ -905,8 +789,8 @@ class Tokenizer:
 
     def render_answers(self, question: str | list[dict],
                        answers: list[str]) -> tuple[str, list[str], dict[str, str]]:
-        """Conversations with whole answers: (the prompt that answers are sampled from, as far as they all begin
-        with it; the rest of each up to its end token; remarks -> details).
+        """Conversations with whole answers: (the prompt that answers are sampled from, as far as they all
+        begin with it; the rest of each up to its end token; remarks -> details).
 
         Each is the template's own text. But templates are written for a chat that goes on. Where one takes
         something out (DeepSeek-R1's the thought, Mistral-Nemo's the system prompt), the answer is trained as
@@ -1013,9 +897,142 @@ def _chat_template(folder: Path, own: dict) -> str | None:
     return template if isinstance(template, str) else None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
+# What a row's columns mean, in the layouts that other trainers have
+# ----------------------------------------------------------------------------------------------------------
+
+def texts_of(row: dict, method: str, where: str) -> tuple[str | list[dict], str, list[str]]:
+    """(question, reasoning that is context, the one or two responses) of a row, as `method` trains it.
+
+    The question is a text or, where there is more to it (a system prompt, earlier turns), the conversation up
+    to the answer: [{"role": ..., "content": ...}, ...]. Rows may be laid out like
+
+      - Math-Step-DPO-10K: a whole answer is initial_reason_steps + full_*; where full_* begins with those
+        steps, it is the whole answer itself. Without these columns, chosen and rejected are whole answers;
+      - TRL's: prompt with chosen and rejected, or with completion, each a text or messages; messages alone;
+      - Alpaca's and LLaMA-Factory's: instruction, input, output; conversations; with system or history.
+
+    Of a conversation the last turn is the answer. Raises DataError where a row is malformed, Unfit where a
+    well-formed one cannot be used.
+    """
+    of_steps = any(name in row for name in ("initial_reason_steps", "full_chosen", "full_rejected"))
+    sides = ["full_chosen", "full_rejected"] if of_steps and method != "stepdpo" else ["chosen", "rejected"]
+    asked = next((name for name in ("prompt", "instruction", "question") if name in row), None)
+    talk = next((name for name in ("messages", "conversations") if name in row), None)
+    if method == "sft":
+        answers = ("response", sides[0], "completion", "output", talk)
+        sides = [next((name for name in answers if name in row), sides[0])]
+    whole = sides[0] == "full_chosen"
+    needed = ["initial_reason_steps", *sides] if whole or method == "stepdpo" else sides
+    missing = [name for name in needed if name not in row]
+    if not asked and not talk and not all(isinstance(row.get(name), list) for name in sides):
+        missing.insert(0, "prompt")
+    if missing or asked == "question":                  # so the pipeline's other files call it
+        expect(row, where, "pairs", "problems")
+    if missing:
+        also = " (or prompt, response)" if method == "sft" else ""
+        raise DataError(f"{where}: {method} needs the columns {', '.join(['prompt', *needed])}{also}; found "
+                        f"{', '.join(row) or 'none'}; missing {', '.join(missing)}: rename them or change "
+                        "method")
+
+    before = _turns_before(row, where, asked, talk if talk not in sides else None)
+    turns, texts = zip(*(_answer(row, name, where) for name in sides))
+    question = _joined(before, turns[0])
+    if any(_joined(before, other) != question for other in turns):
+        raise Unfit("chosen and rejected differ before their last turn, and only that is trained")
+    if not question or question[-1]["role"] in ("assistant", "system"):
+        raise Unfit("no turn of the user stands before the answer")
+    if sum(turn["role"] == "system" for turn in question) > 1:
+        raise Unfit("more than one system prompt")
+    if len(question) == 1:
+        question = question[0]["content"]
+
+    steps = text_field(row, "initial_reason_steps", where) if "initial_reason_steps" in needed else ""
+    if not whole:
+        return question, steps, list(texts)
+    full = lambda text: text.startswith(steps) or not text.strip()      # an empty one is counted as such
+    return question, "", [text if full(text) else steps + text for text in texts]
+
+
+def _turns_before(row: dict, where: str, asked: str | None, talk: str | None) -> list[dict]:
+    """The turns up to the answer from columns of their own: system, history, the prompt in its parts."""
+    for name in ("tools", "images", "videos", "audios", "chat_template_kwargs"):
+        if row.get(name):
+            raise Unfit(f"the column {name} has no place in the prompt")
+    turns = []
+    for name in ("system", "system_prompt", "system_message"):
+        if row.get(name):
+            turns.append({"role": "system", "content": text_field(row, name, where)})
+    history = row.get("history") or []                  # LLaMA-Factory's [[question, answer], ...]
+    for pair in history if isinstance(history, list) else [history]:
+        if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
+            raise Unfit("history is not [[question, answer], ...]; make it turns of the prompt")
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    name = asked or talk
+    if name is None or isinstance(row[name], list):
+        return turns + (messages_field(row, name, where) if name else [])
+    text = text_field(row, name, where)
+    for part in ("context", "passage", "input"):
+        value = row.get(part) or ""
+        if not isinstance(value, str):
+            raise Unfit(f"{part}, which belongs to the question, is no text")
+        if value.strip() and value.strip() not in text:
+            text = f"{text}\n{value}" if part == "input" else f"{value}\n{text}"
+    return turns + [{"role": "user", "content": text}]
+
+
+def _joined(before: list[dict], turns: list[dict]) -> list[dict]:
+    """The conversation up to an answer: what other columns have of it, then the turns before the answer in
+    its own. Where these are the conversation from its beginning, they have to repeat what the others say."""
+    if not turns or turns[0]["role"] not in ("system", "user"):
+        return before + turns
+    told = [turn["content"].strip() for turn in turns]
+    if any(turn["content"].strip() not in told for turn in before if turn["role"] != "system"):
+        raise Unfit("the prompt is not among the turns before the answer")
+    return [turn for turn in before if turn["role"] == "system" and turn not in turns] + turns
+
+
+def _answer(row: dict, name: str, where: str) -> tuple[list[dict], str]:
+    """(the turns before it, the answer): a text, or of messages the last."""
+    if not isinstance(row[name], (list, dict)):
+        return [], text_field(row, name, where)
+    *turns, last = messages_field(row, name, where)
+    if last["role"] != "assistant":
+        raise Unfit(f"the last turn of {name} is not the assistant's")
+    return turns, last["content"]
+
+
+def messages_field(row: dict, name: str, where: str) -> list[dict]:
+    """row[name]: messages, [{"role": ..., "content": ...}, ...], or a single one; also as ShareGPT has them
+    (from, value; human, gpt). Only these two keys come back; a thought (reasoning_content) stands in <think>
+    before the content. DataError where the field is anything else."""
+    messages = []
+    for number, message in enumerate(row[name] if isinstance(row[name], list) else [row[name]], 1):
+        if not isinstance(message, dict):
+            found = f"found {_kind(row[name])} {_shown(row[name])}"
+            raise DataError(f"{where}: field {name!r}: {found}; expected text or messages, "
+                            '[{"role": ..., "content": ...}, ...]')
+        here = f"{where}: field {name!r}, message {number}"
+        if message.get("tool_calls"):
+            raise Unfit(f"a call of a tool in {name}")
+        role = text_field(message, "role" if "role" in message else "from", here)
+        content = message.get("content", message.get("value"))
+        if isinstance(content, list):                   # [{"type": "text", "text": ...}]
+            pieces = [piece if isinstance(piece, dict) else {} for piece in content]
+            content = "".join(text_field(piece, "text", here) for piece in pieces)
+        content = text_field({"content": content}, "content", here)
+        for thought in ("reasoning_content", "reasoning", "thinking"):
+            if message.get(thought):
+                content = f"<think>\n{text_field(message, thought, here)}\n</think>\n\n{content}"
+        messages.append({"role": {"human": "user", "gpt": "assistant"}.get(role, role), "content": content})
+    if not messages:
+        raise DataError(f"{where}: field {name!r}: an empty list; expected messages")
+    return messages
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Rows: files of strangers, read strictly
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 def read_rows(source: str | Path, bad: list[DataError] | None = None,
               split: str = "train") -> Iterator[tuple[str, dict]]:
@@ -1252,13 +1269,13 @@ def _one_line(error) -> str:
     return " ".join(str(error).split())[:300]
 
 
-# ======================================================================================================================
+# ==========================================================================================================
 # PART 2. Making pairs (section 3.2 of the paper): solutions -> steps -> first wrong step -> pairs.
-# ======================================================================================================================
+# ==========================================================================================================
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Steps of a solution
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 STEP_STYLES = ("auto", "step", "heading", "number", "paragraph", "line")
 
@@ -1491,9 +1508,9 @@ def same_step(a: str, b: str, style: str = "auto") -> bool:
     return result(a) == result(b)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The first wrong step, from rollouts
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 Counts = Sequence[Sequence[int] | None]                 # one entry a step
 RIGHT, WRONG = (1.0, 1.0), (0.3, 10.0)  # Beta priors: rate of success before the first error; from it on
@@ -1507,16 +1524,17 @@ def error_posterior(values: Counts, agreement: Counts | None = None) -> list[flo
     agreement[i]  [same, successes, tries] of continuations from the prefix before step i (i = 0: the question alone),
                   or None: how many of the successful ones begin with the same step (`same_step`)
 
-    If k is the first wrong step, the prefixes that end before it lead to the right answer at some rate p, those that
-    hold it at a much smaller rate q; successful continuations from before a right step mostly take that step, those
-    from before the wrong one avoid it. All four rates are unknown and integrated out under Beta priors, so each factor
-    is a ratio of Beta functions of pooled counts. Without any rollout the posterior is uniform.
+    If k is the first wrong step, the prefixes that end before it lead to the right answer at some rate p,
+    those that hold it at a much smaller rate q; successful continuations from before a right step mostly take
+    that step, those from before the wrong one avoid it. All four rates are unknown and integrated out under
+    Beta priors, so each factor is a ratio of Beta functions of pooled counts. Without any rollout the
+    posterior is uniform.
 
-    Why not "the first step after which none of 8 succeeds"? On a hard problem none succeeds after right steps either,
-    and now and then one does after a wrong one. The agreement looks at successes only, however hard the rest is. On the
-    embedded task (198 errors of a 50 % policy) that rule finds 88 % of the errors with 8 rollouts a step, this
-    posterior 93 % with the same ones, and 95 % with 6 a step where `next_prefix` puts them.
-    """
+    Why not "the first step after which none of 8 succeeds"? On a hard problem none succeeds after right steps
+    either, and now and then one does after a wrong one. The agreement looks at successes only, however hard
+    the rest is. On the embedded task (198 errors of a 50 % policy) that rule finds 88 % of the errors with 8
+    rollouts a step, this posterior 93 % with the same ones, and 95 % with 6 a step where `next_prefix` puts
+    them. """
     def evidence(rates, prior):                         # log of the integral of p^s (1-p)^(n-s) over Beta(a, b)
         (a, b), s, n = prior, sum(r[0] for r in rates), sum(r[1] for r in rates)
         log_beta = lambda a, b: math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
@@ -1532,15 +1550,16 @@ def error_posterior(values: Counts, agreement: Counts | None = None) -> list[flo
 
 
 def first_error_from_values(values: Counts, agreement: Counts | None = None) -> int | None:
-    """Index of the first wrong step, if the rollouts make it clearly the most probable; None if they leave it open."""
+    """Index of the first wrong step, if the rollouts make it clearly the most probable; None if they leave it
+    open."""
     posterior = error_posterior(values, agreement)
     return posterior.index(max(posterior)) if max(posterior) > 0.7 else None
 
 
 def next_prefix(values: Counts, agreement: Counts, most: int) -> int | None:
-    """Before which step more rollouts help most: the one most suspected. A success there clears the steps before it
-    and, by its own first step, clears or convicts this one. None when the place is found (19 to 1), or `most` rollouts
-    have been spent before every suspect."""
+    """Before which step more rollouts help most: the one most suspected. A success there clears the steps
+    before it and, by its own first step, clears or convicts this one. None when the place is found (19 to 1),
+    or `most` rollouts have been spent before every suspect."""
     posterior = error_posterior(values, agreement)
     if len(posterior) == 1 or max(posterior) > 0.95:
         return None
@@ -1548,9 +1567,9 @@ def next_prefix(values: Counts, agreement: Counts, most: int) -> int | None:
     return max(open_ones, key=posterior.__getitem__, default=None)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Judges: which step is the first wrong one?
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 class Unclear(Exception):
     """A judge gives no verdict on a solution; the message says why, and is what is counted."""
@@ -1564,7 +1583,8 @@ Judge = Callable[[dict], int | None]  # row with question, answer, steps -> inde
 
 
 def rollout_counts(row: dict, name: str, width: int) -> list[list[int] | None]:
-    """row["values"] (width 2) or row["agreement"] (width 3): for each step null or counts, from small to large."""
+    """row["values"] (width 2) or row["agreement"] (width 3): for each step null or counts, from small to
+    large."""
     counts, steps = row.get(name), len(row["steps"])
     if not isinstance(counts, list) or len(counts) != steps:
         raise DataError(f"field {name!r}: expected an entry for each of {steps} steps, as eval.py --rollouts has it")
@@ -1670,7 +1690,8 @@ def ask(row: dict) -> int | None:
 
 
 def function_judge(name: str) -> Judge:
-    """MODULE:FUNCTION gets (question, steps, answer), all texts; it returns the first wrong step's index, or None."""
+    """MODULE:FUNCTION gets (question, steps, answer), all texts; it returns the first wrong step's index, or
+    None."""
     module, _, function = name.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
@@ -2376,9 +2397,9 @@ class _EveryStatus(urllib.request.HTTPErrorProcessor):
 
 
 def in_threads(work: Callable, items: Sequence, threads: int) -> Iterator:
-    """work(item) of each item, as they end. What work raises is raised here, and nothing new is begun. Whoever
-    stops listening need not wait for requests under way, which may take minutes: the threads die with the program.
-    """
+    """work(item) of each item, as they end. What work raises is raised here, and nothing new is begun.
+    Whoever stops listening need not wait for requests under way, which may take minutes: the threads die with
+    the program. """
     waiting, results = deque(items), queue.SimpleQueue()
 
     def serve() -> None:
@@ -2448,13 +2469,13 @@ def _thought_and_text(content) -> tuple[str, str]:
     return "", content or ""
 
 
-# ======================================================================================================================
+# ==========================================================================================================
 # APPENDIX. Looking at data; the command line.
-# ======================================================================================================================
+# ==========================================================================================================
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # python data.py show: a row, and what becomes of it
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 COLOURS = {"context": "2", "chosen": "32", "rejected": "31", "title": "1"}
 
@@ -2465,7 +2486,8 @@ def _paint(text: str, role: str) -> str:
 
 
 def _block(title: str, text: str, role: str) -> str:
-    """A titled text with a bar at its left. Control characters are shown as escapes: a terminal would obey them."""
+    """A titled text with a bar at its left. Control characters are shown as escapes: a terminal would obey
+    them."""
     safe = re.sub(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]", lambda found: f"\\x{ord(found[0]):02x}", text)
     return "\n".join([_paint(title, "title")] + [f"  | {_paint(line, role)}" for line in safe.split("\n")])
 
@@ -2477,10 +2499,11 @@ def _width(text: str) -> int:
 
 def token_picture(ids: Sequence[int], targets: Sequence[int], tokenizer: Tokenizer, context: Sequence[int] = (),
                   columns: int = 110) -> str:
-    """Tokens in lines, with the loss mask below: . = read only, ^ = predicted (loss), 2 = predicted once for each side.
+    """Tokens in lines, with the loss mask below: . = read only, ^ = predicted (loss), 2 = predicted once for
+    each side.
 
-    Spaces are drawn as ·, line ends as ⏎; a character that needs several tokens is drawn as �, once for each of them.
-    """
+    Spaces are drawn as ·, line ends as ⏎; a character that needs several tokens is drawn as �, once for each
+    of them. """
     lines, tokens, mask, used = [], [], [], 0
     ids = list(ids)
     for i, times in enumerate(targets):
@@ -2581,7 +2604,8 @@ def statistics(examples: Sequence[Example], report: Report) -> str:
 
 
 def tokens_shared(examples: Sequence[Example], micro_batches: Iterable[list[int]]) -> str:
-    """What the tree saves: tokens of all texts one by one, of rows alone, and of rows together in these micro-batches."""
+    """What the tree saves: tokens of all texts one by one, of rows alone, and of rows together in these
+    micro-batches."""
     separate = sum(len(side) for example in examples for side in example.sides)
     alone = sum(example.length for example in examples)
     together = sum(tokens_in_tree([side for row in rows for side in examples[row].sides]) for rows in micro_batches)
