@@ -33,6 +33,7 @@ import glob
 import hashlib
 import http.client
 import importlib
+import itertools
 import json
 import math
 import os
@@ -1034,6 +1035,9 @@ def messages_field(row: dict, name: str, where: str) -> list[dict]:
 # Rows: files of strangers, read strictly
 # ----------------------------------------------------------------------------------------------------------
 
+_READERS = (".parquet", ".jsonl", ".json")
+
+
 def read_rows(source: str | Path, bad: list[DataError] | None = None,
               split: str = "train") -> Iterator[tuple[str, dict]]:
     """Yield (where, row) for every object of a .jsonl or .json file (one a line, or an array of them), of a
@@ -1044,22 +1048,19 @@ def read_rows(source: str | Path, bad: list[DataError] | None = None,
     given, is appended to it and the rest goes on.
     """
     path, hub = Path(source), re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", str(source))
-    if path.is_file():
+    if path.exists():
         files = [path]
-    elif path.exists():
-        raise DataError(f"{path}: is a folder or device; give a .jsonl, .json or .parquet file")
-    elif not hub or not hub[1] and path.suffix in (*_READERS, ".csv", ".gz"):
+    elif hub and (hub[1] or path.suffix not in (*_READERS, ".csv", ".gz")):
+        files = _hub_files(str(source), split)
+    else:
         raise DataError(f"{path}: no such file; give a .jsonl, .json or .parquet file, or a hub dataset "
                         "(owner/name)")
-    else:
-        files = _hub_files(str(source), split)
     count = 0
     for file in files:
-        if file.suffix not in _READERS:
-            found = file.suffix or "a file without suffix"
-            raise DataError(f"{file}: cannot read {found}; expected .jsonl, .json or .parquet: unpack or "
-                            "convert the file")
-        for where, row in _READERS[file.suffix](file):
+        if not file.is_file() or file.suffix not in _READERS:
+            raise DataError(f"{file}: cannot be read; expected a .jsonl, .json or .parquet file: unpack or "
+                            "convert it")
+        for where, row in _read_parquet(file) if file.suffix == ".parquet" else _read_json(file):
             count += 1
             if isinstance(row, dict):
                 yield where, row
@@ -1075,38 +1076,40 @@ def read_rows(source: str | Path, bad: list[DataError] | None = None,
 
 def _read_json(path: Path) -> Iterator[tuple[str, object]]:
     """Values with their places: one a line, or those of the one array or object that the whole file is."""
-    lines = _lines_of(path)
-    first, more = next(lines, None), next(lines, None)
-    if first is None:
-        return
-    where, line = first
-    value, array = _parse(line, where), line.lstrip().startswith(b"[")
-    if more and (array or isinstance(value, DataError)):            # begun here, it may end many lines later
-        whole = _parse(path.read_bytes(), where)
-        if array or not isinstance(whole, DataError):
-            value, more = whole, None
-    if more:
-        yield from ((where, _parse(line, where)) for where, line in _lines_of(path))
-        return
-    wrapped = [name for name in ("data", "rows", "examples", "instances", "train", "validation", "test")
-               if isinstance(value, dict) and isinstance(value.get(name), list)]
-    if len(wrapped) > 1:
-        value = DataError(f"{path}: holds several lists of rows ({', '.join(wrapped)}); write the one that "
-                          "is meant into a file of its own")
-    elif wrapped:
-        value = value[wrapped[0]]
-    if isinstance(value, list):
-        yield from ((f"{path}:item {number}", row) for number, row in enumerate(value, 1))
+    with path.open("rb") as file:                       # bytes: of Unicode's many line ends only \n is one
+        lines = ((f"{path}:{number}", line) for number, line in enumerate(file, 1) if line.strip())
+        where, line = next(lines, (None, None))
+        if where is None:
+            return
+        value, second = _parse(line, where), next(lines, None)
+        if second and isinstance(value, DataError):     # begun here, it may end many lines later
+            whole = _parse(path.read_bytes(), where)
+            if line.lstrip().startswith(b"[") or not isinstance(whole, DataError):
+                value, second = whole, None
+        if second:
+            yield where, value
+            yield from ((where, _parse(line, where)) for where, line in itertools.chain([second], lines))
+            return
+    lists = [name for name in ("data", "rows", "examples", "instances", "train", "validation", "test")
+             if isinstance(value, dict) and isinstance(value.get(name), list)]
+    if len(lists) > 1:
+        raise DataError(f"{path}: holds several lists of rows ({', '.join(lists)}); write the one that is "
+                        "meant into a file of its own")
+    rows = value[lists[0]] if lists else value
+    if isinstance(rows, list):
+        yield from ((f"{path}:item {number}", row) for number, row in enumerate(rows, 1))
     else:
-        yield where, value
+        yield where, rows
 
 
-def _lines_of(path: Path) -> Iterator[tuple[str, bytes]]:
-    with path.open("rb") as lines:           # bytes: of Unicode's many line ends only \n is one
-        for number, line in enumerate(lines, 1):
-            line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                yield f"{path}:{number}", line
+def _parse(raw: bytes, where: str) -> object:
+    """One JSON value, or the DataError that says why not. NaN, which pandas writes, is a number here."""
+    try:
+        return strict_json(raw, constant=float)
+    except (ValueError, RecursionError) as error:
+        begins = _quote(raw[:60].decode("utf-8", "replace"))
+        return DataError(f"{where}: malformed JSON ({_one_line(error)}; begins {begins}); correct or remove it, "
+                         "or save the file as UTF-8")
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
@@ -1123,7 +1126,6 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
         raise DataError(f"{path}: not a readable parquet file ({_one_line(error)})") from None
 
 
-_READERS = {".parquet": _read_parquet, ".jsonl": _read_json, ".json": _read_json}
 _NO_ROWS = re.compile(r"(^|/)([._]|(dataset_infos?|dataset_dict|state|config)\.json$)|metadata|croissant")
 # what may stand behind a split's name: the number of a shard (four digits are a year, unless alone), a digest
 _SHARD = re.compile(r"(/\d+|[-_](\d{1,3}|\d{5,})([-_]of[-_]\d+)?)?(-[0-9a-f]{16})?\.\w+$")
@@ -1136,37 +1138,7 @@ def _hub_files(dataset: str, split: str = "train") -> list[Path]:
     which are meant: there are several configurations, or no file says that it is of this split."""
     from huggingface_hub import hf_hub_download
     dataset, _, wanted = dataset.partition(":")
-    names = _hub_names(dataset)
-    groups: dict[str, list[str]] = {}                   # "main/train" -> its shards, in one format
-    for suffix in _READERS:
-        found = [name for name in names if name.endswith(suffix) and not _NO_ROWS.search(name.lower())]
-        in_other_format = set(groups)
-        for name in found:
-            if (group := _SHARD.sub("", name)) not in in_other_format:
-                groups.setdefault(group, []).append(name)
-    if not groups:
-        raise DataError(f"{dataset}: no .parquet, .jsonl or .json file of rows in it (found: "
-                        f"{', '.join(names[:8]) or 'nothing'}); convert it to one of these")
-    named = [group for group in groups if wanted in (group, *groups[group])]
-    begins = re.compile(rf"(^|/){re.escape(wanted)}(?![a-z])" if wanted else "", re.IGNORECASE)
-    meant = named or [group for group in groups if begins.search(group)]
-    # the words of a path, one of which may be its split; the others are its configuration
-    splits, configurations = {}, set()
-    for group in meant:
-        words = re.findall("[a-z]+", group.lower())
-        splits[group] = next((_SPLITS[word] for word in reversed(words) if word in _SPLITS), None)
-        if splits[group]:
-            configurations.add(tuple(word for word in words if word not in _SPLITS))
-    of_split = [group for group in meant if splits[group] == split]
-    if len(of_split) == len(configurations) == 1:
-        meant = of_split
-    said = _SPLITS.keys() & re.findall("[a-z]+", wanted.lower())
-    if len(meant) != 1 or not said and splits[meant[0]] not in (split, None):
-        listed = [f"{dataset}:{group}" for group in meant or groups]
-        more = f" ... ({len(listed) - 12} more)" if len(listed) > 12 else ""
-        raise DataError(f"{dataset}: which of its files hold the {split} rows that are wanted? Give one of: "
-                        + ", ".join(listed[:12]) + more)
-    files = groups[meant[0]]
+    files = _of_split(dataset, _hub_names(dataset), wanted, split)
     if os.environ.get("RANK", "0") == "0":
         print(f"{dataset}: reading {', '.join(files)}", file=sys.stderr)
     try:
@@ -1182,25 +1154,40 @@ def _hub_names(dataset: str) -> list[str]:
     except Exception as error:                          # offline, no such dataset, no permission: many kinds
         try:
             folder = Path(snapshot_download(dataset, repo_type="dataset", local_files_only=True))
-            return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         except Exception:
             raise DataError(f"{dataset}: neither a file here nor a dataset of the hub ({_one_line(error)})"
                             ) from None
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def _parse(raw: bytes, where: str) -> object:
-    """One JSON value, or the DataError that says why not. NaN, which pandas writes, is a number here."""
-    try:
-        return strict_json(raw, constant=float)
-    except UnicodeDecodeError as error:
-        found = f"found 0x{raw[error.start]:02x}"
-        return DataError(f"{where}: byte {error.start} is not UTF-8 ({found}); save the file as UTF-8")
-    except RecursionError:
-        return DataError(f"{where}: JSON nested too deeply; a row is a flat object of text fields")
-    except ValueError as error:
-        begins = _quote(raw[:60].decode("utf-8", "replace"))
-        return DataError(
-            f"{where}: malformed JSON ({_one_line(error)}; begins {begins}); correct or remove it")
+def _of_split(dataset: str, names: list[str], wanted: str, split: str) -> list[str]:
+    """Of a dataset's files those of one split, of one configuration, in one format."""
+    groups: dict[str, list[str]] = {}                   # "main/train" -> its shards
+    for name in names:
+        if name.endswith(_READERS) and not _NO_ROWS.search(name.lower()):
+            groups.setdefault(_SHARD.sub("", name), []).append(name)
+    if not groups:
+        raise DataError(f"{dataset}: no .parquet, .jsonl or .json file of rows in it (found: "
+                        f"{', '.join(names[:8]) or 'nothing'}); convert it to one of these")
+    # the words of a path, one of which may be its split; the others are its configuration
+    words = {path: re.findall("[a-z]+", path.lower()) for path in (wanted, *groups)}
+    splits = {path: next((_SPLITS[word] for word in reversed(words[path]) if word in _SPLITS), None)
+              for path in words}
+    begins = re.compile(rf"(^|/){re.escape(wanted)}(?![a-z])" if wanted else "", re.IGNORECASE)
+    meant = [wanted] if wanted in groups else [group for group in groups if begins.search(group)]
+    split = splits[wanted] or split
+    of_split = [group for group in meant if splits[group] == split]
+    configurations = {tuple(word for word in words[group] if word not in _SPLITS)
+                      for group in meant if splits[group]}
+    if len(of_split) == len(configurations) == 1:
+        meant = of_split
+    if len(meant) != 1 or splits[meant[0]] not in (split, None):
+        listed = [f"{dataset}:{group}" for group in meant or groups]
+        more = " ..." if len(listed) > 12 else ""
+        raise DataError(f"{dataset}: which of its files hold the {split} rows that are wanted? Give one of: "
+                        + ", ".join(listed[:12]) + more)
+    shards = groups[meant[0]]
+    return [name for name in shards if Path(name).suffix == Path(shards[0]).suffix]
 
 
 def text_field(row: dict, name: str, where: str) -> str:
@@ -1229,10 +1216,12 @@ _STAGES = {"pairs": ({"prompt", "chosen", "rejected"}, "stepdpo.py --data F"),
 
 def expect(row: dict, where: str, *wanted: str) -> None:
     """DataError where a row is known to be of another stage of the pipeline than the `wanted` ones."""
-    found = next((name for name, (columns, _) in _STAGES.items() if columns <= row.keys()), None)
-    if found and found not in wanted:
-        raise DataError(f"{where}: the file holds {found}, and {wanted[0]} belong here; what goes on with "
-                        f"{found} is {_STAGES[found][1]}")
+    for name, (columns, command) in _STAGES.items():
+        if columns <= row.keys():
+            if name in wanted:
+                return
+            raise DataError(f"{where}: the file holds {name}, and {wanted[0]} belong here; what goes on with "
+                            f"{name} is {command}")
 
 
 def writable(row: dict, where: str) -> dict:
@@ -1242,12 +1231,12 @@ def writable(row: dict, where: str) -> dict:
     for name, value in row.items():
         try:
             json.dumps({name: value}, ensure_ascii=False, allow_nan=False).encode()
+            kept[name] = value
         except (UnicodeEncodeError, RecursionError):
             raise DataError(f"{where}: half a surrogate pair in it, or too deep an object (field {name!r}); "
                             "make the row again") from None
         except (TypeError, ValueError):
-            continue
-        kept[name] = value
+            pass
     return kept
 
 
@@ -1297,9 +1286,11 @@ _CLOSER = (
     rf"(?:[ \t]*(?:[:：)）\]】}}、．]|\.(?!\d)|\*\*|__|</[a-z]+>)|(?<=[①-⑩\u20e3])|(?<={_CJK})[,， \t]"
     r"|[ \t]+[-–—]|[-–—](?=[ \t])|[ \t]*(?=[(（\r\n]|\Z))(?:[:：.)）\]】}*_$]|</[a-z]+>)*")
 _AFTER = rf"(?(before)(?:[ \t](?=步))?{_CJK}{{1,4}}?|(?<![①-⑩\u20e3])[ \t]?[^\W\d_]{{1,12}})(?={_CLOSER})"
+_INSIDE = r"(?P<inside>(?<=[.!?;:][ \t])|(?<=[。！？；：，）]))"         # in a line: "Step 1: ... Step 2: ..."
 _LABEL = re.compile(
-    rf"(?:^|{_EOL}){_DRESS}(?P<before>{_LETTER}{{1,24}}?(?:n[or]\.[ \t]*|[ \t][(（])?)??(?P<number>{_NUMERAL})"
-    rf"(?(before)(?:[ \t]*(?:/|of)[ \t]*\d{{1,4}})?)(?P<after>{_AFTER})?(?P<closer>{_CLOSER})?",
+    rf"(?:^|{_EOL}|{_INSIDE}){_DRESS}(?P<before>{_LETTER}{{1,24}}?(?:n[or]\.[ \t]*|[ \t][(（])?)??"
+    rf"(?P<number>{_NUMERAL})(?(before)(?:[ \t]*(?:/|of)[ \t]*\d{{1,4}})?)(?P<after>{_AFTER})?"
+    rf"(?P<closer>{_CLOSER})?",
     re.IGNORECASE)
 # "Step" in the languages that people train in, and "1." or "2)". Other labels, as "Case 1:" or "(1)", often
 # number a part of a solution only.
@@ -1349,26 +1340,30 @@ def _find_steps(text: str, style: str) -> tuple[str, list[tuple[int, int]]]:
     if not thought and re.match(r"\s*<think(?:ing)?>", text):
         return "one step", [(0, 0)]                     # it never came to an end
     own = text[thought:]
-    tries = [("step", 2), ("heading", 2), ("inline", 2), ("heading", 1), ("number", 2), ("word", 2),
-             ("paragraph", 2), ("line", 2)]
-    if style != "auto":
-        tries = [(style, 1)]
-    for tried, least in tries:
-        places = _places(own, tried)
-        if len(places) < least:
-            continue
-        (begin, end), *others = places
-        label = own[begin:end].strip(" *_#>\r\n")
-        if style == "auto" and tried not in ("paragraph", "line") and not _SURE.search(label):
-            paragraphs = len(_places(own, "paragraph"))
-            lines = len(_places(own, "line")) if paragraphs == 1 else 0
-            # more is without a label than an end, or, among lines, than a beginning and an end
-            if tried == "heading" or paragraphs > len(places) + 1 or lines > len(places) + 2:
-                continue
-        name = f"{tried}s" if tried in ("paragraph", "line") else f"{label!r} labels"
-        starts = [(0, thought + end), *((thought + begin, thought + end) for begin, end in others)]
-        return name if others else "one step", starts
-    return "one step", [(0, 0)]
+    if style == "auto":
+        style = _auto(own)
+    places = _places(own, style)
+    if not places:
+        return "one step", [(0, 0)]
+    (begin, end), *others = places
+    label = own[begin:end].strip(" *_#>\r\n")
+    name = f"{style}s" if style in ("paragraph", "line") else f"{label!r} labels"
+    starts = [(0, thought + end), *((thought + begin, thought + end) for begin, end in others)]
+    return name if others else "one step", starts
+
+
+def _auto(text: str) -> str:
+    """The style that tells the steps of this text."""
+    counts = {style: len(_places(text, style)) for style in ("number", "heading", "paragraph")}
+    for style, least in (("heading", 1), ("number", 2)):
+        if counts[style] >= least and _SURE.search(text[slice(*_places(text, style)[0])]):
+            return style
+    lines = len(_lines(text)) if counts["paragraph"] == 1 else 0
+    for style in ("number", "heading"):
+        # no more is without a label than an end, or, among lines, than a beginning and an end
+        if counts[style] > 1 and counts["paragraph"] <= counts[style] + 1 and lines <= counts[style] + 2:
+            return style
+    return "paragraph" if counts["paragraph"] > 1 else "line"
 
 
 def _places(text: str, style: str) -> list[tuple[int, int]]:
@@ -1382,86 +1377,61 @@ def _places(text: str, style: str) -> list[tuple[int, int]]:
         return [(0, first if text.strip() else 0), *inner]
     if style == "step":
         labels = re.finditer(rf"(?:^|{_EOL})Step \d+:", text)
-    elif style == "inline":
-        labels = _inline(text)
+    elif style == "number":
+        labels = _counted(text).get("", [])
     else:
-        counted = _counted(text)
-        words = [word for word in counted if word and len(counted[word]) > 1] or ["step"]
-        words.sort(key=lambda word: not _SURE.search(word))
-        labels = counted.get("" if style == "number" else words[0], [])
+        counted = {word: labels for word, labels in _counted(text).items()
+                   if word and labels and (word == "step" or len(labels) > 1)}
+        labels = next((counted[word] for word in counted if _SURE.search(word)), None)
+        labels = labels or next(iter(counted.values()), [])
     return [label.span() for label in labels]
-
-
-def _number(name: str) -> int:
-    return _COUNT.get(name.casefold()) or int(re.match(r"\d+", name)[0])
 
 
 @functools.lru_cache(maxsize=1)                         # `auto` asks more than once
 def _counted(text: str) -> dict[str, list[re.Match]]:
     """The labels of each word, those that count 1, 2, 3, ...; "" are numbers without a word."""
-    counted = {}
+    counted, one_line, end = {}, "\n" not in text.strip(), 0
     for label in _LABEL.finditer(text):
+        if label["inside"] is not None and not text[end:label.start()].strip():
+            continue                                    # "1. Step 1:" is one label
+        end = label.end()
         word = re.sub(r"[\s#№_-]", "", (label["before"] or "") + (label["after"] or "")).casefold()
-        labels, closer = counted.setdefault(word, []), label["closer"]
-        follows = _number(label["number"]) == len(labels) + 1
-        if word == "step":                              # in any order; the next one without a colon, too
-            follows = follows or closer is not None
-        elif word:                                      # a count that begins anew goes on
-            follows = closer is not None and (follows or bool(labels))
-        elif label["number"][-1] not in "①②③④⑤⑥⑦⑧⑨⑩\u20e3":
-            sign = (closer or "").strip()[:1]           # "12 eggs" and "3 - x" are none, but "3 - Ann has"
-            words = re.match(r"\s*[^\W\d_]{2}", text[label.end():label.end() + 9])
-            follows = follows and sign != "" and (sign not in "-–—" or words is not None)
-        if follows:
+        labels, number, closer = counted.setdefault(word, []), label["number"].casefold(), label["closer"]
+        follows = (_COUNT.get(number) or int(re.match(r"\d+", number)[0])) == len(labels) + 1
+        if word:
+            closed = closer is not None or word == "step" and follows
+            # a count that begins anew goes on; the word "Step" is never a chance
+            follows = follows or label["inside"] is None and (bool(labels) or word == "step")
+        else:                                           # "12 eggs" and "3 - x" are no labels
+            closed = number[-1] in "①②③④⑤⑥⑦⑧⑨⑩\u20e3" or re.match(r"\s*[^\s–—-]", closer or "")
+            follows = follows and (one_line or label["inside"] is None)
+        if closed and follows:
             labels.append(label)
     return counted
 
 
-def _inline(text: str) -> list[re.Match]:
-    """Labels on one line, "Step 1: ... Step 2: ..." or "1) ... 2) ...", in the dress of the first."""
-    one_line = len(text.strip().splitlines()) == 1      # amid text, a number without a word says nothing
-    firsts = (label for label in _LABEL.finditer(text)
-              if _number(label["number"]) == 1 and label["closer"] and (one_line or label["before"]))
-    first = next(firsts, None)
-    if first is None:
-        return []
-    before = re.escape(text[first.start():first.start("number")].lstrip())
-    after = re.escape(text[first.end("number"):first.end()].rstrip())
-    pattern = rf"(?<=[\s.!?;,)。！？；，）]){before}({_NUMERAL}){after}(?!(?<=\.)\d)"
-    labels = [first]
-    for label in re.compile(pattern, re.IGNORECASE).finditer(text, first.end()):
-        if _number(label[1]) == len(labels) + 1:
-            labels.append(label)
-    return labels if len(labels) > 1 else []
-
-
 # What lines lie inside of: formulas on display, environments, code, drawings.
-_CLOSES = {"\\[": "\\]", "$$": "$$", "\\begin": "\\end", "```": "```", "[asy]": "[/asy]"}
-_BRACKETS = re.compile("|".join(map(re.escape, {*_CLOSES, *_CLOSES.values()})))
+_BLOCK = re.compile(r"(?s)\\\[.*?(?:\\\]|\Z)|\$\$.*?(?:\$\$|\Z)|\\begin\{(\w+\*?)\}.*?(?:\\end\{\1\}|\Z)"
+                    r"|```.*?(?:```|\Z)|\[asy\].*?(?:\[/asy\]|\Z)")
 _GOES_ON = re.compile(r"[=<>≤≥≈≠+×÷/|&)}]|\\\[|\$\$|\\begin|```|\[asy\]")
+_LEAD_IN = re.compile(r"(?i)(?:[:：,，、=+]|\\\\|\A.{,60}step by step[.!]?)\Z")
 
 
 def _lines(text: str) -> list[tuple[int, int]]:
     """A step a line, but for lines that go on with the one above: in or at the head of a formula on display,
     of code or a table; behind a colon or comma; set in; in lower case behind an unfinished sentence."""
-    places, inside, above, end, margin = [], [], "", 0, 0
+    places, above, end, margin = [], "", 0, False
+    text = _BLOCK.sub(lambda block: re.sub(r"[\r\n]", " ", block[0]), text)
     for line in re.finditer(r"[^\r\n]+", text):
-        words, indent = line[0].strip(), len(line[0].expandtabs(4)) - len(line[0].expandtabs(4).lstrip())
+        words, indented = line[0].strip(), line[0].startswith(("  ", "\t"))
         if not words:
             continue
-        if not places:
-            margin = indent
-        lead_in = above.endswith((":", "：", ",", "，", "、", "=", "+", "\\\\")) or \
-            len(places) == 1 and re.fullmatch(r".{,60}step by step[.!]?", above, re.IGNORECASE)
         wrapped = words[0].islower() and words[1:2].isalpha() and above[-1:] not in ".!?;。！？；"
-        if not places or not (inside or lead_in or wrapped or _GOES_ON.match(words) or indent > margin + 1):
+        goes_on = _LEAD_IN.search(above) or wrapped or _GOES_ON.match(words) or indented and not margin
+        if not places or not goes_on:
+            margin = indented if not places else margin
             bullet = re.match(r"\s*(?:[-*•‣◦·–—]\s+)?", line[0])
             places.append((end, line.start() + bullet.end()))
-        for mark in _BRACKETS.findall(words):
-            if inside[-1:] == [mark]:
-                inside.pop()
-            elif mark in _CLOSES:
-                inside.append(_CLOSES[mark])
         above, end = words, line.end()
     return places or [(0, 0)]
 
@@ -1498,13 +1468,12 @@ def same_step(a: str, b: str, style: str = "auto") -> bool:
     same words."""
     def result(step):
         # one step alone is no sequence: its label may have any number
-        label = None if style in ("paragraph", "line") else _LABEL.search(step)
-        begin = step_starts(step, style)[0][1]
-        closed = label and (label["closer"] is not None or str(label["before"]).strip().lower() == "step")
-        begin = begin or (label.end() if closed else 0)
-        own = step[begin:]
-        value = last_value(own)
-        return " ".join(own.lower().split()) if value is None else value
+        labels = [] if style in ("paragraph", "line") else _LABEL.finditer(step)
+        label = next((label for label in labels if label["inside"] is None), None)
+        if label and (label["closer"] is not None or _SURE.search(label[0])) and step[label.end():].strip():
+            step = step[label.end():]
+        value = last_value(step)
+        return " ".join(step.lower().split()) if value is None else value
     return result(a) == result(b)
 
 
