@@ -2245,9 +2245,9 @@ class Endpoint:
         {"messages": ...} by chat/completions, to {"prompt": ...} by completions. A thought that the server
         keeps apart stands before the text, as models write it: <think>...</think>.
 
-        What may pass is tried again after 1, 2, 4, ... seconds, at most a minute. A field that a refusal names
-        is left out, or renamed, where that helps. DataError: this request is refused or fails; EndpointError:
-        all do.
+        What may pass is tried again after 1, 2, 4, ... seconds, at most a minute. A field that a refusal
+        names is left out, or renamed, where that helps. DataError: this request is refused or fails;
+        EndpointError: all do.
         """
         path = "chat/completions" if "messages" in body else "completions"
         where, attempt, changes = f"{self.url}/{path}{self.via}", 1, dict(self.changes)
@@ -2262,9 +2262,9 @@ class Endpoint:
                 self.failed = 0
                 self.changes |= changes
                 return found
-            named = (name for name in SPARED if name in sent and re.search(
-                rf"(?i)\b{name.replace('_', '[_ -]?')}\b", found))
-            if kind in ("refused", "failed") and (field := next(named, None)):
+            named = lambda field: re.search(rf"(?i)\b{field.replace('_', '[_ -]?')}\b", found)
+            field = next((field for field in SPARED if field in sent and named(field)), None)
+            if field and kind in ("refused", "failed"):
                 changes[field] = SPARED[field]
             elif attempt < self.tries.get(kind, 1):
                 self._tell(kind, f"{where}: {found}; trying again, {self.tries[kind]} times at most")
@@ -2275,8 +2275,8 @@ class Endpoint:
                 self.failed += kind in ("busy", "failed")
                 if kind not in ("away", "final") and self.failed < LOST_IN_A_ROW:
                     raise DataError(found)
-                raise EndpointError(f"{found}; is the server up, and are --endpoint, --api_model and the key in "
-                                    "OPENAI_API_KEY right? What is finished is kept: the same command continues")
+                raise EndpointError(f"{found}; is the server up, and are --endpoint, --api_model and "
+                                    "OPENAI_API_KEY right? What is finished is kept: run the command again")
 
     def _tell(self, what: str, message: str) -> None:
         with self.lock:                                 # once, whichever thread comes first
@@ -2298,7 +2298,8 @@ class Endpoint:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
             broken = reason is error or isinstance(reason, (BrokenPipeError, ConnectionResetError))
             nowhere = isinstance(reason, socket.gaierror) and reason.errno != socket.EAI_AGAIN
-            kind = "final" if nowhere or isinstance(reason, ssl.SSLError) else "failed" if broken else "away"
+            nowhere = nowhere or isinstance(reason, ssl.SSLError)
+            kind = "final" if nowhere else "failed" if broken else "away"
             found = f"{type(reason).__name__}: {reason}"
         if kind != "ok":
             for secret in self.secrets:                 # the server may have quoted it
@@ -2333,7 +2334,7 @@ def read_reply(status: int, text: str) -> tuple[str, tuple | str]:
                 error = f"finish_reason {finish}"
             case {}:
                 error = text
-            case _ if re.match(r"\{(?!.*\}\n\{)|$", text):              # a JSON object a line is a stream
+            case _ if re.match(r"\{(?!.*\}\s+\{)|$", text):              # a JSON object a line is a stream
                 return "failed", f"a reply cut short: {text}"
             case _:
                 return "final", f"a web page, a stream or plain text came, not a JSON object: {text}"
@@ -2373,8 +2374,8 @@ def _text_of(content) -> str:
 
 
 def in_threads(work: Callable, items: Sequence, threads: int) -> Iterator:
-    """work(item) of each item, as they end. Unlike an executor's, a pool's threads die with the program: nobody
-    waits for requests under way, which may take minutes."""
+    """work(item) of each item, as they end. Unlike an executor's, a pool's threads die with the program:
+    nobody waits for requests under way, which may take minutes."""
     with ThreadPool(threads) as pool:
         yield from pool.imap_unordered(work, items)
 

@@ -482,7 +482,8 @@ class Remote:
         """As Sampler.prepare; the prompt's content is (where, the body of its request)."""
         where, question, boxed = problem.where, problem.question, self.prompt == "qwen2-boxed"
         text = text if cut is None else text[:cut].rstrip()
-        checked = text if self.prompt == "raw" else question + text         # a raw prompt is rendered already
+        rendered = self.prompt == "raw" and self.tokenizer      # without one, its BOS would stand there twice
+        checked = text if rendered else question + text
         found = re.search(r"<\|[\w-]{1,40}\|>", checked)
         if mark := found and found[0] or self.tokenizer and self.tokenizer.control_token_in(checked):
             raise DataError(f"{where}: it contains the control token {mark}, which is no text; remove it")
@@ -491,7 +492,7 @@ class Remote:
             turns = [("system", system), ("user", question + BOXED if boxed else question)]
             body = {"messages": [{"role": role, "content": said} for role, said in turns if said]}
             if arguments := self.settings["template_args"]:
-                body["chat_template_kwargs"] = arguments                    # vLLM, SGLang, llama.cpp take them
+                body["chat_template_kwargs"] = arguments        # vLLM, SGLang and llama.cpp take them
             return Prompt((where, body), text, False)
         if self.prompt == "chat" and self.tokenizer is None:
             raise DataError(f"{where}: a prefix needs the checkpoint's chat template: give --model too")
