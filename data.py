@@ -37,7 +37,6 @@ import itertools
 import json
 import math
 import os
-import queue
 import random
 import re
 import signal
@@ -49,11 +48,11 @@ import time
 import unicodedata
 import urllib.error
 import urllib.request
-from collections import Counter, deque
-from contextlib import suppress
+from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from fractions import Fraction
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
 
@@ -2173,24 +2172,28 @@ def pair_of(row: dict, steps: str, chosen: str, rejected: str, full_chosen: str,
 # An OpenAI-compatible server
 # ------------------------------------------------------------------------------------------------------------
 
-class EndpointError(DataError):
-    """The server cannot be used: it is not there, or no request can succeed. What is finished is kept."""
+class EndpointError(OSError):
+    """No request can succeed. (A DataError is of one request; others may go through.)"""
 
 
-class RequestRefused(DataError):
-    """This one request was refused or failed; others may go through, and the same command asks it again."""
-
-
-# What servers call the end of a text that is whole, and of one that was cut off. Under any other name
-# ("error", "content_filter", "abort") a text is no answer of the model.
-WHOLE = ("stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete", "completed", "finished")
-CUT_OFF = ("length", "max_tokens", "max_output_tokens", "model_length")
-SPARED = ("seed", "stop", "top_p", "temperature", "max_tokens")  # what some refuse, the least missed first
+# What a status says of a request. With any other it is "refused": this one cannot succeed, others may.
+KINDS = {"final": (*range(300, 400), 401, 402, 404, 405, 407, 410, 501),        # none can
+         "busy": (408, 409, 425, 429, 502, 503, 504, 529),                      # it may, later
+         "failed": range(500, 600)}                                             # it may, if tried again
+# The status that words stand for, where a reply has none that says it: the first that is found.
+WORDS = {429: r"rate.?limit|too many|overload|capacity|throttl|(try|retry) (again|in|after)|retry.?delay"
+              r"|per.minute|busy|unavailable|timed? ?out|稍后|繁忙",
+         402: r"insufficient[ _](quota|balance|credit|fund)|credit balance|current[ _]quota"
+              r"|your plan and billing|billing[ _](hard[ _])?limit|arrearage|余额不足|欠费",
+         500: r"^finish_reason .*(error|abort|cancel|resource|time)"}
+# Why a text ends. For any other reason ("content_filter") it is no answer of the model.
+ENDS = {"stop_sequence": "stop"}
+ENDS |= dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "complete", "completed", "finished"), "eos")
+ENDS |= dict.fromkeys(("length", "max_tokens", "max_output_tokens", "model_length"), "length")
+# Fields that some servers refuse, the least missed first: their other name, or None to leave them out.
+SPARED = {"seed": None, "stop": None, "top_p": None, "temperature": None,
+          "max_tokens": "max_completion_tokens"}
 LOST_IN_A_ROW = 32                  # so many failed requests without a good one between: the server is down
-NO_MONEY = re.compile(r"(?i)insufficient[ _](quota|balance|credit|fund)|credit balance|current[ _]quota"
-                      r"|your plan and billing|billing[ _](hard[ _])?limit|arrearage|余额不足|欠费")
-LATER = re.compile(r"(?i)rate.?limit|too many|overload|capacity|throttl|(try|retry) (again|in|after)"
-                   r"|retry.?delay|per.minute|busy|unavailable|timed? ?out|稍后|繁忙")
 # Addresses of this machine and of private networks, to which no proxy leads.
 NEAR = re.compile(r"localhost$|127\.|10\.|192\.168\.|172\.(1[6-9]|2\d|3[01])\.|::1$|f[cd].*:")
 
@@ -2198,165 +2201,103 @@ NEAR = re.compile(r"localhost$|127\.|10\.|192\.168\.|172\.(1[6-9]|2\d|3[01])\.|:
 class Endpoint:
     """A server that speaks OpenAI's protocol (vLLM, llama.cpp, transformers serve). Threads may share it.
 
-    url     "http://host:8000", ".../v1", or all of ".../v1/chat/completions", with a query as Azure has it
-    model   the name that the server knows it by
-    key     by default OPENAI_API_KEY of the environment; no message ever shows it
+    url: "http://host:8000", ".../v1" or all of ".../v1/chat/completions", with a query as Azure has it.
+    The key is OPENAI_API_KEY of the environment; no message shows it.
     """
 
-    def __init__(self, url: str, model: str, key: str | None = None, timeout: float = 600, attempts: int = 8,
-                 pause: float = 1.0):
-        self.model, self.timeout, self.attempts, self.pause = model, timeout, attempts, pause
+    def __init__(self, url: str, model: str, timeout: float = 600, attempts: int = 8, pause: float = 1.0):
+        self.model, self.timeout, self.pause = model, timeout, pause
+        self.tries = {"busy": attempts, "away": attempts, "failed": attempts // 2}
         parts = r"(https?://(\[[\da-f:]+\]|[\w.-]+)(?::\d{1,5})?)(/[!-~]*?)??(\?[!-~]*)?"
-        found = re.fullmatch(parts, url.strip())
-        if not found:
-            shown = url.partition("?")[0].rpartition("@")[2]
-            raise DataError(f"--endpoint {shown}: expected an address such as http://localhost:8000/v1, "
-                            "without a password: the key is read from OPENAI_API_KEY")
+        if not (found := re.fullmatch(parts, url.strip())):
+            raise DataError("--endpoint: expected an address such as http://localhost:8000/v1, without a "
+                            "password: the key is read from OPENAI_API_KEY")
         server, host, path, self.query = found.groups(default="")
         host = host.strip("[]")
         self.url = server + (re.sub(r"(/(chat/)?completions)?/*$", "", path) if path.strip("/") else "/v1")
-        key = (key or os.environ.get("OPENAI_API_KEY", "")).strip()
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not re.fullmatch("[!-~]*", key):
             raise DataError("OPENAI_API_KEY: holds a space, a line end or another character that no key has")
         self.secrets = [secret for secret in (key, self.query) if secret]
-        # urllib's own User-Agent is often blocked
-        self.headers = {"Content-Type": "application/json", "User-Agent": "step-dpo"}
-        if key and (host.endswith(".azure.com") or "api-version=" in self.query):
-            self.headers["api-key"] = key
-        elif key:
-            self.headers["Authorization"] = f"Bearer {key}"
-        direct = NEAR.match(host) or urllib.request.proxy_bypass(host)
-        proxies = {} if direct else urllib.request.getproxies()
+        azure = host.endswith(".azure.com") or "api-version=" in self.query
+        self.headers = {"api-key": key} if azure else {"Authorization": f"Bearer {key}"} if key else {}
+        self.headers |= {"Content-Type": "application/json", "User-Agent": "step-dpo"}
+        near = NEAR.match(host) or urllib.request.proxy_bypass(host)
+        proxies = {} if near else urllib.request.getproxies()
         proxy = proxies.get(server.partition(":")[0], "").rpartition("@")[2]            # without its password
         self.via = f" (through the proxy {proxy}; no_proxy={host} goes without)" if proxy else ""
         self.opener = urllib.request.build_opener(_EveryStatus, urllib.request.ProxyHandler(proxies))
-        self.changes: dict[str, str | None] = {}    # field that it refuses -> its other name; None: left out
-        self.answered, self.failed, self.warned = False, 0, False
-        self.over, self.end, self.lock = threading.Event(), "interrupted", threading.Lock()
+        self.changes: dict[str, str | None] = {}        # of SPARED: what the server has refused
+        self.failed, self.told, self.lock = 0, set(), threading.Lock()
 
     def ask(self, body: dict) -> tuple[str, int | None, str]:
-        """(text, number of tokens or None, stop reason) of the reply to {"messages": ..., ...}, which goes to
-        chat/completions, or to {"prompt": ..., ...}, which goes to completions. The stop reason is "eos",
-        "stop" (a stop string) or "length".
+        """(text, number of tokens or None, "eos", "stop" (a stop string) or "length") of the reply to
+        {"messages": ...} by chat/completions, to {"prompt": ...} by completions. A thought that the server
+        keeps apart stands before the text, as models write it: <think>...</think>.
 
-        A thought that the server keeps apart stands before the text, as models write it: <think>...</think>.
+        What may pass is tried again after 1, 2, 4, ... seconds, at most a minute. A field that a refusal
+        names is left out, or renamed, where that helps. DataError: this request is refused or fails;
+        EndpointError: all do.
         """
-        reply = self.post("chat/completions" if "messages" in body else "completions", body)
-        choice, usage = reply["choices"][0], reply.get("usage")
-        finish = _finish_reason(choice)
-        message = choice["message"] if isinstance(choice.get("message"), dict) else choice
-        content = message.get("content") or message.get("refusal") or message.get("text")
-        thought, text = _thought_and_text(content)
-        thought += "".join(_thought_and_text(message.get("reasoning_content") or message.get("reasoning")))
-        if thought.strip() and "</think>" not in text:
-            thinking = finish in CUT_OFF and not text.strip()           # cut off before the thought ended
-            text = f"<think>\n{thought.strip()}" + ("" if thinking else f"\n</think>\n\n{text.lstrip()}")
-        # "stop" is said of both; vLLM and SGLang give the stop string, if it was one
-        string = isinstance(choice.get("stop_reason") or choice.get("matched_stop"), str)
-        reason = "length" if finish in CUT_OFF else "stop" if string or finish == "stop_sequence" else "eos"
-        tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
-        return text, tokens if type(tokens) is int else None, reason
-
-    def post(self, path: str, body: dict) -> dict:
-        """POST {url}/{path} with {"model": ...} | body; the reply's JSON object, with a completion in it.
-
-        What may pass is tried again, after 1, 2, 4, ... seconds with jitter, or what Retry-After asks for, at
-        most a minute: a busy or absent server `attempts` times in all, other faults half as often. A field
-        that a refusal names is left out, or renamed, where that helps. Raises RequestRefused where this
-        request is refused or fails, EndpointError where none can succeed.
-        """
-        where, attempt, changes = f"{self.url}/{path}{self.via}", 0, dict(self.changes)
-        tries = {"busy": self.attempts, "away": self.attempts, "failed": self.attempts // 2}
+        path = "chat/completions" if "messages" in body else "completions"
+        where, attempt, changes = f"{self.url}/{path}{self.via}", 1, dict(self.changes)
         while True:
-            if self.over.is_set():
-                raise EndpointError(self.end)
-            renamed = {changes.get(name, name): value for name, value in body.items()}
-            kind, said, wait = self._send(path, {name: value for name, value in renamed.items() if name})
+            sent = {changes.get(name, name): value for name, value in body.items()}
+            sent.pop(None, None)
+            kind, found = self._send(path, sent)
             if kind == "ok":
-                break
-            named = lambda field: re.search(rf"(?i)\b{field.replace('_', '[_ -]?')}\b", said)
-            field = next((field for field in SPARED if field in renamed and named(field)), None)
+                for field, name in changes.items():
+                    how = f"sent as {name}" if name else "left out"
+                    self._tell(field, f"{where}: the server refuses {field}; it is {how} from here on")
+                self.failed = 0
+                self.changes |= changes
+                return found
+            named = lambda field: re.search(rf"(?i)\b{field.replace('_', '[_ -]?')}\b", found)
+            field = next((field for field in SPARED if field in sent and named(field)), None)
             if field and kind in ("refused", "failed"):
-                changes[field] = "max_completion_tokens" if field == "max_tokens" else None
-                continue
-            attempt += 1
-            if attempt >= tries.get(kind, 1):
-                raise self._error(kind, f"{where}: {said}", attempt)
-            with self.lock:
-                if not self.warned:
-                    print(f"{where}: {said}; trying again, {tries[kind]} times at most", file=sys.stderr)
-                self.warned = True
-            self.over.wait(min(wait or self.pause * 2 ** (attempt - 1) * random.uniform(0.5, 1.0), 60))
-        self.answered, self.failed = True, 0
-        with self.lock:                             # what has helped is done from the start from now on
-            for field in changes.keys() - self.changes.keys():
-                how = f"sent as {changes[field]}" if changes[field] else "left out"
-                print(f"{where}: the server refuses {field}; it is {how} from here on", file=sys.stderr)
-            self.changes |= changes
-        return said
+                changes[field] = SPARED[field]
+            elif attempt < self.tries.get(kind, 1):
+                self._tell(kind, f"{where}: {found}; trying again, {self.tries[kind]} times at most")
+                time.sleep(min(self.pause * 2 ** (attempt - 1), 60) * random.uniform(0.5, 1.0))
+                attempt += 1
+            else:
+                found = f"{where}, attempt {attempt}: {found}"
+                self.failed += kind in ("busy", "failed")
+                if kind not in ("away", "final") and self.failed < LOST_IN_A_ROW:
+                    raise DataError(found)
+                raise EndpointError(f"{found}; is the server up, and are --endpoint, --api_model and "
+                                    "OPENAI_API_KEY right? What is finished is kept: run the command again")
 
-    def _error(self, kind: str, said: str, attempts: int) -> DataError:
-        """What a request ends with that has not succeeded."""
-        if kind == "refused":
-            return RequestRefused(said)
-        if kind != "final":
-            self.failed += 1
-            said += f"; no answer after {attempts} attempts"
-            if self.failed < LOST_IN_A_ROW and (kind == "failed" or kind == "busy" and self.answered):
-                return RequestRefused(said)
-            said += "; is the server up? What is finished is kept: the same command continues"
-        self.end = said
-        self.over.set()                             # the other threads stop waiting and asking
-        return EndpointError(said)
+    def _tell(self, what: str, message: str) -> None:
+        with self.lock:                                 # once, whichever thread comes first
+            if what not in self.told:
+                print(message, file=sys.stderr)
+            self.told.add(what)
 
-    def _send(self, path: str, body: dict) -> tuple[str, dict | str, float]:
-        """(kind, the reply or what is wrong, the seconds that Retry-After asks for). Kinds: "ok"; "refused",
-        just this request; "failed" and "busy", which may pass; "away", nobody answers; "final", all refused.
-        """
+    def _send(self, path: str, body: dict) -> tuple[str, tuple | str]:
+        """What read_reply says, or ("away", why) where nobody answers."""
         content = json.dumps({"model": self.model} | body).encode()
         request = urllib.request.Request(f"{self.url}/{path}{self.query}", content, self.headers)
         try:
             with self.opener.open(request, timeout=self.timeout) as response:
-                status, headers, raw = response.status, response.headers, response.read(2**26)
+                text = response.read(2**26).decode("utf-8-sig", "replace").strip()
+            if response.status >= 300:
+                text = response.headers.get("Location", "") + " " + text       # where a redirect leads
+            kind, found = read_reply(response.status, text)
         except (OSError, OverflowError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
+            reason = error.reason if isinstance(error, urllib.error.URLError) else error
             broken = reason is error or isinstance(reason, (BrokenPipeError, ConnectionResetError))
             nowhere = isinstance(reason, socket.gaierror) and reason.errno != socket.EAI_AGAIN
-            kind = "failed" if broken else "final" if nowhere or isinstance(reason, ssl.SSLError) else "away"
-            return kind, self._safe(f"{type(reason).__name__}: {reason}"), 0.0
-        text = raw.decode("utf-8-sig", "replace").strip()
-        try:
-            reply = json.loads(text)
-        except (ValueError, RecursionError):
-            reply = None
-        words = self._safe(text)
-        stream = re.match(r"data:|event:|\{.*\}\n\{", text)      # server-sent events, or an object a line
-        if status >= 300:
-            kind, said = _kind_of(status), f"HTTP {status}: {words!r}"
-            if status < 400:
-                said += f", and sends us to {self._safe(headers.get('Location', 'nowhere'))!r}"
-            if kind == "final":
-                said += "; check --endpoint, --api_model and the key in OPENAI_API_KEY"
-            if kind == "final" and path == "completions":
-                said += ". Prefixes and rollouts need a server that has /completions"
-        elif isinstance(reply, dict):
-            kind, found = _inside(reply)
-            said = reply if kind == "ok" else f"HTTP {status}, but in it: {self._safe(found)!r}"
-        elif not stream and (text.startswith("{") or not text):
-            kind, said = "failed", f"a reply cut short: {words!r}"
-        else:
-            found = "a stream" if stream else "a web page" if text.startswith("<") else "plain text"
-            kind, said = "final", f"{found} came, not a JSON object: {words!r}; check --endpoint"
-        if kind != "ok" and status != 422 and NO_MONEY.search(said) and not LATER.search(said):
-            kind = "final"                          # (a 422 may quote the prompt)
-        asked = re.fullmatch(r"\d{1,9}(\.\d+)?", headers.get("Retry-After", ""))
-        return kind, said, float(asked[0]) if asked else 0.0
-
-    def _safe(self, text: str) -> str:
-        """A server's words as one line, without the key, which it may have quoted."""
-        for secret in self.secrets:
-            text = text.replace(secret, "***")
-        return " ".join(text.split())[:400]
+            nowhere = nowhere or isinstance(reason, ssl.SSLError)
+            kind = "final" if nowhere else "failed" if broken else "away"
+            found = f"{type(reason).__name__}: {reason}"
+        if kind != "ok":
+            for secret in self.secrets:                 # the server may have quoted it
+                found = found.replace(secret, "***")
+            found = " ".join(found.split())[:400]
+        if kind == "final" and path == "completions":
+            found += ". Prefixes and rollouts need a server that has /completions"
+        return kind, found
 
 
 class _EveryStatus(urllib.request.HTTPErrorProcessor):
@@ -2365,77 +2306,68 @@ class _EveryStatus(urllib.request.HTTPErrorProcessor):
     https_response = http_response
 
 
-def in_threads(work: Callable, items: Sequence, threads: int) -> Iterator:
-    """work(item) of each item, as they end. What work raises is raised here, and nothing new is begun.
-    Whoever stops listening need not wait for requests under way, which may take minutes: the threads die with
-    the program. """
-    waiting, results = deque(items), queue.SimpleQueue()
-
-    def serve() -> None:
-        with suppress(IndexError):                  # nothing waits any more
-            while True:
-                item = waiting.popleft()
-                try:
-                    results.put((work(item), None))
-                except BaseException as error:
-                    waiting.clear()
-                    results.put((None, error))
-
-    for _ in range(min(threads, len(items))):
-        threading.Thread(target=serve, daemon=True).start()
-    try:
-        for _ in items:
-            result, error = results.get()
-            if error is not None:
-                raise error
-            yield result
-    finally:
-        waiting.clear()
-
-
-def _kind_of(status: int) -> str:
-    """What an HTTP status means, as in Endpoint._send."""
-    if status in (408, 409, 425, 429, 502, 503, 504, 529):
-        return "busy"
-    if status >= 500:
-        return "failed"
-    return "final" if status < 400 or status in (401, 402, 404, 405, 407) else "refused"
+def read_reply(status: int, text: str) -> tuple[str, tuple | str]:
+    """("ok", what Endpoint.ask returns) of a server's reply, else (one of KINDS, what is wrong)."""
+    error = text
+    if status < 300:                                    # in which some servers put their errors
+        try:
+            reply = json.loads(text)
+        except ValueError:
+            reply = None
+        match reply:
+            case {"error": error} | {"choices": [{"error": error}, *_]} if error:
+                error = json.dumps(error, ensure_ascii=False)
+            case {"choices": [{"message": {}} | {"text": _} as choice, *_]}:
+                finish = str(choice.get("finish_reason") or "stop").lower()
+                if finish in ENDS:
+                    return "ok", _completion(reply, choice, ENDS[finish])
+                error = f"finish_reason {finish}"
+            case {}:
+                error = text
+            case _ if re.match(r"\{(?!.*\}\s+\{)|$", text):              # a JSON object a line is a stream
+                return "failed", f"a reply cut short: {text}"
+            case _:
+                return "final", f"a web page, a stream or plain text came, not a JSON object: {text}"
+    said = f"HTTP {status}: {error}"
+    meant = next((code for code, words in WORDS.items() if re.search(f"(?i){words}", error)), 400)
+    if status < 300:
+        code = re.search(r'"(?:code|status|status_code)":\s*"?([45]\d\d)\b', error)
+        status = int(code[1]) if code else meant
+    if meant == 402 and status != 422:                  # a 422 may quote the prompt
+        status = 402
+    return next((kind for kind, statuses in KINDS.items() if status in statuses), "refused"), said
 
 
-def _inside(reply: dict) -> tuple[str, str]:
-    """(kind, what it says) of a reply with status 200, in which some servers put their errors."""
-    choices = reply.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
-    error = choice.get("error") or reply.get("error")
-    if not error and not isinstance(choice.get("message"), dict) and "text" not in choice:
-        error = reply
-    if error:
-        said = json.dumps(error, ensure_ascii=False)
-        code = re.search(r'"(?:code|status|status_code)": "?([45]\d\d)\b', said)
-        return _kind_of(int(code[1]) if code else 429 if LATER.search(said) else 400), said
-    finish = _finish_reason(choice)
-    if finish in WHOLE + CUT_OFF:
-        return "ok", ""
-    passing = re.search("error|abort|cancel|resource|time", finish)
-    return "failed" if passing else "refused", f"finish_reason {finish}"
+def _completion(reply: dict, choice: dict, reason: str) -> tuple[str, int | None, str]:
+    message = choice.get("message") or choice
+    text = _text_of(message.get("content") or message.get("refusal") or message.get("text"))
+    thought = message.get("reasoning_content") or message.get("reasoning")
+    if thought and "</think>" not in text:
+        text = _text_of({"type": "thinking", "thinking": thought}) + text.lstrip()
+    if reason == "length":
+        text = text.removesuffix("\n</think>\n\n")             # the thought itself was cut off
+    # many say "stop" of both ends; vLLM and SGLang add the stop string, if it was one
+    if reason == "eos" and isinstance(choice.get("stop_reason") or choice.get("matched_stop"), str):
+        reason = "stop"
+    return text, (reply.get("usage") or {}).get("completion_tokens"), reason
 
 
-def _finish_reason(choice: dict) -> str:
-    return str(choice.get("finish_reason") or "stop").lower()
-
-
-def _thought_and_text(content) -> tuple[str, str]:
-    """A message's content, text or chunks {"type": ..., "text" or "thinking": ...}, as (thought, text)."""
+def _text_of(content) -> str:
+    """A message's content: a text, or chunks {"type": ..., "text" or "thinking": ...}."""
     if isinstance(content, list):
-        parts = [_thought_and_text(chunk) for chunk in content]
-        return "".join(thought for thought, _ in parts), "".join(text for _, text in parts)
+        return "".join(map(_text_of, content))
     if isinstance(content, dict):
-        inner = content.get("text") or content.get("thinking") or content.get("reasoning")
-        thought, text = _thought_and_text(inner)
-        return (thought + text, "") if content.get("type") in ("thinking", "reasoning") else (thought, text)
-    if not isinstance(content, str | None):
-        raise RequestRefused(f"a completion that is {_shown(content)}; expected text")
-    return "", content or ""
+        text = _text_of(content.get("text") or content.get("thinking") or content.get("reasoning"))
+        thought = content.get("type") in ("thinking", "reasoning") and text.strip()
+        return f"<think>\n{thought}\n</think>\n\n" if thought else text
+    return str(content or "")
+
+
+def in_threads(work: Callable, items: Sequence, threads: int) -> Iterator:
+    """work(item) of each item, as they end. Unlike an executor's, a pool's threads die with the program:
+    nobody waits for requests under way, which may take minutes."""
+    with ThreadPool(threads) as pool:
+        yield from pool.imap_unordered(work, items)
 
 
 # ==========================================================================================================
