@@ -2246,9 +2246,9 @@ class Endpoint:
             sent.pop(None, None)
             kind, found = self._send(path, sent)
             if kind == "ok":
-                for field, name in changes.items():
+                for refused, name in changes.items():
                     how = f"sent as {name}" if name else "left out"
-                    self._tell(field, f"{where}: the server refuses {field}; it is {how} from here on")
+                    self._tell(refused, f"{where}: the server refuses {refused}; it is {how} from here on")
                 self.failed = 0
                 self.changes |= changes
                 return found
