@@ -1,26 +1,28 @@
-"""Preference data: from rows of text to the flat, prefix-shared batches that the loss sees; and the files in between.
+"""Preference data: from rows of text to the flat batches that the loss sees, and the files in between.
 
-One row, as Math-Step-DPO-10K has it (`python data.py show --data F --model M` prints a real one and its tokens):
+One row, as Math-Step-DPO-10K has it (`python data.py show --data F --model M` prints one and its tokens):
 
-    prompt                   "What is 7 * 8 + 5?"                     x             \\  context: read by the model,
-    initial_reason_steps     "Let's think step by step.\\nStep 1:"    s_1..s_{k-1}  /   no loss
-    chosen                   " 7 * 8 = 56."                           s_win         \\  response: loss on every token
-    rejected                 " 7 * 8 = 54."                           s_lose        /
+    prompt                   "What is 7 * 8 + 5?"                  x             \\  context: read by the
+    initial_reason_steps     "Let's think step by step.\\nStep 1:" s_1..s_{k-1}  /   model, no loss
+    chosen                   " 7 * 8 = 56."                        s_win         \\  response: loss on
+    rejected                 " 7 * 8 = 54."                        s_lose        /   every token
     full_chosen, full_rejected: the step and everything after it;  answer, dataset: not used in training
 
 Which text is the response depends on the method, and so does its end:
 
     sft       the whole chosen answer, given the prompt               ends with the end-of-turn token
     dpo       the whole chosen / rejected answer, given the prompt    ends with the end-of-turn token
-    stepdpo   the chosen / rejected step, given prompt and steps      no end token: the solution goes on. A model that
-                                                                      learned to stop after a step would never finish.
+    stepdpo   the chosen / rejected step, given prompt and steps      no end token: the solution goes on, and
+                                                                      a model that learned to stop after a
+                                                                      step would never finish
 
-The two sides of a pair are encoded once each, as whole texts. Their common beginning is in the batch once (`Batch`).
+The sides of a row are encoded once each, as whole texts; what they have in common is in a batch once.
 
-The second half of the file turns graded attempts (eval.py) into such rows: it cuts solutions into steps, has the first
-wrong step located (`localize`) and pairs it with the steps that led to the right answer (`pairs`).
+Part 2 turns graded attempts (eval.py) into such rows: it cuts solutions into steps, has the first wrong step
+located (`localize`) and pairs it with the steps that led to the right answer (`pairs`).
 
-Legend: B rows of a micro-batch, N tokens laid end to end in it, M predicted (response) tokens among them.
+Legend: B rows of a micro-batch, R responses in it, N tokens of its flat row, P places that predict, M
+response tokens that they predict.
 """
 from __future__ import annotations      # the method stands first, what it is made of behind it
 
@@ -47,10 +49,10 @@ import unicodedata
 import urllib.error
 import urllib.request
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from fractions import Fraction
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
 
@@ -66,21 +68,21 @@ from tqdm import tqdm
 if __name__ == "__main__":      # python -P does not search a script's own folder
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from model import (CheckpointError, common_length, join_processes, lay_out, locked, read_json, resolve, strict_json,
-                   writing, written)
+from model import (CheckpointError, common_length, join_processes, lay_out, locked, read_json, resolve,
+                   strict_json, writing, written)
 
 
 class DataError(ValueError):
     """The user's data cannot be used. One line: file and line, field, what was found, what to do."""
 
 
-# ======================================================================================================================
+# ==========================================================================================================
 # PART 1. Rows -> tokens -> batches: the method.
-# ======================================================================================================================
+# ==========================================================================================================
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Rows to tokens
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 METHODS = ("sft", "dpo", "stepdpo")
 LONGEST_TOKEN = 1_000                                   # characters: more than a token of any vocabulary has
@@ -88,16 +90,17 @@ LONGEST_TOKEN = 1_000                                   # characters: more than 
 
 @dataclass(slots=True)
 class Example:
-    """One row as tokens: K >= 1 whole sequences from BOS on (2 of a pair, 1 in SFT), alike in their first `start` tokens."""
-    where: str                                          # "file:line"
-    sides: list[np.ndarray]                             # K of them, int32 ids: context + response; chosen, rejected
-    start: int                                          # index of the first response token, on every side
-    steps: list[np.ndarray]                             # of each side: of which step of its solution each response token is
-    problem: str | None = None                          # the prompt x: rows of one problem begin alike and stay together
-    row: dict | None = None                             # the row it was made of, for a variant's own columns
-    reference: bool = False                             # whether its loss asks for log-probs under the reference
-    units: int = 1                                      # what it counts in the mean: a pair is 1, SFT counts its tokens
-    asked: list | None = None                           # of each side (places, tokens): what is predicted, if not the response
+    """One row as tokens: K >= 1 whole sequences from BOS on (2 of a pair, 1 in SFT), alike in their first
+    `start` tokens."""
+    where: str                                  # "file:line"
+    sides: list[np.ndarray]                     # K of them, int32 ids: context + response; chosen, rejected
+    start: int                                  # index of the first response token, on every side
+    steps: list[np.ndarray]                     # of each side's response tokens: the step that they belong to
+    problem: str | None = None                  # the prompt x: rows of one problem begin alike, stay together
+    row: dict | None = None                     # the row it was made of, for a variant's own columns
+    reference: bool = False                     # whether its loss asks for log-probs under the reference
+    units: int = 1                              # its weight in the mean: 1 for a pair, its tokens in SFT
+    asked: list | None = None                   # of each side (places, tokens): asked instead of the response
 
     @property
     def chosen(self) -> np.ndarray:
@@ -109,7 +112,8 @@ class Example:
 
     @property
     def predicted(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Of each side: the places (in the side) whose hidden states predict, and the tokens that they predict."""
+        """Of each side: the places (in the side) whose hidden states predict, and the tokens that they
+        predict."""
         if self.asked is not None:
             return self.asked
         return [(np.arange(self.start - 1, len(side) - 1), side[self.start:]) for side in self.sides]
@@ -118,165 +122,6 @@ class Example:
     def length(self) -> int:
         """Tokens that the row takes in a batch, its sides' common beginning once."""
         return tokens_in_tree(self.sides)
-
-
-@dataclass
-class Report:
-    """What became of a file's rows. str(report) is a few lines to print."""
-    source: str
-    rows: int = 0
-    kept: int = 0
-    dropped: dict[str, list[str]] = field(default_factory=dict)     # reason -> "file:line" of each row
-    notes: dict[str, list[str]] = field(default_factory=dict)       # what to know of kept rows -> the same
-    details: dict[str, str] = field(default_factory=dict)           # note -> more about its first row
-
-    def drop(self, reason: str, where: str) -> None:
-        self.dropped.setdefault(reason, []).append(where)
-
-    def note(self, remark: str, where: str, detail: str = "") -> None:
-        self.notes.setdefault(remark, []).append(where)
-        self.details.setdefault(remark, detail)
-
-    def __str__(self) -> str:
-        lines = [f"{self.source}: {self.rows:,} rows, {self.kept:,} kept, {self.rows - self.kept:,} dropped"]
-        for title, found in (("", self.dropped), ("note: ", self.notes)):
-            for reason, rows in sorted(found.items(), key=lambda item: -len(item[1])):
-                detail = self.details.get(reason, "") if title else ""
-                lines.append(f"  {len(rows):>7,}  {title}{reason}  (first: {Path(rows[0]).name}){detail}")
-        return "\n".join(lines)
-
-
-class Unfit(DataError):
-    """A row that is well formed and cannot be trained on: it is dropped, under this reason."""
-
-
-def texts_of(row: dict, method: str, where: str) -> tuple[str | list[dict], str, list[str]]:
-    """(question, reasoning that is context, the one or two responses) of a row, as `method` trains it.
-
-    The question is a text or, where there is more to it (a system prompt, earlier turns), the conversation up
-    to the answer: [{"role": ..., "content": ...}, ...]. Rows may be laid out like
-
-      - Math-Step-DPO-10K: a whole answer is initial_reason_steps + full_*; where full_* begins with those
-        steps, it is the whole answer itself. Without these columns, chosen and rejected are whole answers;
-      - TRL's: prompt with chosen and rejected, or with completion, each a text or messages; messages alone;
-      - Alpaca's and LLaMA-Factory's: instruction, input, output; conversations; with system or history.
-
-    Of a conversation the last turn is the answer. Raises DataError where a row is malformed, Unfit where a
-    well-formed one cannot be used.
-    """
-    of_steps = any(name in row for name in ("initial_reason_steps", "full_chosen", "full_rejected"))
-    sides = ["full_chosen", "full_rejected"] if of_steps and method != "stepdpo" else ["chosen", "rejected"]
-    asked = next((name for name in ("prompt", "instruction", "question") if name in row), None)
-    talk = next((name for name in ("messages", "conversations") if name in row), None)
-    if method == "sft":
-        answers = ("response", sides[0], "completion", "output", talk)
-        sides = [next((name for name in answers if name in row), sides[0])]
-    whole = sides[0] == "full_chosen"
-    needed = ["initial_reason_steps", *sides] if whole or method == "stepdpo" else sides
-    missing = [name for name in needed if name not in row]
-    if not asked and not talk and not all(isinstance(row.get(name), list) for name in sides):
-        missing.insert(0, "prompt")
-    if missing or asked == "question":                  # so the pipeline's other files call it
-        expect(row, where, "pairs", "problems")
-    if missing:
-        also = " (or prompt, response)" if method == "sft" else ""
-        raise DataError(f"{where}: {method} needs the columns {', '.join(['prompt', *needed])}{also}; found "
-                        f"{', '.join(row) or 'none'}; missing {', '.join(missing)}: rename them or change "
-                        "method")
-
-    before = _turns_before(row, where, asked, talk if talk not in sides else None)
-    turns, texts = zip(*(_answer(row, name, where) for name in sides))
-    question = _joined(before, turns[0])
-    if any(_joined(before, other) != question for other in turns):
-        raise Unfit("chosen and rejected differ before their last turn, and only that is trained")
-    if not question or question[-1]["role"] in ("assistant", "system"):
-        raise Unfit("no turn of the user stands before the answer")
-    if sum(turn["role"] == "system" for turn in question) > 1:
-        raise Unfit("more than one system prompt")
-    if len(question) == 1:
-        question = question[0]["content"]
-
-    steps = text_field(row, "initial_reason_steps", where) if "initial_reason_steps" in needed else ""
-    if not whole:
-        return question, steps, list(texts)
-    full = lambda text: text.startswith(steps) or not text.strip()      # an empty one is counted as such
-    return question, "", [text if full(text) else steps + text for text in texts]
-
-
-def _turns_before(row: dict, where: str, asked: str | None, talk: str | None) -> list[dict]:
-    """The turns up to the answer from columns of their own: system, history, the prompt in its parts."""
-    for name in ("tools", "images", "videos", "audios", "chat_template_kwargs"):
-        if row.get(name):
-            raise Unfit(f"the column {name} has no place in the prompt")
-    turns = []
-    for name in ("system", "system_prompt", "system_message"):
-        if row.get(name):
-            turns.append({"role": "system", "content": text_field(row, name, where)})
-    history = row.get("history") or []                  # LLaMA-Factory's [[question, answer], ...]
-    for pair in history if isinstance(history, list) else [history]:
-        if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
-            raise Unfit("history is not [[question, answer], ...]; make it turns of the prompt")
-        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    name = asked or talk
-    if name is None or isinstance(row[name], list):
-        return turns + (messages_field(row, name, where) if name else [])
-    text = text_field(row, name, where)
-    for part in ("context", "passage", "input"):
-        value = row.get(part) or ""
-        if not isinstance(value, str):
-            raise Unfit(f"{part}, which belongs to the question, is no text")
-        if value.strip() and value.strip() not in text:
-            text = f"{text}\n{value}" if part == "input" else f"{value}\n{text}"
-    return turns + [{"role": "user", "content": text}]
-
-
-def _joined(before: list[dict], turns: list[dict]) -> list[dict]:
-    """The conversation up to an answer: what other columns have of it, then the turns before the answer in
-    its own. Where these are the conversation from its beginning, they have to repeat what the others say."""
-    if not turns or turns[0]["role"] not in ("system", "user"):
-        return before + turns
-    told = [turn["content"].strip() for turn in turns]
-    if any(turn["content"].strip() not in told for turn in before if turn["role"] != "system"):
-        raise Unfit("the prompt is not among the turns before the answer")
-    return [turn for turn in before if turn["role"] == "system" and turn not in turns] + turns
-
-
-def _answer(row: dict, name: str, where: str) -> tuple[list[dict], str]:
-    """(the turns before it, the answer): a text, or of messages the last."""
-    if not isinstance(row[name], (list, dict)):
-        return [], text_field(row, name, where)
-    *turns, last = messages_field(row, name, where)
-    if last["role"] != "assistant":
-        raise Unfit(f"the last turn of {name} is not the assistant's")
-    return turns, last["content"]
-
-
-def messages_field(row: dict, name: str, where: str) -> list[dict]:
-    """row[name]: messages, [{"role": ..., "content": ...}, ...], or a single one; also as ShareGPT has them
-    (from, value; human, gpt). Only these two keys come back; a thought (reasoning_content) stands in <think>
-    before the content. DataError where the field is anything else."""
-    messages = []
-    for number, message in enumerate(row[name] if isinstance(row[name], list) else [row[name]], 1):
-        if not isinstance(message, dict):
-            found = f"found {_kind(row[name])} {_shown(row[name])}"
-            raise DataError(f"{where}: field {name!r}: {found}; expected text or messages, "
-                            '[{"role": ..., "content": ...}, ...]')
-        here = f"{where}: field {name!r}, message {number}"
-        if message.get("tool_calls"):
-            raise Unfit(f"a call of a tool in {name}")
-        role = text_field(message, "role" if "role" in message else "from", here)
-        content = message.get("content", message.get("value"))
-        if isinstance(content, list):                   # [{"type": "text", "text": ...}]
-            pieces = [piece if isinstance(piece, dict) else {} for piece in content]
-            content = "".join(text_field(piece, "text", here) for piece in pieces)
-        content = text_field({"content": content}, "content", here)
-        for thought in ("reasoning_content", "reasoning", "thinking"):
-            if message.get(thought):
-                content = f"<think>\n{text_field(message, thought, here)}\n</think>\n\n{content}"
-        messages.append({"role": {"human": "user", "gpt": "assistant"}.get(role, role), "content": content})
-    if not messages:
-        raise DataError(f"{where}: field {name!r}: an empty list; expected messages")
-    return messages
 
 
 def encode_dataset(source: str | Path | Iterable[tuple[str, dict]], tokenizer: Tokenizer, method: str,
@@ -311,49 +156,6 @@ def encode_dataset(source: str | Path | Iterable[tuple[str, dict]], tokenizer: T
         reasons = "; ".join(f"{len(where)} {reason}" for reason, where in report.dropped.items())
         raise DataError(f"{report.source}: no row is left to use ({reasons})")
     return examples, report
-
-
-class Texts(NamedTuple):
-    """A row before it becomes tokens. context = prompt + steps is read; the K responses are judged."""
-    where: str                                          # "file:line"
-    row: dict
-    problem: str                                        # the question x, as it stands in the row
-    prompt: str                                         # x, rendered
-    steps: str                                          # s_1..s_{k-1}, "" where whole answers are judged
-    responses: list[str]
-
-
-def to_examples(rows: Sequence[Texts], tokenizer: Tokenizer, end: int | None, max_length: int | None,
-                report: Report, bos: bool = True) -> list[Example]:
-    """Tokenise rows of any number of responses; `end`, if any, follows each response. What is dropped goes to
-    `report`. bos: False for prompts that a chat template has made."""
-    fitting = []
-    for row in rows:
-        longest = len(row.prompt) + len(row.steps) + max(map(len, row.responses))
-        if max_length is not None and longest > LONGEST_TOKEN * max_length:     # without waiting for its tokens
-            report.drop(f"longer than {max_length} tokens", row.where)
-        else:
-            fitting.append(row)
-    texts = [row.prompt + row.steps + response for row in fitting for response in row.responses]
-    encoded = iter(tokenizer.encode_batch(texts, bos))
-    examples = []
-    for row in fitting:
-        made = _example(row, [next(encoded) for _ in row.responses], end, max_length)
-        if isinstance(made, str):
-            report.drop(made, row.where)
-        else:
-            examples.append(made)
-    return examples
-
-
-def _chunks(items: Iterable, size: int) -> Iterator[list]:
-    chunk = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    yield chunk
 
 
 def _render(where: str, row: dict, tokenizer: Tokenizer, method: str, style: str, report: Report) -> Texts:
@@ -396,6 +198,49 @@ def _render(where: str, row: dict, tokenizer: Tokenizer, method: str, style: str
     return Texts(where, row, problem, prompt, "", responses)
 
 
+class Texts(NamedTuple):
+    """A row before it becomes tokens. context = prompt + steps is read; the K responses are judged."""
+    where: str                                          # "file:line"
+    row: dict
+    problem: str                                        # the question x, as it stands in the row
+    prompt: str                                         # x, rendered
+    steps: str                                          # s_1..s_{k-1}, "" where whole answers are judged
+    responses: list[str]
+
+
+def to_examples(rows: Sequence[Texts], tokenizer: Tokenizer, end: int | None, max_length: int | None,
+                report: Report, bos: bool = True) -> list[Example]:
+    """Tokenise rows of any number of responses; `end`, if any, follows each response. What is dropped goes to
+    `report`. bos: False for prompts that a chat template has made."""
+    fitting = []
+    for row in rows:
+        longest = len(row.prompt) + len(row.steps) + max(map(len, row.responses))
+        if max_length is not None and longest > LONGEST_TOKEN * max_length:     # not worth encoding
+            report.drop(f"longer than {max_length} tokens", row.where)
+        else:
+            fitting.append(row)
+    texts = [row.prompt + row.steps + response for row in fitting for response in row.responses]
+    encoded = iter(tokenizer.encode_batch(texts, bos))
+    examples = []
+    for row in fitting:
+        made = _example(row, [next(encoded) for _ in row.responses], end, max_length)
+        if isinstance(made, str):
+            report.drop(made, row.where)
+        else:
+            examples.append(made)
+    return examples
+
+
+def _chunks(items: Iterable, size: int) -> Iterator[list]:
+    chunk = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    yield chunk
+
+
 def _example(row: Texts, encoded: list[Encoded], end: int | None, max_length: int | None) -> Example | str:
     """Tokens of a row, or the reason to drop it. encoded: of prompt + steps + each response, in one piece."""
     boundary = len(row.prompt) + len(row.steps)         # the character at which every side's response begins
@@ -413,14 +258,16 @@ def _example(row: Texts, encoded: list[Encoded], end: int | None, max_length: in
         return "chosen and rejected are the same"
     steps = []
     for side, ids, response in zip(encoded, sides, row.responses):
-        of_token = step_of_tokens(side.offsets, row.steps + response, len(row.prompt))[start:]
-        steps.append(np.concatenate([of_token, of_token[-1:]])[:len(ids) - start])      # the end token is of the last step
+        of_token = step_of_tokens(side.offsets[start:], row.steps + response, len(row.prompt))
+        with_end = np.concatenate([of_token, of_token[-1:]])            # an end token belongs to the last step
+        steps.append(with_end[:len(ids) - start])
     return Example(row.where, sides, start, steps, row.problem, row.row)
 
 
 def step_of_tokens(offsets: Sequence[tuple[int, int]], solution: str, begin: int) -> np.ndarray:
-    """(tokens,) int32: of which step (0 = the first) of the solution each token's last character is. The solution
-    begins at character `begin` of the text that the offsets are of; what stands before it counts as step 0."""
+    """(tokens,) int32: of which step (0 = the first) of the solution each token's last character is. The
+    solution begins at character `begin` of the text that the offsets are of; what stands before it counts as
+    step 0."""
     starts = [begin + start for start, _ in step_starts(solution)][1:]
     ends = np.array([end for _, end in offsets])
     return np.searchsorted(starts, ends - 1, side="right").astype(np.int32)
@@ -429,48 +276,78 @@ def step_of_tokens(offsets: Sequence[tuple[int, int]], solution: str, begin: int
 def response_start(offsets: Sequence[tuple[int, int]], boundary: int) -> int:
     """Index of the first token that holds a character of the response, i.e. one at `boundary` or after it.
 
-    A token across the boundary ("\\n\\n", half of it context) belongs to the response: the model makes it in one piece.
-    """
+    A token across the boundary ("\\n\\n", half of it context) belongs to the response: the model makes it in
+    one piece. """
     start = next((i for i, (_, after) in enumerate(offsets) if after > boundary), len(offsets))
-    # A normaliser may melt the response's first character into the token before (NFC: "e" + a combining accent). That
-    # token's offsets then end at the boundary although the character is in it; no other token begins with it.
+    # A normaliser may melt the response's first character into the token before (NFC: "e" + a combining
+    # accent). That token's offsets then end at the boundary although the character is in it; no other token
+    # begins with it.
     if 0 < start < len(offsets) and offsets[start][0] > boundary:
         start -= 1
     return start
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Report:
+    """What became of a file's rows. str(report) is a few lines to print."""
+    source: str
+    rows: int = 0
+    kept: int = 0
+    dropped: dict[str, list[str]] = field(default_factory=dict)     # reason -> "file:line" of each row
+    notes: dict[str, list[str]] = field(default_factory=dict)       # what to know of kept rows -> the same
+    details: dict[str, str] = field(default_factory=dict)           # note -> more about its first row
+
+    def drop(self, reason: str, where: str) -> None:
+        self.dropped.setdefault(reason, []).append(where)
+
+    def note(self, remark: str, where: str, detail: str = "") -> None:
+        self.notes.setdefault(remark, []).append(where)
+        self.details.setdefault(remark, detail)
+
+    def __str__(self) -> str:
+        lines = [f"{self.source}: {self.rows:,} rows, {self.kept:,} kept, {self.rows - self.kept:,} dropped"]
+        for title, found in (("", self.dropped), ("note: ", self.notes)):
+            for reason, rows in sorted(found.items(), key=lambda item: -len(item[1])):
+                detail = self.details.get(reason, "") if title else ""
+                lines.append(f"  {len(rows):>7,}  {title}{reason}  (first: {Path(rows[0]).name}){detail}")
+        return "\n".join(lines)
+
+
+class Unfit(DataError):
+    """A row that is well formed and cannot be trained on: it is dropped, under this reason."""
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Batches
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Batch:
-    """A micro-batch of B rows as one radix tree, laid out in a flat row of N tokens: no padding, and what begins alike
-    is there once, whether in the sides of a pair or in several pairs of one problem.
+    """A micro-batch of B rows as one radix tree, laid out in a flat row of N tokens: no padding, and what
+    begins alike is there once, whether in the sides of a pair or in several pairs of one problem.
 
-        one pair                                    two pairs of a problem, cut at steps 2 and 3
-        [ x s_1..s_{k-1} | s_win ... | s_lose ... ] [ x s_1 | s_2 | s_win' .. | s_lose' .. | s_win .. | s_lose .. ]
-          parent -1        parent 0    parent 0       -1      0     1           1            0          0
+        one pair                            two pairs of a problem, cut at steps 2 and 3
+        [ x s_1..s_{k-1} | s_win | s_lose ] [ x s_1 | s_2 | s_win' | s_lose' | s_win | s_lose ]       segments
+          parent -1        0       0          -1      0     1        1         0       0              parents
 
-    A segment sees its parents whole and itself causally; siblings never see each other. Positions go on from the
-    parent's end, so all branches of a fork begin at the same one.
+    A segment sees its parents whole and itself causally; siblings never see each other. Positions go on from
+    the parent's end, so all branches of a fork begin at the same one.
 
-    A hidden state predicts the token after it: `predict_at` are the P places where one is wanted, each once, and
-    `source[m]` says which of them predicts targets[m]. The token before a fork predicts the first token of every
-    branch, so P < M: it meets the vocabulary once.
-    """
-    input_ids: torch.Tensor                             # (N,) int64
-    position_ids: torch.Tensor                          # (N,) int64
-    lengths: list[int]                                  # tokens of each segment, in order; they add up to N
-    parents: list[int]                                  # the segment that each one continues; -1 = none
-    predict_at: torch.Tensor                            # (P,) int64, ascending: places in the flat row
-    source: torch.Tensor                                # (M,) int64: the hidden state, of the P, that predicts targets[m]
-    targets: torch.Tensor                               # (M,) int64: response tokens, row by row and side by side
-    response: torch.Tensor                              # (M,) int64: pair i has responses 2i (chosen), 2i + 1 (rejected)
-    step: torch.Tensor                                  # (M,) int64: the step of its solution that targets[m] is of
-    rows: torch.Tensor                                  # (B,) int64: indices into the dataset
-    examples: list[Example]                             # the B rows themselves
-    responses: int                                      # R: how many there are
+    A hidden state predicts the token after it: `predict_at` are the P places where one is wanted, each once,
+    and `source[m]` says which of them predicts targets[m]. The token before a fork predicts the first token
+    of every branch, so P < M: it meets the vocabulary once. """
+    input_ids: torch.Tensor             # (N,) int64
+    position_ids: torch.Tensor          # (N,) int64
+    lengths: list[int]                  # tokens of each segment, in order; they add up to N
+    parents: list[int]                  # the segment that each one continues; -1 = none
+    predict_at: torch.Tensor            # (P,) int64, ascending: places in the flat row
+    source: torch.Tensor                # (M,) int64: the hidden state, of the P, that predicts targets[m]
+    targets: torch.Tensor               # (M,) int64: response tokens, row by row and side by side
+    response: torch.Tensor              # (M,) int64: pair i has responses 2i (chosen) and 2i + 1 (rejected)
+    step: torch.Tensor                  # (M,) int64: the step of its solution that targets[m] is of
+    rows: torch.Tensor                  # (B,) int64: indices into the dataset
+    examples: list[Example]             # the B rows themselves
+    responses: int                      # R: how many there are
 
     def to(self, device) -> "Batch":
         move = lambda value: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
@@ -506,8 +383,8 @@ def tokens_in_tree(texts: Sequence[np.ndarray]) -> int:
 
 
 def add_to_tree(tree: list[tuple[bytes, np.ndarray]], texts: Iterable[np.ndarray]) -> int:
-    """Put texts into `tree`, a sorted list, and return how many tokens they add to it: of each text those that it does
-    not have in common with a neighbour in that order."""
+    """Put texts into `tree`, a sorted list, and return how many tokens they add to it: of each text those
+    that it does not have in common with a neighbour in that order."""
     added = 0
     for text in texts:
         key = text.astype(">i4").tobytes()              # big-endian bytes sort as the numbers do
@@ -520,16 +397,17 @@ def add_to_tree(tree: list[tuple[bytes, np.ndarray]], texts: Iterable[np.ndarray
 
 def epoch_plan(examples: Sequence[Example], *, batch_size: int, micro_batch_size: int | None = None,
                micro_batch_tokens: int | None = None, world_size: int = 1, seed: int = 0, epoch: int = 0,
-               order: Sequence[int] | None = None, group_by_prompt: bool = False) -> list[list[list[list[int]]]]:
-    """plan[step][rank] = that rank's micro-batches, each a list of row indices. A pure function; every row once.
+               order: Sequence[int] | None = None, group_by_prompt: bool = False) -> list:
+    """plan[step][rank] = that rank's micro-batches, each a list of row indices. A pure function; every row
+    once.
 
-    Which rows make a step depends on (seed, epoch, batch_size) alone, or on `order`, not on how the work is spread: runs
-    on 1 and on 8 processes take the same steps. Within a step the rows of one problem stay together, since they share
-    their beginning; such families are dealt, largest first, to the rank with the fewest tokens so far, and packed in
-    that order into micro-batches of at most `micro_batch_size` rows and `micro_batch_tokens` tokens, as counted in the
-    tree (a longer row travels alone). A family larger than that, or than a rank's share, is cut. The last step of an
-    epoch may be short, and a rank may then have nothing to do in it.
-    """
+    Which rows make a step depends on (seed, epoch, batch_size) alone, or on `order`, not on how the work is
+    spread: runs on 1 and on 8 processes take the same steps. Within a step the rows of one problem stay
+    together, since they share their beginning; such families are dealt, largest first, to the rank with the
+    fewest tokens so far, and packed in that order into micro-batches of at most `micro_batch_size` rows and
+    `micro_batch_tokens` tokens, as counted in the tree (a longer row travels alone). A family larger than
+    that, or than a rank's share, is cut. The last step of an epoch may be short, and a rank may then have
+    nothing to do in it. """
     if order is None:
         order = shuffled(examples, seed, epoch, group_by_prompt)
     plan = []
@@ -540,8 +418,11 @@ def epoch_plan(examples: Sequence[Example], *, batch_size: int, micro_batch_size
         most = math.inf if micro_batch_tokens is None else micro_batch_tokens
         if world_size > 1:
             sides_of = lambda rows: [side for row in rows for side in examples[row].sides]
-            most = min(most, -(-sum(tokens_in_tree(sides_of(rows)) for rows in families.values()) // world_size))
-        pieces = [piece for rows in families.values() for piece in _cut(rows, examples, micro_batch_size, most)]
+            total = sum(tokens_in_tree(sides_of(rows)) for rows in families.values())
+            most = min(most, math.ceil(total / world_size))
+        pieces = []
+        for rows in families.values():
+            pieces += _cut(rows, examples, micro_batch_size, most)
         ranks, loads = [[] for _ in range(world_size)], [0] * world_size
         for tokens, rows in sorted(pieces, key=lambda piece: -piece[0]):
             rank = loads.index(min(loads))
@@ -553,7 +434,8 @@ def epoch_plan(examples: Sequence[Example], *, batch_size: int, micro_batch_size
 
 def shuffled(examples: Sequence[Example], seed: int, epoch: int, group_by_prompt: bool) -> list[int]:
     """The rows in random order; or the problems in random order, the rows of each side by side."""
-    # raw bits of PCG64, sorted: unlike permutation(), the stream is promised to stay the same in every version of numpy
+    # raw bits of PCG64, sorted: unlike permutation(), the stream is promised to stay the same in every
+    # version of numpy
     draws = np.random.PCG64([seed, epoch]).random_raw(len(examples))
     if group_by_prompt:
         number: dict = {}                               # family -> its place of first appearance
@@ -563,7 +445,8 @@ def shuffled(examples: Sequence[Example], seed: int, epoch: int, group_by_prompt
 
 
 def _cut(family: list[int], examples: Sequence[Example], most_rows: int | None, most_tokens: float) -> list:
-    """[(tokens in the tree, rows)] of a family: one piece if it fits, else several of neighbours, which share the most."""
+    """[(tokens in the tree, rows)] of a family: one piece if it fits, else several of neighbours, which share
+    the most."""
     pieces, tree, piece, tokens = [], [], [], 0
     for row in sorted(family, key=lambda row: examples[row].chosen.tolist()) if len(family) > 1 else family:
         more = add_to_tree(tree, examples[row].sides)
@@ -576,7 +459,7 @@ def _cut(family: list[int], examples: Sequence[Example], most_rows: int | None, 
     return pieces + [(tokens, piece)]
 
 
-def _pack(pieces: list[tuple[int, list[int]]], max_rows: int | None, max_tokens: int | None) -> list[list[int]]:
+def _pack(pieces: list[tuple[int, list]], max_rows: int | None, max_tokens: int | None) -> list[list[int]]:
     batches, tokens = [], 0
     for more, rows in pieces:
         tokens += more
@@ -588,9 +471,9 @@ def _pack(pieces: list[tuple[int, list[int]]], max_rows: int | None, max_tokens:
     return batches
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Prompts
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 PROMPT_STYLES = ("qwen2-boxed", "alpaca", "deepseek-math", "chat", "raw")
@@ -625,9 +508,9 @@ def render_prompt(style: str, question: str | list[dict], tokenizer: Tokenizer, 
     raise DataError(f"prompt style {style!r} is not known; choose one of {', '.join(PROMPT_STYLES)}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The tokenizer and the chat template
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 # What marks turns and ends in the chats of the common families. As a token it would forge a turn; where a
 # tokenizer lacks it (a row made for another model), it would be trained letter by letter. Inside a text, <s>
@@ -647,7 +530,8 @@ class Encoded(NamedTuple):
 
 
 class Joints(NamedTuple):
-    """What a chat template writes around an answer, here in Vicuna's: "USER: 3 + 4? ASSISTANT: It is 7.</s>"."""
+    """What a chat template writes around an answer, here in Vicuna's: "USER: 3 + 4? ASSISTANT: It is
+    7.</s>"."""
     opening: str                                        # the generation prompt: "ASSISTANT:"
     lead: str                                           # between it and the answer: " "
     closing: str                                        # all that follows the answer: "</s>"
@@ -701,15 +585,15 @@ class Tokenizer:
     def from_pretrained(cls, folder: str | Path, *, system: str | None = None,
                         template_args: dict | None = None) -> "Tokenizer":
         """Read tokenizer.json and, where they are, tokenizer_config.json, special_tokens_map.json,
-        config.json, generation_config.json and the chat template. DataError or CheckpointError where a file is
-        damaged or disagrees with another. Rust code obeys tokenizer.json: it executes nothing of it, but may
-        take its time."""
+        config.json, generation_config.json and the chat template. DataError or CheckpointError where a file
+        is damaged or disagrees with another. Rust code obeys tokenizer.json: it executes nothing of it, but
+        may take its time."""
         folder = Path(folder)
         path, settings_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
         if not path.is_file():
             holds = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) if folder.is_dir() else "nothing"
-            raise DataError(f"{folder}: tokenizer.json is not there, only {holds}; transformers makes it from "
-                            "a tokenizer.model: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)")
+            raise DataError(f"{folder}: tokenizer.json is not there, only {holds}; transformers makes it "
+                            "from a tokenizer.model: AutoTokenizer.from_pretrained(F).save_pretrained(F)")
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
             opening = backend.encode("").ids            # what the post-processor puts around a text
@@ -875,9 +759,9 @@ class Tokenizer:
         lead = before[len(prompt):] if before.startswith(prompt) else ""
         if end := self._added.search(closing):
             return Joints(opening, lead, closing, closing[:end.start()], self.added_ids[end[0]])
-        if not closing.strip():                         # the end may come with a next turn: the mark that ends
-            longer = self.render_chat([*answered, {"role": "user", "content": "?"}])    # this one, or begins
-            end = self._added.match(longer.rpartition(words)[2].lstrip())               # that one (GLM-4)
+        if not closing.strip():     # the end may come with a next turn: the mark that ends this one, or (GLM-4)
+            longer = self.render_chat([*answered, {"role": "user", "content": "?"}])    # begins that one
+            end = self._added.match(longer.rpartition(words)[2].lstrip())
             if end and (self.added_ids[end[0]] in self.eos_ids or re.search("end|eo[stm]|</s>", end[0])):
                 return Joints(opening, lead, closing, "", self.added_ids[end[0]])
         return Joints(opening, lead, closing, "", None)
@@ -905,8 +789,8 @@ class Tokenizer:
 
     def render_answers(self, question: str | list[dict],
                        answers: list[str]) -> tuple[str, list[str], dict[str, str]]:
-        """Conversations with whole answers: (the prompt that answers are sampled from, as far as they all begin
-        with it; the rest of each up to its end token; remarks -> details).
+        """Conversations with whole answers: (the prompt that answers are sampled from, as far as they all
+        begin with it; the rest of each up to its end token; remarks -> details).
 
         Each is the template's own text. But templates are written for a chat that goes on. Where one takes
         something out (DeepSeek-R1's the thought, Mistral-Nemo's the system prompt), the answer is trained as
@@ -1013,9 +897,142 @@ def _chat_template(folder: Path, own: dict) -> str | None:
     return template if isinstance(template, str) else None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
+# What a row's columns mean, in the layouts that other trainers have
+# ----------------------------------------------------------------------------------------------------------
+
+def texts_of(row: dict, method: str, where: str) -> tuple[str | list[dict], str, list[str]]:
+    """(question, reasoning that is context, the one or two responses) of a row, as `method` trains it.
+
+    The question is a text or, where there is more to it (a system prompt, earlier turns), the conversation up
+    to the answer: [{"role": ..., "content": ...}, ...]. Rows may be laid out like
+
+      - Math-Step-DPO-10K: a whole answer is initial_reason_steps + full_*; where full_* begins with those
+        steps, it is the whole answer itself. Without these columns, chosen and rejected are whole answers;
+      - TRL's: prompt with chosen and rejected, or with completion, each a text or messages; messages alone;
+      - Alpaca's and LLaMA-Factory's: instruction, input, output; conversations; with system or history.
+
+    Of a conversation the last turn is the answer. Raises DataError where a row is malformed, Unfit where a
+    well-formed one cannot be used.
+    """
+    of_steps = any(name in row for name in ("initial_reason_steps", "full_chosen", "full_rejected"))
+    sides = ["full_chosen", "full_rejected"] if of_steps and method != "stepdpo" else ["chosen", "rejected"]
+    asked = next((name for name in ("prompt", "instruction", "question") if name in row), None)
+    talk = next((name for name in ("messages", "conversations") if name in row), None)
+    if method == "sft":
+        answers = ("response", sides[0], "completion", "output", talk)
+        sides = [next((name for name in answers if name in row), sides[0])]
+    whole = sides[0] == "full_chosen"
+    needed = ["initial_reason_steps", *sides] if whole or method == "stepdpo" else sides
+    missing = [name for name in needed if name not in row]
+    if not asked and not talk and not all(isinstance(row.get(name), list) for name in sides):
+        missing.insert(0, "prompt")
+    if missing or asked == "question":                  # so the pipeline's other files call it
+        expect(row, where, "pairs", "problems")
+    if missing:
+        also = " (or prompt, response)" if method == "sft" else ""
+        raise DataError(f"{where}: {method} needs the columns {', '.join(['prompt', *needed])}{also}; found "
+                        f"{', '.join(row) or 'none'}; missing {', '.join(missing)}: rename them or change "
+                        "method")
+
+    before = _turns_before(row, where, asked, talk if talk not in sides else None)
+    turns, texts = zip(*(_answer(row, name, where) for name in sides))
+    question = _joined(before, turns[0])
+    if any(_joined(before, other) != question for other in turns):
+        raise Unfit("chosen and rejected differ before their last turn, and only that is trained")
+    if not question or question[-1]["role"] in ("assistant", "system"):
+        raise Unfit("no turn of the user stands before the answer")
+    if sum(turn["role"] == "system" for turn in question) > 1:
+        raise Unfit("more than one system prompt")
+    if len(question) == 1:
+        question = question[0]["content"]
+
+    steps = text_field(row, "initial_reason_steps", where) if "initial_reason_steps" in needed else ""
+    if not whole:
+        return question, steps, list(texts)
+    full = lambda text: text.startswith(steps) or not text.strip()      # an empty one is counted as such
+    return question, "", [text if full(text) else steps + text for text in texts]
+
+
+def _turns_before(row: dict, where: str, asked: str | None, talk: str | None) -> list[dict]:
+    """The turns up to the answer from columns of their own: system, history, the prompt in its parts."""
+    for name in ("tools", "images", "videos", "audios", "chat_template_kwargs"):
+        if row.get(name):
+            raise Unfit(f"the column {name} has no place in the prompt")
+    turns = []
+    for name in ("system", "system_prompt", "system_message"):
+        if row.get(name):
+            turns.append({"role": "system", "content": text_field(row, name, where)})
+    history = row.get("history") or []                  # LLaMA-Factory's [[question, answer], ...]
+    for pair in history if isinstance(history, list) else [history]:
+        if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
+            raise Unfit("history is not [[question, answer], ...]; make it turns of the prompt")
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    name = asked or talk
+    if name is None or isinstance(row[name], list):
+        return turns + (messages_field(row, name, where) if name else [])
+    text = text_field(row, name, where)
+    for part in ("context", "passage", "input"):
+        value = row.get(part) or ""
+        if not isinstance(value, str):
+            raise Unfit(f"{part}, which belongs to the question, is no text")
+        if value.strip() and value.strip() not in text:
+            text = f"{text}\n{value}" if part == "input" else f"{value}\n{text}"
+    return turns + [{"role": "user", "content": text}]
+
+
+def _joined(before: list[dict], turns: list[dict]) -> list[dict]:
+    """The conversation up to an answer: what other columns have of it, then the turns before the answer in
+    its own. Where these are the conversation from its beginning, they have to repeat what the others say."""
+    if not turns or turns[0]["role"] not in ("system", "user"):
+        return before + turns
+    told = [turn["content"].strip() for turn in turns]
+    if any(turn["content"].strip() not in told for turn in before if turn["role"] != "system"):
+        raise Unfit("the prompt is not among the turns before the answer")
+    return [turn for turn in before if turn["role"] == "system" and turn not in turns] + turns
+
+
+def _answer(row: dict, name: str, where: str) -> tuple[list[dict], str]:
+    """(the turns before it, the answer): a text, or of messages the last."""
+    if not isinstance(row[name], (list, dict)):
+        return [], text_field(row, name, where)
+    *turns, last = messages_field(row, name, where)
+    if last["role"] != "assistant":
+        raise Unfit(f"the last turn of {name} is not the assistant's")
+    return turns, last["content"]
+
+
+def messages_field(row: dict, name: str, where: str) -> list[dict]:
+    """row[name]: messages, [{"role": ..., "content": ...}, ...], or a single one; also as ShareGPT has them
+    (from, value; human, gpt). Only these two keys come back; a thought (reasoning_content) stands in <think>
+    before the content. DataError where the field is anything else."""
+    messages = []
+    for number, message in enumerate(row[name] if isinstance(row[name], list) else [row[name]], 1):
+        if not isinstance(message, dict):
+            found = f"found {_kind(row[name])} {_shown(row[name])}"
+            raise DataError(f"{where}: field {name!r}: {found}; expected text or messages, "
+                            '[{"role": ..., "content": ...}, ...]')
+        here = f"{where}: field {name!r}, message {number}"
+        if message.get("tool_calls"):
+            raise Unfit(f"a call of a tool in {name}")
+        role = text_field(message, "role" if "role" in message else "from", here)
+        content = message.get("content", message.get("value"))
+        if isinstance(content, list):                   # [{"type": "text", "text": ...}]
+            pieces = [piece if isinstance(piece, dict) else {} for piece in content]
+            content = "".join(text_field(piece, "text", here) for piece in pieces)
+        content = text_field({"content": content}, "content", here)
+        for thought in ("reasoning_content", "reasoning", "thinking"):
+            if message.get(thought):
+                content = f"<think>\n{text_field(message, thought, here)}\n</think>\n\n{content}"
+        messages.append({"role": {"human": "user", "gpt": "assistant"}.get(role, role), "content": content})
+    if not messages:
+        raise DataError(f"{where}: field {name!r}: an empty list; expected messages")
+    return messages
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Rows: files of strangers, read strictly
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 _READERS = (".parquet", ".jsonl", ".json")
 
@@ -1241,13 +1258,13 @@ def _one_line(error) -> str:
     return " ".join(str(error).split())[:300]
 
 
-# ======================================================================================================================
+# ==========================================================================================================
 # PART 2. Making pairs (section 3.2 of the paper): solutions -> steps -> first wrong step -> pairs.
-# ======================================================================================================================
+# ==========================================================================================================
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Steps of a solution
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 STEP_STYLES = ("auto", "step", "heading", "number", "paragraph", "line")
 
@@ -1459,9 +1476,9 @@ def same_step(a: str, b: str, style: str = "auto") -> bool:
     return result(a) == result(b)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The first wrong step, from rollouts
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 Counts = Sequence[Sequence[int] | None]                 # one entry a step
 # Beta priors: rate of success before the first error, and from it on
@@ -1520,9 +1537,9 @@ def next_prefix(values: Counts, agreement: Counts, most: int) -> int | None:
     return max(open_ones, key=posterior.__getitem__, default=None)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Judges: which step is the first wrong one?
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 class Unclear(Exception):
     """A judge gives no verdict on a solution; the message says why, and is what is counted."""
@@ -1536,20 +1553,21 @@ Judge = Callable[[dict], int | None]  # row with question, answer, steps -> inde
 
 
 def rollout_counts(row: dict, name: str, width: int) -> list[list[int] | None]:
-    """row["values"] (width 2) or row["agreement"] (width 3): for each step null, or counts from small to large."""
+    """row["values"] (width 2) or row["agreement"] (width 3): for each step null or counts, from small to
+    large."""
     counts, steps = row.get(name), len(row["steps"])
     if not isinstance(counts, list) or len(counts) != steps:
-        raise DataError(f"field {name!r}: expected an entry for each of {steps} steps; eval.py --rollouts makes it")
+        raise DataError(f"field {name!r}: expected an entry for each of {steps} steps, as eval.py --rollouts has it")
     for entry in counts:
-        if entry is not None and not (isinstance(entry, list) and len(entry) == width
-                                      and all(type(n) is int for n in entry) and [0, *entry] == sorted([0, *entry])):
+        usable = isinstance(entry, list) and len(entry) == width and all(type(n) is int for n in entry)
+        if entry is not None and not (usable and [0, *entry] == sorted([0, *entry])):
             raise DataError(f"field {name!r}: found {_shown(entry)}; expected null or {width} counts, as "
                             "eval.py --rollouts writes them")
     return counts
 
 
 def judge_by_values(row: dict) -> int | None:
-    """From the rollouts of `eval.py --rollouts`: no judge but the policy itself. `agreement` may be missing."""
+    """From the rollouts of `eval.py --rollouts`: the policy is its own judge. `agreement` may be missing."""
     agreement = rollout_counts(row, "agreement", 3) if row.get("agreement") is not None else None
     first = first_error_from_values(rollout_counts(row, "values", 2), agreement)
     if first is None:
@@ -1642,14 +1660,15 @@ def ask(row: dict) -> int | None:
 
 
 def function_judge(name: str) -> Judge:
-    """MODULE:FUNCTION: gets (question, steps, answer), all texts, and returns the first wrong step's index, or None."""
+    """MODULE:FUNCTION gets (question, steps, answer), all texts; it returns the first wrong step's index, or
+    None."""
     module, _, function = name.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
         checker = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        raise DataError(f"--judge {name}: {_one_line(error)}; expected values, endpoint, ask, or a MODULE:FUNCTION "
-                        "that can be imported from here") from None
+        raise DataError(f"--judge {name}: {_one_line(error)}; expected values, endpoint, ask, or a "
+                        "MODULE:FUNCTION that can be imported from here") from None
     finally:
         sys.path.pop(0)
 
@@ -1657,11 +1676,11 @@ def function_judge(name: str) -> Judge:
         steps = row["steps"]
         try:
             first = checker(row["question"], list(steps), row["answer"])
-        except Exception as error:                      # somebody's own code: the row is named, the others go on
+        except Exception as error:                  # somebody's own code: the row is named, the others go on
             raise DataError(f"--judge {name} raised {type(error).__name__}: {_one_line(error)}") from error
         if first is not None and (type(first) is not int or not 0 <= first < len(steps)):
-            raise DataError(f"--judge {name} returned {_quote(repr(first))} for {len(steps)} steps; expected the index "
-                            "of one (from 0), or None")
+            raise DataError(f"--judge {name} returned {_quote(repr(first))} for {len(steps)} steps; expected the "
+                            "index of one (from 0), or None")
         return first
     return judge
 
@@ -1909,21 +1928,12 @@ def judge_all(rows: dict[tuple, dict], name: str, args: argparse.Namespace,
         except DataError as error:
             return DataError(f"{rows[key]['where']}: {error}")
 
-    def as_they_fall() -> Iterator[tuple[tuple, int | str | None | DataError]]:
-        if name != "endpoint":
-            yield from ((key, verdict(key)) for key in todo)
-            return
-        with ThreadPoolExecutor(args.concurrency) as pool:
-            futures = {pool.submit(verdict, key): key for key in todo}
-            try:
-                yield from ((futures[future], future.result()) for future in as_completed(futures))
-            finally:
-                pool.shutdown(cancel_futures=True)      # after an error: wait for what is under way, no more
-
+    decide = lambda key: (key, verdict(key))
+    decided = in_threads(decide, todo, args.concurrency) if name == "endpoint" else map(decide, todo)
     quiet = name in ("ask", "values")
     try:
         with journal, progress(len(rows), len(rows) - len(todo), "verdicts", quiet) as bar:
-            for key, found in as_they_fall():
+            for key, found in decided:
                 if isinstance(found, DataError):
                     bad.append(found)
                 else:
@@ -2164,24 +2174,28 @@ def pair_of(row: dict, steps: str, chosen: str, rejected: str, full_chosen: str,
 # An OpenAI-compatible server
 # ------------------------------------------------------------------------------------------------------------
 
-class EndpointError(DataError):
-    """The server cannot be used: it is not there, or no request can succeed. What is finished is kept."""
+class EndpointError(OSError):
+    """No request can succeed. (A DataError is of one request; others may go through.)"""
 
 
-class RequestRefused(DataError):
-    """This one request was refused or failed; others may go through, and the same command asks it again."""
-
-
-# What servers call the end of a text that is whole, and of one that was cut off. Under any other name
-# ("error", "content_filter", "abort") a text is no answer of the model.
-WHOLE = ("stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete", "completed", "finished")
-CUT_OFF = ("length", "max_tokens", "max_output_tokens", "model_length")
-SPARED = ("seed", "stop", "top_p", "temperature", "max_tokens")  # what some refuse, the least missed first
+# What a status says of a request. With any other it is "refused": this one cannot succeed, others may.
+KINDS = {"final": (*range(300, 400), 401, 402, 404, 405, 407, 410, 501),        # none can
+         "busy": (408, 409, 425, 429, 502, 503, 504, 529),                      # it may, later
+         "failed": range(500, 600)}                                             # it may, if tried again
+# The status that words stand for, where a reply has none that says it: the first that is found.
+WORDS = {429: r"rate.?limit|too many|overload|capacity|throttl|(try|retry) (again|in|after)|retry.?delay"
+              r"|per.minute|busy|unavailable|timed? ?out|稍后|繁忙",
+         402: r"insufficient[ _](quota|balance|credit|fund)|credit balance|current[ _]quota"
+              r"|your plan and billing|billing[ _](hard[ _])?limit|arrearage|余额不足|欠费",
+         500: r"^finish_reason .*(error|abort|cancel|resource|time)"}
+# Why a text ends. For any other reason ("content_filter") it is no answer of the model.
+ENDS = {"stop_sequence": "stop"}
+ENDS |= dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "complete", "completed", "finished"), "eos")
+ENDS |= dict.fromkeys(("length", "max_tokens", "max_output_tokens", "model_length"), "length")
+# Fields that some servers refuse, the least missed first: their other name, or None to leave them out.
+SPARED = {"seed": None, "stop": None, "top_p": None, "temperature": None,
+          "max_tokens": "max_completion_tokens"}
 LOST_IN_A_ROW = 32                  # so many failed requests without a good one between: the server is down
-NO_MONEY = re.compile(r"(?i)insufficient[ _](quota|balance|credit|fund)|credit balance|current[ _]quota"
-                      r"|your plan and billing|billing[ _](hard[ _])?limit|arrearage|余额不足|欠费")
-LATER = re.compile(r"(?i)rate.?limit|too many|overload|capacity|throttl|(try|retry) (again|in|after)"
-                   r"|retry.?delay|per.minute|busy|unavailable|timed? ?out|稍后|繁忙")
 # Addresses of this machine and of private networks, to which no proxy leads.
 NEAR = re.compile(r"localhost$|127\.|10\.|192\.168\.|172\.(1[6-9]|2\d|3[01])\.|::1$|f[cd].*:")
 
@@ -2189,165 +2203,103 @@ NEAR = re.compile(r"localhost$|127\.|10\.|192\.168\.|172\.(1[6-9]|2\d|3[01])\.|:
 class Endpoint:
     """A server that speaks OpenAI's protocol (vLLM, llama.cpp, transformers serve). Threads may share it.
 
-    url     "http://host:8000", ".../v1", or all of ".../v1/chat/completions", with a query as Azure has it
-    model   the name that the server knows it by
-    key     by default OPENAI_API_KEY of the environment; no message ever shows it
+    url: "http://host:8000", ".../v1" or all of ".../v1/chat/completions", with a query as Azure has it.
+    The key is OPENAI_API_KEY of the environment; no message shows it.
     """
 
-    def __init__(self, url: str, model: str, key: str | None = None, timeout: float = 600, attempts: int = 8,
-                 pause: float = 1.0):
-        self.model, self.timeout, self.attempts, self.pause = model, timeout, attempts, pause
+    def __init__(self, url: str, model: str, timeout: float = 600, attempts: int = 8, pause: float = 1.0):
+        self.model, self.timeout, self.pause = model, timeout, pause
+        self.tries = {"busy": attempts, "away": attempts, "failed": attempts // 2}
         parts = r"(https?://(\[[\da-f:]+\]|[\w.-]+)(?::\d{1,5})?)(/[!-~]*?)??(\?[!-~]*)?"
-        found = re.fullmatch(parts, url.strip())
-        if not found:
-            shown = url.partition("?")[0].rpartition("@")[2]
-            raise DataError(f"--endpoint {shown}: expected an address such as http://localhost:8000/v1, "
-                            "without a password: the key is read from OPENAI_API_KEY")
+        if not (found := re.fullmatch(parts, url.strip())):
+            raise DataError("--endpoint: expected an address such as http://localhost:8000/v1, without a "
+                            "password: the key is read from OPENAI_API_KEY")
         server, host, path, self.query = found.groups(default="")
         host = host.strip("[]")
         self.url = server + (re.sub(r"(/(chat/)?completions)?/*$", "", path) if path.strip("/") else "/v1")
-        key = (key or os.environ.get("OPENAI_API_KEY", "")).strip()
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not re.fullmatch("[!-~]*", key):
             raise DataError("OPENAI_API_KEY: holds a space, a line end or another character that no key has")
         self.secrets = [secret for secret in (key, self.query) if secret]
-        # urllib's own User-Agent is often blocked
-        self.headers = {"Content-Type": "application/json", "User-Agent": "step-dpo"}
-        if key and (host.endswith(".azure.com") or "api-version=" in self.query):
-            self.headers["api-key"] = key
-        elif key:
-            self.headers["Authorization"] = f"Bearer {key}"
-        direct = NEAR.match(host) or urllib.request.proxy_bypass(host)
-        proxies = {} if direct else urllib.request.getproxies()
+        azure = host.endswith(".azure.com") or "api-version=" in self.query
+        self.headers = {"api-key": key} if azure else {"Authorization": f"Bearer {key}"} if key else {}
+        self.headers |= {"Content-Type": "application/json", "User-Agent": "step-dpo"}
+        near = NEAR.match(host) or urllib.request.proxy_bypass(host)
+        proxies = {} if near else urllib.request.getproxies()
         proxy = proxies.get(server.partition(":")[0], "").rpartition("@")[2]            # without its password
         self.via = f" (through the proxy {proxy}; no_proxy={host} goes without)" if proxy else ""
         self.opener = urllib.request.build_opener(_EveryStatus, urllib.request.ProxyHandler(proxies))
-        self.changes: dict[str, str | None] = {}    # field that it refuses -> its other name; None: left out
-        self.answered, self.failed, self.warned = False, 0, False
-        self.over, self.end, self.lock = threading.Event(), "interrupted", threading.Lock()
+        self.changes: dict[str, str | None] = {}        # of SPARED: what the server has refused
+        self.failed, self.told, self.lock = 0, set(), threading.Lock()
 
     def ask(self, body: dict) -> tuple[str, int | None, str]:
-        """(text, number of tokens or None, stop reason) of the reply to {"messages": ..., ...}, which goes to
-        chat/completions, or to {"prompt": ..., ...}, which goes to completions. The stop reason is "eos",
-        "stop" (a stop string) or "length".
+        """(text, number of tokens or None, "eos", "stop" (a stop string) or "length") of the reply to
+        {"messages": ...} by chat/completions, to {"prompt": ...} by completions. A thought that the server
+        keeps apart stands before the text, as models write it: <think>...</think>.
 
-        A thought that the server keeps apart stands before the text, as models write it: <think>...</think>.
+        What may pass is tried again after 1, 2, 4, ... seconds, at most a minute. A field that a refusal
+        names is left out, or renamed, where that helps. DataError: this request is refused or fails;
+        EndpointError: all do.
         """
-        reply = self.post("chat/completions" if "messages" in body else "completions", body)
-        choice, usage = reply["choices"][0], reply.get("usage")
-        finish = _finish_reason(choice)
-        message = choice["message"] if isinstance(choice.get("message"), dict) else choice
-        content = message.get("content") or message.get("refusal") or message.get("text")
-        thought, text = _thought_and_text(content)
-        thought += "".join(_thought_and_text(message.get("reasoning_content") or message.get("reasoning")))
-        if thought.strip() and "</think>" not in text:
-            thinking = finish in CUT_OFF and not text.strip()           # cut off before the thought ended
-            text = f"<think>\n{thought.strip()}" + ("" if thinking else f"\n</think>\n\n{text.lstrip()}")
-        # "stop" is said of both; vLLM and SGLang give the stop string, if it was one
-        string = isinstance(choice.get("stop_reason") or choice.get("matched_stop"), str)
-        reason = "length" if finish in CUT_OFF else "stop" if string or finish == "stop_sequence" else "eos"
-        tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
-        return text, tokens if type(tokens) is int else None, reason
-
-    def post(self, path: str, body: dict) -> dict:
-        """POST {url}/{path} with {"model": ...} | body; the reply's JSON object, with a completion in it.
-
-        What may pass is tried again, after 1, 2, 4, ... seconds with jitter, or what Retry-After asks for, at
-        most a minute: a busy or absent server `attempts` times in all, other faults half as often. A field
-        that a refusal names is left out, or renamed, where that helps. Raises RequestRefused where this
-        request is refused or fails, EndpointError where none can succeed.
-        """
-        where, attempt, changes = f"{self.url}/{path}{self.via}", 0, dict(self.changes)
-        tries = {"busy": self.attempts, "away": self.attempts, "failed": self.attempts // 2}
+        path = "chat/completions" if "messages" in body else "completions"
+        where, attempt, changes = f"{self.url}/{path}{self.via}", 1, dict(self.changes)
         while True:
-            if self.over.is_set():
-                raise EndpointError(self.end)
-            renamed = {changes.get(name, name): value for name, value in body.items()}
-            kind, said, wait = self._send(path, {name: value for name, value in renamed.items() if name})
+            sent = {changes.get(name, name): value for name, value in body.items()}
+            sent.pop(None, None)
+            kind, found = self._send(path, sent)
             if kind == "ok":
-                break
-            named = lambda field: re.search(rf"(?i)\b{field.replace('_', '[_ -]?')}\b", said)
-            field = next((field for field in SPARED if field in renamed and named(field)), None)
+                for refused, name in changes.items():
+                    how = f"sent as {name}" if name else "left out"
+                    self._tell(refused, f"{where}: the server refuses {refused}; it is {how} from here on")
+                self.failed = 0
+                self.changes |= changes
+                return found
+            named = lambda field: re.search(rf"(?i)\b{field.replace('_', '[_ -]?')}\b", found)
+            field = next((field for field in SPARED if field in sent and named(field)), None)
             if field and kind in ("refused", "failed"):
-                changes[field] = "max_completion_tokens" if field == "max_tokens" else None
-                continue
-            attempt += 1
-            if attempt >= tries.get(kind, 1):
-                raise self._error(kind, f"{where}: {said}", attempt)
-            with self.lock:
-                if not self.warned:
-                    print(f"{where}: {said}; trying again, {tries[kind]} times at most", file=sys.stderr)
-                self.warned = True
-            self.over.wait(min(wait or self.pause * 2 ** (attempt - 1) * random.uniform(0.5, 1.0), 60))
-        self.answered, self.failed = True, 0
-        with self.lock:                             # what has helped is done from the start from now on
-            for field in changes.keys() - self.changes.keys():
-                how = f"sent as {changes[field]}" if changes[field] else "left out"
-                print(f"{where}: the server refuses {field}; it is {how} from here on", file=sys.stderr)
-            self.changes |= changes
-        return said
+                changes[field] = SPARED[field]
+            elif attempt < self.tries.get(kind, 1):
+                self._tell(kind, f"{where}: {found}; trying again, {self.tries[kind]} times at most")
+                time.sleep(min(self.pause * 2 ** (attempt - 1), 60) * random.uniform(0.5, 1.0))
+                attempt += 1
+            else:
+                found = f"{where}, attempt {attempt}: {found}"
+                self.failed += kind in ("busy", "failed")
+                if kind not in ("away", "final") and self.failed < LOST_IN_A_ROW:
+                    raise DataError(found)
+                raise EndpointError(f"{found}; is the server up, and are --endpoint, --api_model and "
+                                    "OPENAI_API_KEY right? What is finished is kept: run the command again")
 
-    def _error(self, kind: str, said: str, attempts: int) -> DataError:
-        """What a request ends with that has not succeeded."""
-        if kind == "refused":
-            return RequestRefused(said)
-        if kind != "final":
-            self.failed += 1
-            said += f"; no answer after {attempts} attempts"
-            if self.failed < LOST_IN_A_ROW and (kind == "failed" or kind == "busy" and self.answered):
-                return RequestRefused(said)
-            said += "; is the server up? What is finished is kept: the same command continues"
-        self.end = said
-        self.over.set()                             # the other threads stop waiting and asking
-        return EndpointError(said)
+    def _tell(self, what: str, message: str) -> None:
+        with self.lock:                                 # once, whichever thread comes first
+            if what not in self.told:
+                print(message, file=sys.stderr)
+            self.told.add(what)
 
-    def _send(self, path: str, body: dict) -> tuple[str, dict | str, float]:
-        """(kind, the reply or what is wrong, the seconds that Retry-After asks for). Kinds: "ok"; "refused",
-        just this request; "failed" and "busy", which may pass; "away", nobody answers; "final", all refused.
-        """
+    def _send(self, path: str, body: dict) -> tuple[str, tuple | str]:
+        """What read_reply says, or ("away", why) where nobody answers."""
         content = json.dumps({"model": self.model} | body).encode()
         request = urllib.request.Request(f"{self.url}/{path}{self.query}", content, self.headers)
         try:
             with self.opener.open(request, timeout=self.timeout) as response:
-                status, headers, raw = response.status, response.headers, response.read(2**26)
+                text = response.read(2**26).decode("utf-8-sig", "replace").strip()
+            if response.status >= 300:
+                text = response.headers.get("Location", "") + " " + text       # where a redirect leads
+            kind, found = read_reply(response.status, text)
         except (OSError, OverflowError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
+            reason = error.reason if isinstance(error, urllib.error.URLError) else error
             broken = reason is error or isinstance(reason, (BrokenPipeError, ConnectionResetError))
             nowhere = isinstance(reason, socket.gaierror) and reason.errno != socket.EAI_AGAIN
-            kind = "failed" if broken else "final" if nowhere or isinstance(reason, ssl.SSLError) else "away"
-            return kind, self._safe(f"{type(reason).__name__}: {reason}"), 0.0
-        text = raw.decode("utf-8-sig", "replace").strip()
-        try:
-            reply = json.loads(text)
-        except (ValueError, RecursionError):
-            reply = None
-        words = self._safe(text)
-        stream = re.match(r"data:|event:|\{.*\}\n\{", text)              # server-sent events, or an object a line
-        if status >= 300:
-            kind, said = _kind_of(status), f"HTTP {status}: {words!r}"
-            if status < 400:
-                said += f", and sends us to {self._safe(headers.get('Location', 'nowhere'))!r}"
-            if kind == "final":
-                said += "; check --endpoint, --api_model and the key in OPENAI_API_KEY"
-            if kind == "final" and path == "completions":
-                said += ". Prefixes and rollouts need a server that has /completions"
-        elif isinstance(reply, dict):
-            kind, found = _inside(reply)
-            said = reply if kind == "ok" else f"HTTP {status}, but in it: {self._safe(found)!r}"
-        elif not stream and (text.startswith("{") or not text):
-            kind, said = "failed", f"a reply cut short: {words!r}"
-        else:
-            found = "a stream" if stream else "a web page" if text.startswith("<") else "plain text"
-            kind, said = "final", f"{found} came, not a JSON object: {words!r}; check --endpoint"
-        if kind != "ok" and status != 422 and NO_MONEY.search(said) and not LATER.search(said):
-            kind = "final"                          # (a 422 may quote the prompt)
-        asked = re.fullmatch(r"\d{1,9}(\.\d+)?", headers.get("Retry-After", ""))
-        return kind, said, float(asked[0]) if asked else 0.0
-
-    def _safe(self, text: str) -> str:
-        """A server's words as one line, without the key, which it may have quoted."""
-        for secret in self.secrets:
-            text = text.replace(secret, "***")
-        return " ".join(text.split())[:400]
+            nowhere = nowhere or isinstance(reason, ssl.SSLError)
+            kind = "final" if nowhere else "failed" if broken else "away"
+            found = f"{type(reason).__name__}: {reason}"
+        if kind != "ok":
+            for secret in self.secrets:                 # the server may have quoted it
+                found = found.replace(secret, "***")
+            found = " ".join(found.split())[:400]
+        if kind == "final" and path == "completions":
+            found += ". Prefixes and rollouts need a server that has /completions"
+        return kind, found
 
 
 class _EveryStatus(urllib.request.HTTPErrorProcessor):
@@ -2356,58 +2308,77 @@ class _EveryStatus(urllib.request.HTTPErrorProcessor):
     https_response = http_response
 
 
-def _kind_of(status: int) -> str:
-    """What an HTTP status means, as in Endpoint._send."""
-    if status in (408, 409, 425, 429, 502, 503, 504, 529):
-        return "busy"
-    if status >= 500:
-        return "failed"
-    return "final" if status < 400 or status in (401, 402, 404, 405, 407) else "refused"
+def read_reply(status: int, text: str) -> tuple[str, tuple | str]:
+    """("ok", what Endpoint.ask returns) of a server's reply, else (one of KINDS, what is wrong)."""
+    error = text
+    if status < 300:                                    # in which some servers put their errors
+        try:
+            reply = json.loads(text)
+        except ValueError:
+            reply = None
+        match reply:
+            case {"error": error} | {"choices": [{"error": error}, *_]} if error:
+                error = json.dumps(error, ensure_ascii=False)
+            case {"choices": [{"message": {}} | {"text": _} as choice, *_]}:
+                finish = str(choice.get("finish_reason") or "stop").lower()
+                if finish in ENDS:
+                    return "ok", _completion(reply, choice, ENDS[finish])
+                error = f"finish_reason {finish}"
+            case {}:
+                error = text
+            case _ if re.match(r"\{(?!.*\}\s+\{)|$", text):              # a JSON object a line is a stream
+                return "failed", f"a reply cut short: {text}"
+            case _:
+                return "final", f"a web page, a stream or plain text came, not a JSON object: {text}"
+    said = f"HTTP {status}: {error}"
+    meant = next((code for code, words in WORDS.items() if re.search(f"(?i){words}", error)), 400)
+    if status < 300:
+        code = re.search(r'"(?:code|status|status_code)":\s*"?([45]\d\d)\b', error)
+        status = int(code[1]) if code else meant
+    if meant == 402 and status != 422:                  # a 422 may quote the prompt
+        status = 402
+    return next((kind for kind, statuses in KINDS.items() if status in statuses), "refused"), said
 
 
-def _inside(reply: dict) -> tuple[str, str]:
-    """(kind, what it says) of a reply with status 200, in which some servers put their errors."""
-    choices = reply.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
-    error = choice.get("error") or reply.get("error")
-    if not error and not isinstance(choice.get("message"), dict) and "text" not in choice:
-        error = reply
-    if error:
-        said = json.dumps(error, ensure_ascii=False)
-        code = re.search(r'"(?:code|status|status_code)": "?([45]\d\d)\b', said)
-        return _kind_of(int(code[1]) if code else 429 if LATER.search(said) else 400), said
-    finish = _finish_reason(choice)
-    if finish in WHOLE + CUT_OFF:
-        return "ok", ""
-    passing = re.search("error|abort|cancel|resource|time", finish)
-    return "failed" if passing else "refused", f"finish_reason {finish}"
+def _completion(reply: dict, choice: dict, reason: str) -> tuple[str, int | None, str]:
+    message = choice.get("message") or choice
+    text = _text_of(message.get("content") or message.get("refusal") or message.get("text"))
+    thought = message.get("reasoning_content") or message.get("reasoning")
+    if thought and "</think>" not in text:
+        text = _text_of({"type": "thinking", "thinking": thought}) + text.lstrip()
+    if reason == "length":
+        text = text.removesuffix("\n</think>\n\n")             # the thought itself was cut off
+    # many say "stop" of both ends; vLLM and SGLang add the stop string, if it was one
+    if reason == "eos" and isinstance(choice.get("stop_reason") or choice.get("matched_stop"), str):
+        reason = "stop"
+    return text, (reply.get("usage") or {}).get("completion_tokens"), reason
 
 
-def _finish_reason(choice: dict) -> str:
-    return str(choice.get("finish_reason") or "stop").lower()
-
-
-def _thought_and_text(content) -> tuple[str, str]:
-    """A message's content, text or chunks {"type": ..., "text" or "thinking": ...}, as (thought, text)."""
+def _text_of(content) -> str:
+    """A message's content: a text, or chunks {"type": ..., "text" or "thinking": ...}."""
     if isinstance(content, list):
-        parts = [_thought_and_text(chunk) for chunk in content]
-        return "".join(thought for thought, _ in parts), "".join(text for _, text in parts)
+        return "".join(map(_text_of, content))
     if isinstance(content, dict):
-        inner = content.get("text") or content.get("thinking") or content.get("reasoning")
-        thought, text = _thought_and_text(inner)
-        return (thought + text, "") if content.get("type") in ("thinking", "reasoning") else (thought, text)
-    if not isinstance(content, str | None):
-        raise RequestRefused(f"a completion that is {_shown(content)}; expected text")
-    return "", content or ""
+        text = _text_of(content.get("text") or content.get("thinking") or content.get("reasoning"))
+        thought = content.get("type") in ("thinking", "reasoning") and text.strip()
+        return f"<think>\n{thought}\n</think>\n\n" if thought else text
+    return str(content or "")
 
 
-# ======================================================================================================================
+def in_threads(work: Callable, items: Sequence, threads: int) -> Iterator:
+    """work(item) of each item, as they end. Unlike an executor's, a pool's threads die with the program:
+    nobody waits for requests under way, which may take minutes."""
+    with ThreadPool(threads) as pool:
+        yield from pool.imap_unordered(work, items)
+
+
+# ==========================================================================================================
 # APPENDIX. Looking at data; the command line.
-# ======================================================================================================================
+# ==========================================================================================================
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # python data.py show: a row, and what becomes of it
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 def _block(title: str, text: str) -> str:
     """A titled text with a bar at its left. Control characters, which a terminal would obey, are escaped."""
@@ -2537,9 +2508,11 @@ def tokens_shared(examples: Sequence[Example], micro_batches: Iterable[list[int]
     alone = sum(example.length for example in examples)
     together = sum(tokens_in_tree([side for row in rows for side in examples[row].sides])
                    for rows in micro_batches)
+    if together == separate:
+        return f"tokens: {separate:,}, no two texts begin alike"
     saved = lambda tokens: f"{tokens:,} ({1 - tokens / separate:.1%} saved)"
-    return (f"tokens: {separate:,} text by text; what begins alike once: {saved(alone)} in each row, "
-            f"{saved(together)} in rows of one problem too")
+    return (f"tokens: {separate:,} text by text; {saved(alone)} with the common beginning of a row's texts "
+            f"once; {saved(together)} with that of a problem's rows once")
 
 
 def show(args: argparse.Namespace) -> int:

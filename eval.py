@@ -24,7 +24,6 @@ import sys
 import time
 import unicodedata
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache
@@ -38,8 +37,8 @@ if __name__ == "__main__":      # python -P does not search a script's own folde
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from data import (BOXED, LONGEST_TOKEN, PROMPT_STYLES, STEP_STYLES, DataError, Endpoint, Journal,
-                  RequestRefused, Tokenizer, add_chat_options, check_out, complain, digest, expect,
-                  first_error_from_values, next_prefix, positive, progress, read_rows, render_prompt,
+                  Tokenizer, add_chat_options, check_out, complain, digest, expect,
+                  first_error_from_values, in_threads, next_prefix, positive, progress, read_rows, render_prompt,
                   run_command, same_step, split_steps, stage, step_starts, summary_path, text_field, writable)
 from model import (CheckpointError, Llama, choose_device, fingerprint, join_processes, keep_freed_memory,
                    leave_processes, read_json, resolve, samples, stable_key)
@@ -465,96 +464,75 @@ class Sampler:
 
 
 class Remote:
-    """Samples from an OpenAI-compatible server: by /chat/completions where it can render the prompt itself,
-    that is a chat without a prefix, else by /completions with the rendered text.
-
-    endpoint, api_model    as for data.Endpoint
-    model                  the checkpoint whose chat template renders the prompts that have a prefix
-    system, template_args  of a chat: a system prompt; what its template takes, as {"enable_thinking": False}
+    """Samples from an OpenAI-compatible server: of a chat without a prefix, which it can render itself, by
+    /chat/completions; else by /completions, rendered here with the chat template of the checkpoint `model`.
     """
 
     def __init__(self, endpoint: str, api_model: str, *, model: str | None = None, prompt: str = "chat",
                  concurrency: int = 32, system: str | None = None, template_args: dict | None = None):
-        self.endpoint, self.prompt, self.concurrency = Endpoint(endpoint, api_model), prompt, concurrency
-        self.tokenizer = None
-        if model:
-            self.tokenizer = Tokenizer.from_pretrained(resolve(model), system=system, template_args=template_args)
         if prompt != "chat" and (system or template_args):
             raise DataError("--system and --template_args belong to the chat template; --prompt "
                             f"{prompt} has no place for them: choose --prompt chat")
-        self.system = "You are a helpful assistant." if prompt == "qwen2-boxed" else system
-        self.template_args = template_args
+        self.endpoint, self.prompt, self.concurrency = Endpoint(endpoint, api_model), prompt, concurrency
+        of_chat = {"system": system, "template_args": template_args}
+        self.settings = {"endpoint": self.endpoint.url, "api_model": api_model, "prompt": prompt} | of_chat
+        self.tokenizer = Tokenizer.from_pretrained(resolve(model), **of_chat) if model else None
         self.alike = 0                           # samples just like the first of their prompt; -inf: not all
-        self.settings = {"endpoint": self.endpoint.url, "api_model": api_model, "prompt": prompt,
-                         "system": system, "template_args": template_args}
 
     def prepare(self, problem: Problem, text: str, cut: int | None = None) -> Prompt:
         """As Sampler.prepare; the prompt's content is (where, the body of its request)."""
-        where, question = problem.where, problem.question
+        where, question, boxed = problem.where, problem.question, self.prompt == "qwen2-boxed"
         text = text if cut is None else text[:cut].rstrip()
-        checked = text if self.prompt == "raw" and self.tokenizer else question + text
+        rendered = self.prompt == "raw" and self.tokenizer      # without one, its BOS would stand there twice
+        checked = text if rendered else question + text
         found = re.search(r"<\|[\w-]{1,40}\|>", checked)
-        if found := found and found[0] or self.tokenizer and self.tokenizer.control_token_in(checked):
-            raise DataError(f"{where}: it contains the control token {found}, which is no text; remove it")
-        if self.prompt in ("chat", "qwen2-boxed") and not text:
-            body = {"messages": [{"role": "system", "content": self.system}] if self.system else []}
-            asked = question if self.prompt == "chat" else question + BOXED
-            body["messages"].append({"role": "user", "content": asked})
-            if self.template_args:
-                body["chat_template_kwargs"] = self.template_args       # as vLLM, SGLang and llama.cpp call them
+        if mark := found and found[0] or self.tokenizer and self.tokenizer.control_token_in(checked):
+            raise DataError(f"{where}: it contains the control token {mark}, which is no text; remove it")
+        if not text and (boxed or self.prompt == "chat"):
+            system = "You are a helpful assistant." if boxed else self.settings["system"]
+            turns = [("system", system), ("user", question + BOXED if boxed else question)]
+            body = {"messages": [{"role": role, "content": said} for role, said in turns if said]}
+            if arguments := self.settings["template_args"]:
+                body["chat_template_kwargs"] = arguments        # vLLM, SGLang and llama.cpp take them
             return Prompt((where, body), text, False)
         if self.prompt == "chat" and self.tokenizer is None:
             raise DataError(f"{where}: a prefix needs the checkpoint's chat template: give --model too")
         whole = render_prompt(self.prompt, question, self.tokenizer, text) + text
-        if self.tokenizer and self.tokenizer.bos_id is not None:                # the server adds it
+        if self.tokenizer and self.tokenizer.bos_id is not None:            # the server adds it
             whole = whole.removeprefix(self.tokenizer.backend.id_to_token(self.tokenizer.bos_id))
         return Prompt((where, {"prompt": whole.rstrip(" ") or whole}), text, whole.endswith(" "))
 
     def batches(self, prompts: Sequence[Prompt], n: int) -> list[list[int]]:
         return [list(range(len(prompts)))]       # the server makes its own batches: keep it busy to the end
 
-    def draw(self, prompts: Sequence[Prompt], n: int, seed: int, temperature: float = 0.0, *, top_p: float = 1.0,
-             max_new_tokens: int = 2048, stop: Sequence[str] = (),
+    def draw(self, prompts: Sequence[Prompt], n: int, seed: int, temperature: float = 0.0, *,
+             top_p: float = 1.0, max_new_tokens: int = 2048, stop: Sequence[str] = (),
              done: Container = frozenset()) -> Iterator[tuple[int, int, Drawn | DataError]]:
-        """(i, j, the j-th sample of prompt i) as each ends; those in `done` are not asked for. A DataError
-        stands for a sample that the server refused or failed to give. EndpointError: it gives none at all."""
+        """As Sampler.draw. A DataError stands for a sample that the server refused or failed to give."""
         how = {"max_tokens": max_new_tokens, "temperature": temperature}
         how |= {"top_p": top_p} if temperature else {}          # some servers refuse a top_p of 1
         how |= {"stop": list(stop)} if stop else {}
 
-        def ask(i: int, j: int) -> tuple[int, int, Drawn | DataError]:
-            where, body = prompts[i].content
+        def ask(sample: tuple[int, int]) -> tuple[int, int, Drawn | DataError]:
+            (i, j), (where, body) = sample, prompts[sample[0]].content
             own = {"seed": stable_key(seed, body, j) % 2**31} if temperature else {}
             try:
                 text, tokens, reason = self.endpoint.ask(body | how | own)
-            except RequestRefused as error:
+            except DataError as error:
                 return i, j, DataError(f"{where}: {error}")
             end = min((at for string in stop if (at := text.find(string)) >= 0), default=None)
             text = text[:end].lstrip(" ") if prompts[i].spaces else text[:end]
             return i, j, Drawn(printable(text), tokens, reason if end is None else "stop")
 
+        first: dict[int, Drawn] = {}             # of each prompt
         wanted = [(i, j) for i in range(len(prompts)) for j in range(n) if (i, j) not in done]
-        first: dict[int, str] = {}               # the first text of each prompt
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            try:
-                for future in as_completed([pool.submit(ask, i, j) for i, j in wanted]):
-                    i, j, outcome = future.result()
-                    if temperature and isinstance(outcome, Drawn):
-                        if i in first:
-                            self._compare(first[i], outcome.text, temperature)
-                        first.setdefault(i, outcome.text)
-                    yield i, j, outcome
-            except BaseException:
-                self.endpoint.over.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-
-    def _compare(self, one: str, other: str, temperature: float) -> None:
-        """Warn, once, of a server that gives the same sample again and again."""
-        self.alike = self.alike + 1 if one == other else -math.inf
-        if self.alike == 3:
-            print(f"{self.endpoint.url}: the samples of a prompt are all the same; does the server heed "
-                  f"temperature {temperature}?", file=sys.stderr)
+        for i, j, drawn in in_threads(ask, wanted, self.concurrency):
+            if temperature and isinstance(drawn, Drawn) and first.setdefault(i, drawn) is not drawn:
+                self.alike += 1 if drawn.text == first[i].text else -math.inf
+                if self.alike == 3:
+                    print(f"{self.endpoint.url}: the samples of a prompt are all the same; does the server "
+                          f"heed temperature {temperature}?", file=sys.stderr)
+            yield i, j, drawn
 
 
 def next_steps(sampler: Sampler | Remote, partial_solutions: Sequence[tuple[Problem, str]], n: int,
@@ -594,20 +572,30 @@ def _prepare_step(sampler: Sampler | Remote, problem: Problem, text: str, steps:
     """Many tokenizers write a full stop and the line break behind it as one token. Behind a whole step the
     model must read that token, or it would be where it never was: at a full stop without a line break."""
     prompt = sampler.prepare(problem, text)
-    styles = STEP_STYLES[1:] if steps == "auto" else (steps,)
-    # where the words of its last step begin, behind the label
-    words = max(step_starts(text + " ", style)[-1][1] for style in styles)
+    words = _behind_label(text, steps)
     breaks = re.findall(r"\n\s*", text[:words])
     if breaks:
-        line_break = breaks[-1]                                         # as before that label
+        line_break = breaks[-1]                                     # as before the last label
     else:
-        line_break = "\n" if words else "\n\n"                          # without any label: of paragraphs
+        line_break = "\n" if words or steps == "line" else "\n\n"    # without any label: of paragraphs
     continued = text.rstrip() + line_break + "Step"
-    if isinstance(sampler, Sampler) and text[words:].strip() and continued.startswith(text):
+    whole_step = text[words:].strip() and not text.rstrip().endswith((":", "："))      # a first label may be anything
+    if isinstance(sampler, Sampler) and whole_step and continued.startswith(text):
         joined = sampler.prepare(problem, continued, len(text))
         if joined.content[:len(prompt.content)] != prompt.content:
             return joined
     return prompt
+
+
+def _behind_label(text: str, steps: str) -> int:
+    """Where the words of the last step begin, behind its label. With `auto` any label is one here: "1." is, before
+    there is a "2."."""
+    ends = []
+    for style in STEP_STYLES[1:] if steps == "auto" else (steps,):
+        label, words = step_starts(text + " ", style)[-1]
+        if text[label:words].strip():
+            ends.append(words)
+    return max(ends, default=step_starts(text, steps)[-1][1])
 
 
 def step_end(text: str, at: int, style: str = "auto", over: bool = True) -> int | None:

@@ -61,8 +61,8 @@ if __name__ == "__main__":      # python -P does not search a script's own folde
 import data
 from data import Batch, DataError, Example
 from model import (CheckpointError, Config, Llama, Tree, choose_device, fingerprint, join_processes,
-                   keep_freed_memory, leave_processes, locked, own_rows, read_json, resolve, sync, whole, writing,
-                   written)
+                   keep_freed_memory, leave_processes, locked, own_rows, read_json, resolve, sync, whole,
+                   writing, written)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -363,13 +363,13 @@ def loop(run: Run) -> int:
     with StopSignal() as stop:
         for step in range(done, total):
             # ---- once in a while
-            if run.held_out and args.eval_every and step % args.eval_every == 0:
-                evaluate(run, step)
             if step // per_epoch != epoch:
                 epoch = step // per_epoch
                 plan = plan_of_epoch(run, epoch)
                 if step == done:
                     screen.opening(plan)
+            if run.held_out and args.eval_every and step % args.eval_every == 0:
+                evaluate(run, step)
             batch_of_step = plan[step % per_epoch]                          # [rank][micro-batch][row]
             rows = [row for of_rank in batch_of_step for micro_batch in of_rank for row in micro_batch]
             units = sum(run.examples[row].units for row in rows)            # the mean's denominator
@@ -424,15 +424,14 @@ def forward(policy, run: Run, reference: list | None, rows: list[int], batch: Ba
 
 def learning_rate(step: int, total: int, peak: float, warmup: float, schedule: str) -> float:
     """lr of update `step` (0-based) out of `total`: a linear rise over the first `warmup` share of updates,
-    then a linear or cosine fall towards 0. A pure function of the step, so a resumed run needs no scheduler
-    state. The first update already moves (HF's schedulers begin at exactly 0)."""
+    then a linear or cosine fall towards 0, or none (constant). A pure function of the step, so a resumed run
+    needs no scheduler state. The first update already moves (HF's schedulers begin at exactly 0)."""
     rise = math.ceil(total * warmup)
     if step < rise:
         return peak * (step + 1) / rise
     progress = (step - rise) / max(1, total - rise)
-    if schedule == "constant":
-        return peak
-    return peak * ((1 - progress) if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
+    shares = {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "constant": 1.0}
+    return peak * shares[schedule]
 
 
 class Sums:
@@ -467,8 +466,8 @@ def check(run: Run, step: int, mean: dict[str, float], grad_norm: float, rows: l
         rounding = max(1.0, run.args.beta) * (2e-3 if run.args.precision == "fp32" else 0.25)
         if abs(mean["margin"]) > rounding:
             raise FloatingPointError(f"step 0: margin {mean['margin']:.4f} instead of 0, loss "
-                                     f"{mean['loss']:.4f} (in DPO and Step-DPO log 2 = 0.6931 is expected): the reference's "
-                                     "log-probs are not this model's")
+                                     f"{mean['loss']:.4f} where log 2 = 0.6931 is expected: the "
+                                     "reference's log-probs are not this model's")
 
 
 @torch.no_grad()
@@ -498,7 +497,8 @@ def plan_of_epoch(run: Run, epoch: int) -> list:
     if run.order is not None:
         kept = run.out / "checkpoint" / f"order-{epoch}.json"
         if all_sum(torch.tensor(float(run.rank == 0 and kept.exists()), device=run.device)):
-            order = read_kept(kept)
+            with reading(kept):
+                order = json.loads(kept.read_text())
         else:
             precision = run.args.precision
             of_policy = lambda: score(run.policy, run.examples, precision=precision, what="order", **run.how)
@@ -587,6 +587,7 @@ def open_run(args, objective, encode, order, out: Path, rank: int, world: int, d
     tokenizer = data.Tokenizer.from_pretrained(folder, system=args.system, template_args=args.template_args)
     config = Config.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
     max_length = min(args.max_length, config.max_position_embeddings)
+
     def read(source) -> list[Example]:
         examples, report = encode(source, tokenizer, args.method, args.prompt, max_length)
         say(report)
@@ -844,11 +845,6 @@ def reading(path: Path):
         yield
     except (OSError, SafetensorError, ValueError, TypeError, LookupError, RuntimeError) as e:
         raise CheckpointError(f"{path}: is damaged ({e}); begin anew with --restart") from e
-
-
-def read_kept(path: Path):
-    with reading(path):
-        return json.loads(path.read_text())
 
 
 def keep_lines(path: Path, below: int):

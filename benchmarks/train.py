@@ -619,8 +619,9 @@ def tree_table(report: dict) -> str:
     columns = {"": "", "tokens": ",", "fewer": ".2f", "predicting": ",", "s/pair": ".3f", "faster": ".2f",
                "peak GB": ".2f"}
     rows = []
-    notes = ["fewer, faster: how many times, beside sharing within pairs. predicting: hidden states that "
-             "meet the vocabulary; one before a fork, or in a step that pairs share, does so once."]
+    notes = ["fewer, faster: how many times, beside sharing within pairs.",
+             "predicting: hidden states that meet the vocabulary; one before a fork, or in a step that pairs "
+             "share, does so once."]
     for material, m in report["materials"].items():
         pair = m["ways"]["pair"]
         rows.append([material] + [""] * 6)

@@ -1,11 +1,11 @@
 """Step-DPO without any trick: the first rung of the ladder that ends in stepdpo.py.
 
-A pair is four rows of their own (two under the policy, two under the reference), each with all its logits; the
-reference is a second model; one loop, one process. stepdpo.py gives the same losses and weights
+A pair is four rows of their own (two under the policy, two under the reference), each with all its logits;
+the reference is a second model; one loop, one process. stepdpo.py gives the same losses and weights
 (tests/test_plain.py) and computes once what is computed here again and again.
 
-    python -m examples.plain                                       pairs of the embedded task, some seconds
-    python -m examples.plain --model FOLDER --data pairs.jsonl     your own; the questions are taken as they stand
+    python -m examples.plain                                    pairs of the embedded task, some seconds
+    python -m examples.plain --model FOLDER --data pairs.jsonl  your own; questions are taken as they stand
 """
 import argparse
 import random
@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from data import Tokenizer, read_rows, split_steps
-from examples.arithmetic import demonstration, first_wrong_step, make_model, make_problem, solve, write_solution
+from examples.arithmetic import (demonstration, first_wrong_step, make_model, make_problem, solve,
+                                 write_solution)
 from model import Llama
 
 
@@ -28,8 +29,8 @@ def step_logp(model: Llama, tokenizer: Tokenizer, context: str, step: str) -> to
     return logps[start - 1:-1].gather(1, ids[start:, None]).sum()
 
 
-def step_dpo_loss(policy: Llama, reference: Llama, tokenizer: Tokenizer, pair: dict, beta: float) -> torch.Tensor:
-    """Eq. 2: -log sigmoid(beta [log pi/ref (s_win | x, s_1..s_{k-1}) - log pi/ref (s_lose | x, s_1..s_{k-1})])."""
+def step_dpo_loss(policy: Llama, reference: Llama, tokenizer: Tokenizer, pair: dict, beta: float):
+    """Eq. 2: -log sigmoid(beta [log pi/ref (s_win | x, s_1..s_{k-1}) - log pi/ref (s_lose | the same)])."""
     context = pair["prompt"] + pair["initial_reason_steps"]                         # x, s_1..s_{k-1}
     log_ratios = []
     for step in (pair["chosen"], pair["rejected"]):                                 # s_win, s_lose
@@ -39,9 +40,9 @@ def step_dpo_loss(policy: Llama, reference: Llama, tokenizer: Tokenizer, pair: d
     return -F.logsigmoid(beta * (log_ratios[0] - log_ratios[1]))
 
 
-def train(folder: Path, pairs: list[dict], batch_size: int, lr: float, beta: float) -> tuple[Llama, list[float]]:
-    """One epoch: the trained model, and the loss of every update. The first is log 2 = 0.6931, since the policy is
-    still the reference."""
+def train(folder: Path, pairs: list[dict], batch_size: int, lr: float, beta: float):
+    """One epoch: (the trained model, the loss of every update). The first loss is log 2 = 0.6931, since the
+    policy is still the reference."""
     tokenizer = Tokenizer.from_pretrained(folder)
     policy, reference = Llama.from_pretrained(folder), Llama.from_pretrained(folder)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0)
@@ -67,13 +68,14 @@ def pairs_of_the_task(count: int) -> list[dict]:
         wrong, right = split_steps(wrong), split_steps(right)
         if (k := first_wrong_step(problem.question(), wrong, "")) is not None:
             before, label, rejected = wrong[k].partition(f"Step {k + 1}:")
-            pairs.append({"prompt": problem.question(), "initial_reason_steps": "".join(wrong[:k]) + before + label,
-                          "chosen": right[k].partition(label)[2], "rejected": rejected})
+            pairs.append({"prompt": problem.question(), "chosen": right[k].partition(label)[2],
+                          "initial_reason_steps": "".join(wrong[:k]) + before + label, "rejected": rejected})
     return pairs
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--model", type=Path, metavar="FOLDER", help="a checkpoint (default: the embedded task's, untrained)")
     add("--data", metavar="FILE", help="rows with prompt, initial_reason_steps, chosen, rejected")

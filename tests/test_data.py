@@ -1045,7 +1045,7 @@ def test_show_prints_the_row_its_mask_and_the_saving(tmp_path, capsys):
     assert data.main(["show", "--data", str(file), "--model", str(folder), "--prompt", "alpaca"]) == 0
     out = capsys.readouterr().out
     for part in ("pairs.jsonl:2", "### Response:", "s_win", "2 + 3 = 6.", "^", "no end token follows",
-                 "3 rows, 2 kept, 1 dropped", "empty rejected", "what begins alike once"):
+                 "3 rows, 2 kept, 1 dropped", "empty rejected", "text by text"):
         assert part in out
     assert data.main(["show", "--data", str(file), "--model", str(folder), "--row", "3"]) == 0
     assert "\x1b" not in capsys.readouterr().out             # a row must not be able to command the terminal

@@ -66,7 +66,7 @@ def rows_of(path: Path) -> list[dict]:
     ({"question": "Q", "answer": "16 - 3 = <<16-3=13>>13\n#### 1,013"}, "Q", "1,013"),
     ({"idx": "GSM8K_0", "instruction": "Q", "output": "w", "answer": ["18"]}, "Q", "18"),
     # MATH, MATH-500
-    ({"problem": "Q", "type": "Algebra", "solution": "\\boxed{1}? No: $\\boxed{\\frac{1}{2}}$."}, "Q", "\\frac{1}{2}"),
+    ({"problem": "Q", "type": "Algebra", "solution": "\\boxed{1}. No, $\\boxed{\\frac{1}{2}}$."}, "Q", "\\frac{1}{2}"),
     ({"problem": "Q", "solution": "$\\boxed{9}$", "answer": "3"}, "Q", "3"),
     # AQuA, AMC, Odyssey, anyone's
     ({"question": "Q", "options": ["A)7 (m)", "B)(8)"], "correct": "B"}, "Q\nAnswer Choices: (A) 7 (m) (B) (8)", "B"),
@@ -503,7 +503,10 @@ SOLUTIONS = {
     "step": "Let's think step by step.\nStep 1: 3 + 4 = 7.\nStep 2: 7 * 2 = 14.\nStep 3: So it is 14.\nThe answer is: 14",
     "heading": "I will add first.\n\n**Step 1:** 3 + 4 = 7.\nThat is a sum.\n\n**Step 2:** 7 * 2 = 14.",
     "number": "We go on like this:\n1. Add 3 and 4.\n2. Double it.\n3. So 14.",
-    "paragraph": "First we add, which gives 7.\n\nThen we double it.\n\nSo the answer is 14."}
+    "paragraph": "First we add, which gives 7.\n\nThen we double it.\n\nSo the answer is 14.",
+    "line": "Ann has 3 apples.\nShe buys 4, so 3 + 4 = 7.\nTwice that is 14.",
+    "Chinese": "第一步：3 + 4 = 7。\n\n第二步：7 * 2 = 14。\n\n第三步：所以 答案是 14。",
+    "dressed": "(1) Add 3 and 4.\n(2) Double it.\n(3) So 14."}
 
 
 class Knows:
@@ -544,23 +547,24 @@ def test_next_steps_write_a_solution_step_by_step(request, checkpoint, monkeypat
     problem, solution = ev.Problem("f:1", 1, "What is (3 + 4) * 2?\n", "14", "", {}), SOLUTIONS[style]
     policy = Knows(sampler.prepare(problem, solution).content, 2)
     monkeypatch.setattr(ev, "samples", policy)
-    steps, so_far = data.split_steps(solution), ""
+    how = "line" if style == "line" else "auto"                         # one line alone might be a paragraph
+    steps, so_far = data.split_steps(solution, how), ""
+    next_step = lambda text, n=1, **more: ev.next_steps(sampler, [(problem, text)], n, 0.0, steps=how, **more)[0]
     for k, step in enumerate(steps):
-        (found,), = ev.next_steps(sampler, [(problem, so_far)], 1, 0.0)
         last = k + 1 == len(steps)
-        assert found == (step, last)
-        words = data.step_starts(solution)[k][1]
+        assert next_step(so_far) == [(step, last)]
+        words = data.step_starts(solution, how)[k][1]
         rest = step[words - len(so_far):]
-        assert ev.next_steps(sampler, [(problem, solution[:words])], 2, 0.0) == [[(rest, last)] * 2]      # from the label
+        assert next_step(solution[:words], 2) == [(rest, last)] * 2                    # from the label
         middle = solution.index(" ", words + 1)                            # behind its first word
-        assert ev.next_steps(sampler, [(problem, solution[:middle])], 1, 0.0)[0][0][0] == step[middle - len(so_far):]
+        assert next_step(solution[:middle]) == [(step[middle - len(so_far):], last)]
         so_far += step
     assert so_far == solution
-    (cut,), = ev.next_steps(sampler, [(problem, "")], 1, 0.0, max_new_tokens=3)
-    assert cut[1] is None and solution.startswith(cut[0])
+    (cut,) = next_step("", max_new_tokens=3)
+    assert cut[1] is None and solution.startswith(cut[0].rstrip("\ufffd"))
     policy.written = 0
-    ev.next_steps(sampler, [(problem, "")], 1, 0.0)
-    beyond = len(steps[1]) if style == "paragraph" else 12                 # labels outrank blank lines, so those wait
+    next_step("")
+    beyond = 12 if style != "paragraph" else len(steps[1])              # labels outrank blank lines, so those wait
     assert policy.written <= len(sampler.tokenizer.encode(steps[0]).ids) + beyond
 
 

@@ -581,6 +581,38 @@ So he answers 3 of them and 5 remain => 5
 """, r"""
 Die Antwort ist 42. => 39 ;; Die Antwort ist 3 und 5. => 3 ;; La respuesta es cuarenta y dos => 40
 """),
+"all kinds, written after the rules": (r"""
+小红还剩下17元。 => 17 ;; 共需要8.5小时才能完成 => 8.5 ;; 所以甲的年龄是36岁，乙的年龄是12岁 => 12 ;; 因此最大值为-2 => -2 ;; 答案是：36本 => 36
+所以，答案是 25% 。 => 0.25 ;; 所以答案就是C了 => C ;; 综上所述，答案选择D。 => D ;; 正确答案为 B。 => B ;; 因此，选项 D 正确 => D
+ゆえに、正しい選択肢はCです => C ;; 따라서 답은 24입니다. => 24 ;; 그러므로 정답은 ④번 => 4 ;; ดังนั้นคำตอบคือ 15 บาท => 15
+答案：一千零二十四 => 1024 ;; <answer>¶12¶</answer> => 12 ;; <answer>Option B</answer> => B
+<answer>B) 12 km</answer> => B ;; ```json¶{"answer": 3.5}¶```¶Done in 4 steps. => 3.5
+{"question": 7, "answer": "D", "confidence": 0.8} => D
+{"steps": ["3+4=7"], "final_answer": "\\boxed{7}"} => 7
+Hence $a = \boxed{4}$ and $b = \boxed{-1}$. => 4, -1
+The solutions are $\boxed{1}$, $\boxed{2}$ and $\boxed{3}$. => 1,2,3 ;; I think the answer is D. => D
+Therefore the answer is d. => D ;; So choice (a) is right => A ;; Thus option c. => C
+I would choose answer B => B ;; the correct answer is option (E). => E ;; B is right because 3+4=7 => B
+So A is the best answer. => A ;; \boxed{\text{B and D}} => B,D ;; The answer is seventeen. => 17
+The answer is five sixths. => 5/6 ;; The answer is four and a half => 4.5 ;; \boxed{\text{forty}} => 40
+\boxed{\text{two hundred and fifty}} => 250 ;; Hence, the profit is 4.5 million dollars. => 4500000
+That makes about 7 billion people. => 7000000000 ;; The answer is 10,00,000. => 1000000
+The answer is 2'500. => 2500 ;; \boxed{₩12,000} => 12000 ;; The answer is ₽750. => 750
+The answer is SEK 50 => 50 ;; \boxed{50\text{ SEK}} => 50 ;; \boxed{₫20.000} => 20
+\boxed{a \over b} => a/b ;; \boxed{3 \choose 2} => 3 ;; \boxed{\color{blue}{x+1}} => x+1
+\boxed{\textcolor{#FF0000}{5}} => 5 ;; \boxed{\color[rgb]{1,0,0}5} => 5
+\boxed{\begin{aligned} 5 \end{aligned}} => 5 ;; \boxed{\text{So the answer is }\frac{1}{2}} => 1/2
+\boxed{\{x\in\mathbb{R}:x\le-1\}} => (-\infty,-1] ;; \boxed{]2,+\infty[} => (2,\infty)
+La bonne réponse est B. => B ;; Правильный ответ: C => C ;; Ответ: 3,5 часа => 3.5
+La respuesta es 1/2. => 1/2 ;; Die Antwort ist -3°C. => -3 ;; The two numbers are 3 and 4. => 4
+He has 5 apples, and 3 more. => 3 ;; It is on a 5-day trip with 7 people => 7 ;; I have a 4-sided shape => 4
+He can select A 5 times, so 10 => 10 ;; The answer is an apple => apple ;; x_1 = 3 => 3
+Vitamin C is the key: 5 mg => 5 ;; Room B is correct size; 12 m => 12 ;; The point is (3, 4). => (3,4)
+""", r"""
+Hence $a = \boxed{4}$ and $b = \boxed{-1}$. => -1 ;; The answer is B and D. => D
+\boxed{\mathbb{Q}} => \mathbb{R} ;; The answer is 3 or 4 apples => 3
+So Option A costs 5 and option B costs 7, so he saves 2 => 2 ;; It's a tie between A and B => B
+"""),
 }
 
 

@@ -125,13 +125,13 @@ import stepdpo
 def memory(field):
     return next(int(line.split()[1]) / 1024 for line in open('/proc/self/status') if line.startswith(field))
 
-rank, world, device = stepdpo.distributed('cpu')
+(rank, world), cpu = stepdpo.join_processes(), stepdpo.torch.device('cpu')
 if sys.platform == 'linux':
     stepdpo.keep_freed_memory()
     args = Namespace(shard=True, precision='bf16', compile=False)
-    stepdpo.load_policy(work + '/model', args, world, device)         # a tiny one first, so that what the libraries take for themselves is not counted
+    stepdpo.load_policy(work + '/model', args, world, cpu)         # a tiny one first, so that what the libraries take for themselves is not counted
     before = memory('VmRSS')
-    policy = stepdpo.load_policy(work + '/large', args, world, device)
+    policy = stepdpo.load_policy(work + '/large', args, world, cpu)
     held, loading = sum(stepdpo.own_slice(p).nbytes for p in policy.parameters()) / 2**20, memory('VmHWM') - before
     stepdpo.barrier()
     before = memory('VmRSS')

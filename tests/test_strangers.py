@@ -151,12 +151,6 @@ def without_norm(content):
     return packed(header, body[:begin] + body[end:]) if end == len(body) else packed(header, body)
 
 
-def twice(content):
-    header, body = header_of(content)
-    raw = json.dumps(header)
-    return packed(f"{raw[:-1]}, {json.dumps(NORM)}: {json.dumps(header[NORM])}}}".encode(), body)
-
-
 UNREADABLE = "model.safetensors: cannot be read as safetensors .*; download it again"
 LYING = {
     "0 bytes": (lambda c: b"", UNREADABLE),
@@ -176,7 +170,6 @@ LYING = {
     "header is a list": (lambda c: packed(b"[]", header_of(c)[1]), UNREADABLE),
     "header is UTF-16": (lambda c: packed(json.dumps(header_of(c)[0]).encode("utf-16"), header_of(c)[1]), UNREADABLE),
     "header nested": (lambda c: packed(b'{"a":' * 50_000 + b"1" + b"}" * 50_000, b""), UNREADABLE),
-    "a key twice": (twice, "the key 'model.norm.weight' stands there twice"),
     "overlapping": (norm(data_offsets=[0, 128]), UNREADABLE),
     "out of range": (norm(data_offsets=[1 << 30, (1 << 30) + 128]), UNREADABLE),
     "offsets at 2^64": (norm(data_offsets=[2**64 - 256, 2**64 - 128]), UNREADABLE),
@@ -233,7 +226,7 @@ def test_a_shard_lies_in_the_folder_under_a_plain_name(base, tmp_path, capsys, p
 @pytest.mark.parametrize("index, found", [
     ({}, "weight_map is not an object"), ({"weight_map": [1]}, "weight_map is not an object"), ([], "expected a JSON object, found list"),
     ({"weight_map": {}}, "missing: model.embed_tokens.weight"),
-    ({"weight_map": {NORM: "b.safetensors"}}, "b.safetensors: cannot be read as safetensors .No such file")])
+    ({"weight_map": {NORM: "b.safetensors"}}, r"b.safetensors not there \(1 of 1 files that model.safetensors.index.json names\)")])
 def test_a_damaged_index(base, tmp_path, capsys, index, found):
     model = copied(base, tmp_path)
     sharded(model, index)
@@ -320,8 +313,6 @@ FIELDS += [({name: value}, f"{name} is {re.escape(repr(value)[:60])}") for name 
 FIELDS += [({name: value}, f"{name} is '?{re.escape(str(value))}'?: expected true or false")
     for name in ("tie_word_embeddings", "attention_bias", "mlp_bias")
            for value in (1, "false", 0.5)]
-FIELDS += [({name: value}, name) for name in ("bos_token_id", "eos_token_id") for value in (-1, 2**70, 10**6, "7", True, 1.5, [[1]], {}) if
-           (name, value) != ("bos_token_id", 10**6)]
 FIELDS += [({"layer_types": value}, "layer_types is ") for value in (5, {"a": 1}, [{}], "x", [["full_attention"]])]
 FIELDS += [({"rope_scaling": value}, "rope_scaling is |factor is ") for value in (
     5, [1], "x", {"rope_type": []}, {"rope_type": {}}, {"type": 5}, {"factor": 2.0}, {"rope_type": "linear", "factor": "2"},

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 import stepdpo
+from model import locked
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 COMMON = ["--prompt", "alpaca", "--batch_size", "8", "--lr", "1e-3", "--device", "cpu"]         # also where there is a GPU: bits are compared
@@ -408,6 +409,17 @@ def test_harmless_files_in_the_way_are_left_alone(work, tmp_path):
     assert (out / "model.safetensors").is_file() and (out / "train.log").read_text() == "x"
 
 
+def test_two_runs_into_one_out(work, tmp_path, capsys):
+    """While another command writes OUT, the second one says who, and touches nothing; a lock that a killed one left
+    behind holds nothing."""
+    argv = arguments(work, "stepdpo", tmp_path / "out", "--max_steps", "1")
+    with locked(tmp_path / "out"):
+        assert f"is being written by process {os.getpid()} on" in fails(capsys, argv)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "out.lock").write_text("process 1 on a machine that was switched off")
+    assert stepdpo.main(argv) == 0 and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_another_reference(work, tmp_path, capsys):
     """--reference: the margins begin away from 0, by exactly the difference of the two models' log-probs; the same model as reference begins at log 2."""
     tiny_checkpoint(tmp_path / "other", seed=5)
@@ -420,10 +432,11 @@ def test_another_reference(work, tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_before_the_weights_are_touched(work, tmp_path, capsys):
-    """A NaN weight: the message names the step and the rows of its batch, and no checkpoint is left behind that holds it."""
+    """Weights so large that the loss overflows: the message names the step and the rows of its batch, and no checkpoint
+    is left behind that holds it."""
     tiny_checkpoint(tmp_path / "broken")
     tensors = load_file(tmp_path / "broken" / "model.safetensors")
-    tensors["model.norm.weight"][3] = math.nan
+    tensors["model.norm.weight"][:] = 3e38
     save_file(tensors, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
     error = fails(capsys, arguments(work, "sft", tmp_path / "out", "--model", str(tmp_path / "broken")))
     assert "step 0: loss nan" in error and "pairs.jsonl:" in error and error.count("pairs.jsonl:") == 8
