@@ -31,6 +31,7 @@ import glob
 import hashlib
 import http.client
 import importlib
+import itertools
 import json
 import math
 import os
@@ -83,21 +84,21 @@ class DataError(ValueError):
 # ----------------------------------------------------------------------------------------------------------------------
 
 METHODS = ("sft", "dpo", "stepdpo")
-LONGEST_TOKEN = 1_000                                   # characters: more than a token of any vocabulary has
+LONGEST_TOKEN = 1_000                               # characters: more than a token of any vocabulary has
 
 
 @dataclass(slots=True)
 class Example:
-    """One row as tokens: K >= 1 whole sequences from BOS on (2 of a pair, 1 in SFT), alike in their first `start` tokens."""
-    where: str                                          # "file:line"
-    sides: list[np.ndarray]                             # K of them, int32 ids: context + response; chosen, rejected
-    start: int                                          # index of the first response token, on every side
-    steps: list[np.ndarray]                             # of each side: of which step of its solution each response token is
-    problem: str | None = None                          # the prompt x: rows of one problem begin alike and stay together
-    row: dict | None = None                             # the row it was made of, for a variant's own columns
-    reference: bool = False                             # whether its loss asks for log-probs under the reference
-    units: int = 1                                      # what it counts in the mean: a pair is 1, SFT counts its tokens
-    asked: list | None = None                           # of each side (places, tokens): what is predicted, if not the response
+    """One row as tokens: K >= 1 whole sequences from BOS on, alike in their first `start` tokens."""
+    where: str                          # "file:line"
+    sides: list[np.ndarray]             # K (a pair: chosen, rejected) of int32 ids: context + response
+    start: int                          # index of the first response token, on every side
+    steps: list[np.ndarray]             # of each side: which step of its solution each response token is of
+    problem: str | None = None          # the prompt x: rows of one problem begin alike and stay together
+    row: dict | None = None             # the row it was made of, for a variant's own columns
+    reference: bool = False             # whether its loss asks for log-probs under the reference
+    units: int = 1                      # what it counts in the mean: a pair is 1, SFT counts its tokens
+    asked: list | None = None           # of each side (places, tokens) to predict, if not the response
 
     @property
     def chosen(self) -> np.ndarray:
@@ -109,7 +110,7 @@ class Example:
 
     @property
     def predicted(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Of each side: the places (in the side) whose hidden states predict, and the tokens that they predict."""
+        """Of each side: the places whose hidden states predict, and the tokens that they predict."""
         if self.asked is not None:
             return self.asked
         return [(np.arange(self.start - 1, len(side) - 1), side[self.start:]) for side in self.sides]
@@ -118,165 +119,6 @@ class Example:
     def length(self) -> int:
         """Tokens that the row takes in a batch, its sides' common beginning once."""
         return tokens_in_tree(self.sides)
-
-
-@dataclass
-class Report:
-    """What became of a file's rows. str(report) is a few lines to print."""
-    source: str
-    rows: int = 0
-    kept: int = 0
-    dropped: dict[str, list[str]] = field(default_factory=dict)     # reason -> "file:line" of each row
-    notes: dict[str, list[str]] = field(default_factory=dict)       # what to know of kept rows -> the same
-    details: dict[str, str] = field(default_factory=dict)           # note -> more about its first row
-
-    def drop(self, reason: str, where: str) -> None:
-        self.dropped.setdefault(reason, []).append(where)
-
-    def note(self, remark: str, where: str, detail: str = "") -> None:
-        self.notes.setdefault(remark, []).append(where)
-        self.details.setdefault(remark, detail)
-
-    def __str__(self) -> str:
-        lines = [f"{self.source}: {self.rows:,} rows, {self.kept:,} kept, {self.rows - self.kept:,} dropped"]
-        for title, found in (("", self.dropped), ("note: ", self.notes)):
-            for reason, rows in sorted(found.items(), key=lambda item: -len(item[1])):
-                detail = self.details.get(reason, "") if title else ""
-                lines.append(f"  {len(rows):>7,}  {title}{reason}  (first: {Path(rows[0]).name}){detail}")
-        return "\n".join(lines)
-
-
-class Unfit(DataError):
-    """A row that is well formed and cannot be trained on: it is dropped, under this reason."""
-
-
-def texts_of(row: dict, method: str, where: str) -> tuple[str | list[dict], str, list[str]]:
-    """(question, reasoning that is context, the one or two responses) of a row, as `method` trains it.
-
-    The question is a text or, where there is more to it (a system prompt, earlier turns), the conversation up
-    to the answer: [{"role": ..., "content": ...}, ...]. Rows may be laid out like
-
-      - Math-Step-DPO-10K: a whole answer is initial_reason_steps + full_*; where full_* begins with those
-        steps, it is the whole answer itself. Without these columns, chosen and rejected are whole answers;
-      - TRL's: prompt with chosen and rejected, or with completion, each a text or messages; messages alone;
-      - Alpaca's and LLaMA-Factory's: instruction, input, output; conversations; with system or history.
-
-    Of a conversation the last turn is the answer. Raises DataError where a row is malformed, Unfit where a
-    well-formed one cannot be used.
-    """
-    of_steps = any(name in row for name in ("initial_reason_steps", "full_chosen", "full_rejected"))
-    sides = ["full_chosen", "full_rejected"] if of_steps and method != "stepdpo" else ["chosen", "rejected"]
-    asked = next((name for name in ("prompt", "instruction", "question") if name in row), None)
-    talk = next((name for name in ("messages", "conversations") if name in row), None)
-    if method == "sft":
-        answers = ("response", sides[0], "completion", "output", talk)
-        sides = [next((name for name in answers if name in row), sides[0])]
-    whole = sides[0] == "full_chosen"
-    needed = ["initial_reason_steps", *sides] if whole or method == "stepdpo" else sides
-    missing = [name for name in needed if name not in row]
-    if not asked and not talk and not all(isinstance(row.get(name), list) for name in sides):
-        missing.insert(0, "prompt")
-    if missing or asked == "question":                  # so the pipeline's other files call it
-        expect(row, where, "pairs", "problems")
-    if missing:
-        also = " (or prompt, response)" if method == "sft" else ""
-        raise DataError(f"{where}: {method} needs the columns {', '.join(['prompt', *needed])}{also}; found "
-                        f"{', '.join(row) or 'none'}; missing {', '.join(missing)}: rename them or change "
-                        "method")
-
-    before = _turns_before(row, where, asked, talk if talk not in sides else None)
-    turns, texts = zip(*(_answer(row, name, where) for name in sides))
-    question = _joined(before, turns[0])
-    if any(_joined(before, other) != question for other in turns):
-        raise Unfit("chosen and rejected differ before their last turn, and only that is trained")
-    if not question or question[-1]["role"] in ("assistant", "system"):
-        raise Unfit("no turn of the user stands before the answer")
-    if sum(turn["role"] == "system" for turn in question) > 1:
-        raise Unfit("more than one system prompt")
-    if len(question) == 1:
-        question = question[0]["content"]
-
-    steps = text_field(row, "initial_reason_steps", where) if "initial_reason_steps" in needed else ""
-    if not whole:
-        return question, steps, list(texts)
-    full = lambda text: text.startswith(steps) or not text.strip()      # an empty one is counted as such
-    return question, "", [text if full(text) else steps + text for text in texts]
-
-
-def _turns_before(row: dict, where: str, asked: str | None, talk: str | None) -> list[dict]:
-    """The turns up to the answer from columns of their own: system, history, the prompt in its parts."""
-    for name in ("tools", "images", "videos", "audios", "chat_template_kwargs"):
-        if row.get(name):
-            raise Unfit(f"the column {name} has no place in the prompt")
-    turns = []
-    for name in ("system", "system_prompt", "system_message"):
-        if row.get(name):
-            turns.append({"role": "system", "content": text_field(row, name, where)})
-    history = row.get("history") or []                  # LLaMA-Factory's [[question, answer], ...]
-    for pair in history if isinstance(history, list) else [history]:
-        if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
-            raise Unfit("history is not [[question, answer], ...]; make it turns of the prompt")
-        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    name = asked or talk
-    if name is None or isinstance(row[name], list):
-        return turns + (messages_field(row, name, where) if name else [])
-    text = text_field(row, name, where)
-    for part in ("context", "passage", "input"):
-        value = row.get(part) or ""
-        if not isinstance(value, str):
-            raise Unfit(f"{part}, which belongs to the question, is no text")
-        if value.strip() and value.strip() not in text:
-            text = f"{text}\n{value}" if part == "input" else f"{value}\n{text}"
-    return turns + [{"role": "user", "content": text}]
-
-
-def _joined(before: list[dict], turns: list[dict]) -> list[dict]:
-    """The conversation up to an answer: what other columns have of it, then the turns before the answer in
-    its own. Where these are the conversation from its beginning, they have to repeat what the others say."""
-    if not turns or turns[0]["role"] not in ("system", "user"):
-        return before + turns
-    told = [turn["content"].strip() for turn in turns]
-    if any(turn["content"].strip() not in told for turn in before if turn["role"] != "system"):
-        raise Unfit("the prompt is not among the turns before the answer")
-    return [turn for turn in before if turn["role"] == "system" and turn not in turns] + turns
-
-
-def _answer(row: dict, name: str, where: str) -> tuple[list[dict], str]:
-    """(the turns before it, the answer): a text, or of messages the last."""
-    if not isinstance(row[name], (list, dict)):
-        return [], text_field(row, name, where)
-    *turns, last = messages_field(row, name, where)
-    if last["role"] != "assistant":
-        raise Unfit(f"the last turn of {name} is not the assistant's")
-    return turns, last["content"]
-
-
-def messages_field(row: dict, name: str, where: str) -> list[dict]:
-    """row[name]: messages, [{"role": ..., "content": ...}, ...], or a single one; also as ShareGPT has them
-    (from, value; human, gpt). Only these two keys come back; a thought (reasoning_content) stands in <think>
-    before the content. DataError where the field is anything else."""
-    messages = []
-    for number, message in enumerate(row[name] if isinstance(row[name], list) else [row[name]], 1):
-        if not isinstance(message, dict):
-            found = f"found {_kind(row[name])} {_shown(row[name])}"
-            raise DataError(f"{where}: field {name!r}: {found}; expected text or messages, "
-                            '[{"role": ..., "content": ...}, ...]')
-        here = f"{where}: field {name!r}, message {number}"
-        if message.get("tool_calls"):
-            raise Unfit(f"a call of a tool in {name}")
-        role = text_field(message, "role" if "role" in message else "from", here)
-        content = message.get("content", message.get("value"))
-        if isinstance(content, list):                   # [{"type": "text", "text": ...}]
-            pieces = [piece if isinstance(piece, dict) else {} for piece in content]
-            content = "".join(text_field(piece, "text", here) for piece in pieces)
-        content = text_field({"content": content}, "content", here)
-        for thought in ("reasoning_content", "reasoning", "thinking"):
-            if message.get(thought):
-                content = f"<think>\n{text_field(message, thought, here)}\n</think>\n\n{content}"
-        messages.append({"role": {"human": "user", "gpt": "assistant"}.get(role, role), "content": content})
-    if not messages:
-        raise DataError(f"{where}: field {name!r}: an empty list; expected messages")
-    return messages
 
 
 def encode_dataset(source: str | Path | Iterable[tuple[str, dict]], tokenizer: Tokenizer, method: str,
@@ -290,18 +132,19 @@ def encode_dataset(source: str | Path | Iterable[tuple[str, dict]], tokenizer: T
     if method not in METHODS:
         raise DataError(f"method {method!r} is not known; choose one of {', '.join(METHODS)}")
     from_file = isinstance(source, (str, Path))
-    rows, report = read_rows(source) if from_file else source, Report(str(source) if from_file else "rows")
+    rows = read_rows(source) if from_file else iter(source)
+    report = Report(str(source) if from_file else "rows")
     end = None if method == "stepdpo" else tokenizer.end_of_turn_id(style)
     examples = []
-    for chunk in _chunks(rows, 512):                    # tokenizers encodes a list on all cores
-        taken = []
+    while chunk := list(itertools.islice(rows, 512)):   # tokenizers encodes a list on all cores
+        report.rows += len(chunk)
+        texts = []
         for where, row in chunk:
-            report.rows += 1
             try:
-                taken.append(_render(where, row, tokenizer, method, style, report))
+                texts.append(_render(where, row, tokenizer, method, style, max_length, report))
             except Unfit as reason:
                 report.drop(str(reason), where)
-        examples += to_examples(taken, tokenizer, end, max_length, report, bos=style != "chat")
+        examples += to_examples(texts, tokenizer, end, max_length, report, bos=style != "chat")
     for example in examples:
         example.reference = method != "sft"
         if method == "sft":                             # the mean over all answer tokens, not over answers
@@ -311,6 +154,42 @@ def encode_dataset(source: str | Path | Iterable[tuple[str, dict]], tokenizer: T
         reasons = "; ".join(f"{len(where)} {reason}" for reason, where in report.dropped.items())
         raise DataError(f"{report.source}: no row is left to use ({reasons})")
     return examples, report
+
+
+def texts_of(row: dict, method: str, where: str) -> tuple[str | list[dict], str, list[str]]:
+    """(prompt x, the steps that are context, the one or two responses) of a row, as `method` trains it.
+
+    A whole answer is initial_reason_steps + full_*, or full_* alone where it begins with those steps. A file
+    without these columns has whole answers in chosen and rejected, or in `response` for SFT; what other
+    trainers call them, and when x is a conversation: `question_and_answers`.
+
+    Raises DataError where a row is malformed, Unfit where a well-formed one cannot be used.
+    """
+    of_steps = method == "stepdpo" or any(
+        name in row for name in ("initial_reason_steps", "full_chosen", "full_rejected"))
+    sides = ["full_chosen", "full_rejected"] if of_steps and method != "stepdpo" else ["chosen", "rejected"]
+    if method == "sft":
+        known = ("response", sides[0], *ANSWERS)
+        sides = [next((name for name in known if name in row), sides[0])]
+        of_steps = sides == ["full_chosen"]
+    needed = ["initial_reason_steps", *sides] if of_steps else sides
+    asked = next((name for name in PROMPTS if name in row and name not in sides), None)
+    missing = [name for name in needed if name not in row]
+    if asked is None and not isinstance(row.get(sides[0]), list):
+        missing.insert(0, "prompt")
+    if missing or asked == "question":                  # so the pipeline's other files call it
+        expect(row, where, "pairs", "problems")
+    if missing:
+        raise DataError(f"{where}: {method} needs the columns {', '.join(['prompt', *needed])}; found "
+                        f"{', '.join(row) or 'none'}; missing {', '.join(missing)}: rename them or change "
+                        "method")
+
+    question, responses = question_and_answers(row, asked, sides, where)
+    steps = text_field(row, "initial_reason_steps", where) if of_steps else ""
+    if not of_steps or method == "stepdpo":
+        return question, steps, responses
+    whole = lambda full: full.startswith(steps) or not full.strip()     # an empty one is dropped as such
+    return question, "", [full if whole(full) else steps + full for full in responses]
 
 
 class Texts(NamedTuple):
@@ -323,49 +202,14 @@ class Texts(NamedTuple):
     responses: list[str]
 
 
-def to_examples(rows: Sequence[Texts], tokenizer: Tokenizer, end: int | None, max_length: int | None,
-                report: Report, bos: bool = True) -> list[Example]:
-    """Tokenise rows of any number of responses; `end`, if any, follows each response. What is dropped goes to
-    `report`. bos: False for prompts that a chat template has made."""
-    fitting = []
-    for row in rows:
-        longest = len(row.prompt) + len(row.steps) + max(map(len, row.responses))
-        if max_length is not None and longest > LONGEST_TOKEN * max_length:     # without waiting for its tokens
-            report.drop(f"longer than {max_length} tokens", row.where)
-        else:
-            fitting.append(row)
-    texts = [row.prompt + row.steps + response for row in fitting for response in row.responses]
-    encoded = iter(tokenizer.encode_batch(texts, bos))
-    examples = []
-    for row in fitting:
-        made = _example(row, [next(encoded) for _ in row.responses], end, max_length)
-        if isinstance(made, str):
-            report.drop(made, row.where)
-        else:
-            examples.append(made)
-    return examples
-
-
-def _chunks(items: Iterable, size: int) -> Iterator[list]:
-    chunk = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    yield chunk
-
-
-def _render(where: str, row: dict, tokenizer: Tokenizer, method: str, style: str, report: Report) -> Texts:
+def _render(where: str, row: dict, tokenizer: Tokenizer, method: str, style: str, max_length: int | None,
+            report: Report) -> Texts:
     """A row's texts as they are trained. Unfit with the reason where it cannot be trained on."""
     question, steps, responses = texts_of(row, method, where)
     if method != "stepdpo":                             # the end token is put there by us, once
-        bare = [tokenizer.without_end(response, style) for response in responses]
-        if bare != responses:
-            report.note("the answer brings its end token; it stands there once all the same", where)
-        responses = bare
+        responses = [tokenizer.without_end(response, style) for response in responses]
     turns = [question] if isinstance(question, str) else [turn["content"] for turn in question]
-    problem = "\n\n".join(turns)
+    solutions = [steps + response for response in responses]
 
     names = ("chosen", "rejected") if len(responses) == 2 else ("response",)
     for name, text in zip(("prompt", *names), (turns[-1], *responses)):
@@ -373,70 +217,106 @@ def _render(where: str, row: dict, tokenizer: Tokenizer, method: str, style: str
             raise Unfit(f"empty {name}")
     if len(responses) == 2 and responses[0].strip() == responses[1].strip():
         raise Unfit("chosen and rejected are the same")
-    if len(turns) > 1 and style != "chat":
-        raise Unfit(f"a system prompt or earlier turns, for which --prompt {style} has no place: choose chat")
-    if style == "raw":                                  # its prompts are rendered, control tokens and all
-        turns = []
-    solutions = [steps + response for response in responses]    # a token may be spelled across the seam
-    for text in (*turns, *solutions):
-        if token := tokenizer.control_token_in(text):
-            raise Unfit(f"the text contains the control token {token}")
-        if mark := tokenizer.foreign_mark_in(text):
-            raise Unfit(f"the text contains {mark}, which another model's chats are marked with and this "
-                        "tokenizer spells in letters: take it out")
-        if token := tokenizer.special_token_in(text):
-            report.note(f"the special token {token} in the text is trained as that token", where)
+    if max_length is not None and max(map(len, (*turns, *solutions))) > LONGEST_TOKEN * max_length:
+        raise Unfit(f"longer than {max_length} tokens")         # known without waiting for its tokens
+    for text in solutions if style == "raw" else (*turns, *solutions):  # a raw prompt is rendered already
+        if remark := tokenizer.check(text):
+            report.note(remark, where)
 
-    if style != "chat" or method == "stepdpo":
-        prompt = render_prompt(style, question, tokenizer, steps + responses[0])
-        return Texts(where, row, problem, prompt, steps, responses)
-    prompt, responses, remarks = tokenizer.render_answers(question, responses)
-    for remark, detail in remarks.items():
-        report.note(remark, where, detail)
-    return Texts(where, row, problem, prompt, "", responses)
+    if style == "chat" and method != "stepdpo":
+        prompt, responses, remarks = tokenizer.render_answers(question, responses)
+        for remark, detail in remarks.items():
+            report.note(remark, where + detail)
+    else:
+        prompt = render_prompt(style, question, tokenizer, solutions[0])
+    return Texts(where, row, "\n\n".join(turns), prompt, steps, responses)
 
 
-def _example(row: Texts, encoded: list[Encoded], end: int | None, max_length: int | None) -> Example | str:
-    """Tokens of a row, or the reason to drop it. encoded: of prompt + steps + each response, in one piece."""
+def to_examples(rows: Sequence[Texts], tokenizer: Tokenizer, end: int | None, max_length: int | None,
+                report: Report, bos: bool = True) -> list[Example]:
+    """Tokenise rows of any number of responses; `end`, if any, follows each response. What is dropped goes to
+    `report`. bos: False for prompts that a chat template has made."""
+    texts = [row.prompt + row.steps + response for row in rows for response in row.responses]
+    encoded = iter(tokenizer.encode_batch(texts, bos))
+    examples = []
+    for row in rows:
+        sides = [next(encoded) for _ in row.responses]
+        try:
+            examples.append(_example(row, sides, end, max_length))
+        except Unfit as reason:
+            report.drop(str(reason), row.where)
+    return examples
+
+
+def _example(row: Texts, encoded: list[Encoded], end: int | None, max_length: int | None) -> Example:
+    """Tokens of a row. encoded: of prompt + steps + each response, in one piece."""
     boundary = len(row.prompt) + len(row.steps)         # the character at which every side's response begins
     start = min(response_start(side.offsets, boundary) for side in encoded)
     sides = [np.array(side.ids + ([] if end is None else [end]), dtype=np.int32) for side in encoded]
     if max_length is not None and max(map(len, sides)) > max_length:
-        return f"longer than {max_length} tokens"
+        raise Unfit(f"longer than {max_length} tokens")
     if start == 0:
-        return "no token of context before the response"
+        raise Unfit("no token of context before the response")
     if min(map(len, sides)) <= start:
-        return "a response without a token of its own"
+        raise Unfit("a response without a token of its own")
     if any(not np.array_equal(side[:start], sides[0][:start]) for side in sides):
-        return "the context is not tokenised alike on both sides"
+        raise Unfit("the context is not tokenised alike on both sides")
     if len({side.tobytes() for side in sides}) < len(sides):
-        return "chosen and rejected are the same"
+        raise Unfit("chosen and rejected are the same")
     steps = []
     for side, ids, response in zip(encoded, sides, row.responses):
         of_token = step_of_tokens(side.offsets[start:], row.steps + response, len(row.prompt))
-        steps.append(np.concatenate([of_token, of_token[-1:]])[:len(ids) - start])      # the end token is of the last step
+        of_token = np.r_[of_token, of_token[-1:]]       # the end token, if there is one, is of the last step
+        steps.append(of_token[:len(ids) - start])
     return Example(row.where, sides, start, steps, row.problem, row.row)
 
 
+def response_start(offsets: Sequence[tuple[int, int]], boundary: int) -> int:
+    """Index of the first token that holds a character of the response, one at `boundary` or after it.
+
+    A token across the boundary ("\\n\\n", half of it context) is response: the model makes it in one piece.
+    """
+    start = next((i for i, (_, after) in enumerate(offsets) if after > boundary), len(offsets))
+    # A normaliser may melt the response's first character into the token before (NFC: "e" + a combining
+    # accent). That token's offsets then end at the boundary, and no other token begins with the character.
+    if 0 < start < len(offsets) and offsets[start][0] > boundary:
+        start -= 1
+    return start
+
+
 def step_of_tokens(offsets: Sequence[tuple[int, int]], solution: str, begin: int) -> np.ndarray:
-    """(tokens,) int32: of which step (0 = the first) of the solution each token's last character is. The solution
-    begins at character `begin` of the text that the offsets are of; what stands before it counts as step 0."""
+    """(tokens,) int32: the step (0 = the first) of the solution that each token's last character is of. The
+    solution begins at character `begin` of the text; what stands before it counts as step 0."""
     starts = [begin + start for start, _ in step_starts(solution)][1:]
     ends = np.array([end for _, end in offsets])
     return np.searchsorted(starts, ends - 1, side="right").astype(np.int32)
 
 
-def response_start(offsets: Sequence[tuple[int, int]], boundary: int) -> int:
-    """Index of the first token that holds a character of the response, i.e. one at `boundary` or after it.
+class Unfit(DataError):
+    """A row that is well formed and cannot be trained on: it is dropped, under this reason."""
 
-    A token across the boundary ("\\n\\n", half of it context) belongs to the response: the model makes it in one piece.
-    """
-    start = next((i for i, (_, after) in enumerate(offsets) if after > boundary), len(offsets))
-    # A normaliser may melt the response's first character into the token before (NFC: "e" + a combining accent). That
-    # token's offsets then end at the boundary although the character is in it; no other token begins with it.
-    if 0 < start < len(offsets) and offsets[start][0] > boundary:
-        start -= 1
-    return start
+
+@dataclass
+class Report:
+    """What became of a file's rows. str(report) is a few lines to print."""
+    source: str
+    rows: int = 0
+    kept: int = 0
+    dropped: dict[str, list[str]] = field(default_factory=dict)     # reason -> "file:line" of each row
+    notes: dict[str, list[str]] = field(default_factory=dict)       # what to know of kept rows -> the same
+
+    def drop(self, reason: str, where: str) -> None:
+        self.dropped.setdefault(reason, []).append(where)
+
+    def note(self, remark: str, where: str) -> None:
+        self.notes.setdefault(f"note: {remark}", []).append(where)
+
+    def __str__(self) -> str:
+        lines = [f"{self.source}: {self.rows:,} rows, {self.kept:,} kept, {self.rows - self.kept:,} dropped"]
+        for found in (self.dropped, self.notes):
+            for reason, rows in sorted(found.items(), key=lambda item: -len(item[1])):
+                lines.append(f"  {len(rows):>7,}  {reason}  (first: {rows[0]})")
+        return "\n".join(lines)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -606,7 +486,7 @@ def render_prompt(style: str, question: str | list[dict], tokenizer: Tokenizer, 
         return tokenizer.chat_prompt(question, begun)
     told = tokenizer is not None and (tokenizer.system or tokenizer.template_args)
     if told or not isinstance(question, str):
-        raise DataError(f"--prompt {style} has no place for --system, --template_args or earlier turns; "
+        raise Unfit(f"--prompt {style} has no place for --system, --template_args or earlier turns; "
                         "choose --prompt chat")
     if style == "qwen2-boxed":
         if tokenizer is not None and tokenizer.backend.token_to_id("<|im_start|>") is None:
@@ -695,7 +575,7 @@ class Tokenizer:
         control |= {token for token in special if token in (chat_template or "") and not _WORDS.search(token)}
         self.control_ids = {token: self.added_ids[token] for token in control}
         self.control_tokens = control
-        self._added, self._control, self._special = map(_any_of, (self.added_ids, control, special - control))
+        self._added, self._control, self._words = map(_any_of, (self.added_ids, control, special - control))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, system: str | None = None,
@@ -794,16 +674,17 @@ class Tokenizer:
         found = self._control.search(text)
         return found and found[0]
 
-    def special_token_in(self, text: str) -> str | None:
-        """The first special token in `text` that is no control token, if any."""
-        found = self._special.search(text)
-        return found and found[0]
-
-    def foreign_mark_in(self, text: str) -> str | None:
-        """The first mark in `text` of other models' chats, if any."""
-        marks = (found[0].strip() for found in _MARKS.finditer(text))
+    def check(self, text: str) -> str | None:
+        """A remark on a text to train, if there is one to make; Unfit where its marks would forge a turn."""
+        if token := self.control_token_in(text):
+            raise Unfit(f"the text contains the control token {token}")
         template = self.chat_template or ""             # Llama 2's has [INST], which is no token
-        return next((mark for mark in marks if mark not in self.added_ids and mark not in template), None)
+        for mark in (found[0].strip() for found in _MARKS.finditer(text)):
+            if mark not in self.added_ids and mark not in template:
+                raise Unfit(f"the text contains {mark}, which another model's chats are marked with and "
+                            "this tokenizer spells in letters: take it out")
+        word = self._words.search(text)
+        return word and f"the special token {word[0]} in the text is trained as that token"
 
     def without_end(self, answer: str, style: str) -> str:
         """A whole answer without the end tokens at its end."""
@@ -1011,6 +892,96 @@ def _chat_template(folder: Path, own: dict) -> str | None:
         template = next((entry.get("template") for entry in template
                          if isinstance(entry, dict) and entry.get("name") == "default"), None)
     return template if isinstance(template, str) else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows of other trainers
+# ----------------------------------------------------------------------------------------------------------------------
+
+# What TRL, LLaMA-Factory (Alpaca) and ShareGPT call things. A column is a text or messages, [{"role": ...,
+# "content": ...}, ...]; the last message of an answer's column is the answer.
+PROMPTS = ("prompt", "instruction", "question", "messages", "conversations")
+ANSWERS = ("completion", "output", "messages", "conversations")
+_SYSTEM = ("system", "system_prompt", "system_message")
+_PARTS = ("context", "passage", "input")                # of the question; input stands behind it
+_NO_PLACE = ("history", "tools", "images", "videos", "audios", "chat_template_kwargs")
+_KEYS = {"from": "role", "value": "content", "reasoning_content": "thought", "reasoning": "thought",
+         "thinking": "thought"}
+_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+def question_and_answers(row: dict, asked: str | None, sides: list[str],
+                         where: str) -> tuple[str | list[dict], list[str]]:
+    """(question, the answer in each of the columns `sides`) of a row. asked: its prompt's column, if any.
+
+    The question is a text; with a system prompt or earlier turns, the messages up to the answer. Turns that
+    the prompt and a side both have count once.
+    """
+    before = _turns_before(row, asked, where)
+    questions, answers = [], []
+    for name in sides:
+        *turns, last = _turns(row, name, "assistant", where)
+        if last["role"] != "assistant":
+            raise Unfit(f"the last turn of {name} is not the assistant's")
+        told = [turn["content"].strip() for turn in turns]
+        questions.append([turn for turn in before if turn["content"].strip() not in told] + turns)
+        answers.append(last["content"])
+    question = questions[0]
+    if any(other != question for other in questions):
+        raise Unfit("chosen and rejected differ before their last turn, and only that is trained")
+    roles = [turn["role"] for turn in question]
+    spoken = roles[1:] if roles[:1] == ["system"] else roles
+    if spoken != ["user", "assistant"] * (len(spoken) // 2) + ["user"]:
+        raise Unfit("before the answer stand other turns than a system prompt or none, then user and "
+                    "assistant in turn, the user last")
+    return question if len(question) > 1 else question[0]["content"], answers
+
+
+def _turns_before(row: dict, asked: str | None, where: str) -> list[dict]:
+    """The turns that have columns of their own: system prompt, the prompt in its parts."""
+    for name in _NO_PLACE:
+        if row.get(name):
+            raise Unfit(f"the column {name} has no place in the prompt: make it a part of it")
+    turns = []
+    for name in _SYSTEM:
+        if row.get(name):
+            turns += _turns(row, name, "system", where)
+    if asked is None:
+        return turns
+    turns += _turns(row, asked, "user", where)
+    for name in _PARTS if isinstance(row[asked], str) else ():
+        part, text = row.get(name) or "", turns[-1]["content"]
+        if not isinstance(part, str):
+            raise Unfit(f"{name}, which belongs to the question, is no text")
+        if part.strip() not in text:
+            turns[-1]["content"] = f"{text}\n{part}" if name == "input" else f"{part}\n{text}"
+    return turns
+
+
+def _turns(row: dict, name: str, role: str, where: str) -> list[dict]:
+    """row[name] as messages of two keys, role and content: a text is one message of `role`; a thought beside
+    a content stands in <think> before it. DataError where the column is anything else."""
+    value = row[name]
+    if not isinstance(value, (list, dict)) or not value:
+        return [{"role": role, "content": text_field(row, name, where)}]
+    turns = []
+    for number, message in enumerate(value if isinstance(value, list) else [value], 1):
+        here = f"{where}: field {name!r}, message {number}"
+        if not isinstance(message, dict):
+            found = f"found {_kind(message)} {_shown(message)}"
+            raise DataError(f'{here}: {found}; expected {{"role": ..., "content": ...}}')
+        if message.get("tool_calls"):
+            raise Unfit(f"a call of a tool in {name}")
+        message = {_KEYS.get(key, key): value for key, value in message.items() if value is not None}
+        role = text_field(message, "role", here)
+        if isinstance(message.get("content"), list):    # [{"type": "text", "text": ...}]
+            pieces = [piece if isinstance(piece, dict) else {} for piece in message["content"]]
+            message["content"] = "".join(text_field(piece, "text", here) for piece in pieces)
+        content = text_field(message, "content", here)
+        if message.get("thought"):
+            content = f"<think>\n{text_field(message, 'thought', here)}\n</think>\n\n{content}"
+        turns.append({"role": _ROLES.get(role, role), "content": content})
+    return turns
 
 
 # ----------------------------------------------------------------------------------------------------------------------
