@@ -48,7 +48,7 @@ import unicodedata
 import urllib.error
 import urllib.request
 from collections import Counter, deque
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from fractions import Fraction
@@ -473,36 +473,37 @@ def _pack(pieces: list[tuple[int, list[int]]], max_rows: int | None, max_tokens:
 # ----------------------------------------------------------------------------------------------------------------------
 
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
-PROMPT_STYLES = ("qwen2-boxed", "alpaca", "deepseek-math", "chat", "raw")
+# What stands before and behind the question, as the authors' code has it; for raw the question is the prompt.
+_AROUND = {
+    "qwen2-boxed": ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
+                    f"{BOXED}<|im_end|>\n<|im_start|>assistant\n"),
+    "alpaca": ("Below is an instruction that describes a task. Write a response that appropriately "
+               "completes the request.\n\n### Instruction:\n", "\n\n### Response:\n"),
+    "deepseek-math": ("User: ", f"{BOXED}\n\nAssistant: "),
+    "raw": ("", ""),
+}
+PROMPT_STYLES = (*_AROUND, "chat")                      # chat: the checkpoint's own template
 
 
 def render_prompt(style: str, question: str | list[dict], tokenizer: Tokenizer, begun: str = "") -> str:
-    """The text up to the first character of the reasoning. The first three styles are the paper's.
+    """The text up to the first character of the reasoning.
 
     question: a text; for `chat` also the conversation up to the answer, [{"role": ..., "content": ...}, ...].
     begun: the reasoning, as far as it is there already: a thought is opened once (`Tokenizer.chat_prompt`).
     """
     if style == "chat":
         return tokenizer.chat_prompt(question, begun)
+    if style not in _AROUND:
+        raise DataError(f"prompt style {style!r} is not known; choose one of {', '.join(PROMPT_STYLES)}")
     told = tokenizer is not None and (tokenizer.system or tokenizer.template_args)
     if told or not isinstance(question, str):
-        raise Unfit(f"--prompt {style} has no place for --system, --template_args or earlier turns; "
-                        "choose --prompt chat")
-    if style == "qwen2-boxed":
-        if tokenizer is not None and tokenizer.backend.token_to_id("<|im_start|>") is None:
-            raise DataError(f"{tokenizer.source}: --prompt qwen2-boxed is written with <|im_start|>, which "
-                            "is no control token of this checkpoint; choose --prompt chat, alpaca or raw")
-        return ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-                f"<|im_start|>user\n{question}{BOXED}<|im_end|>\n<|im_start|>assistant\n")
-    if style == "alpaca":
-        return ("Below is an instruction that describes a task. "
-                "Write a response that appropriately completes the request.\n\n"
-                f"### Instruction:\n{question}\n\n### Response:\n")
-    if style == "deepseek-math":
-        return f"User: {question}{BOXED}\n\nAssistant: "
-    if style == "raw":
-        return question
-    raise DataError(f"prompt style {style!r} is not known; choose one of {', '.join(PROMPT_STYLES)}")
+        raise Unfit(f"--prompt {style} has no place for --system, --template_args, a system prompt or "
+                    "earlier turns; choose --prompt chat")
+    if style == "qwen2-boxed" and tokenizer is not None and "<|im_start|>" not in tokenizer.added_ids:
+        raise DataError(f"{tokenizer.source}: --prompt qwen2-boxed is written with <|im_start|>, which is "
+                        "no control token of this checkpoint; choose --prompt chat, alpaca or raw")
+    before, behind = _AROUND[style]
+    return before + question + behind
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -527,7 +528,7 @@ class Encoded(NamedTuple):
 
 
 class Joints(NamedTuple):
-    """What a chat template writes around an answer, here in Vicuna's: "USER: 3 + 4? ASSISTANT: It is 7.</s>"."""
+    """What a chat template writes around an answer. Vicuna's: "USER: 3 + 4? ASSISTANT: It is 7.</s>"."""
     opening: str                                        # the generation prompt: "ASSISTANT:"
     lead: str                                           # between it and the answer: " "
     closing: str                                        # all that follows the answer: "</s>"
@@ -539,87 +540,76 @@ class Joints(NamedTuple):
         return re.search(_TAG + r"\s*\Z", self.opening) is not None
 
 
+@dataclass(eq=False)
 class Tokenizer:
-    """A checkpoint's tokenizer: tokenizer.json run by `tokenizers`, and the conventions of the files around.
+    """A checkpoint's tokenizer: tokenizer.json run by `tokenizers`, and what the files around it say."""
+    backend: tokenizers.Tokenizer
+    bos_id: int | None = None           # in front of every text, once; in a chat where the template puts it
+    eos_ids: tuple[int, ...] = ()       # every id that ends a generation, by the files
+    names: dict[str, str] = field(default_factory=dict)     # {"eos_token": "</s>", ...}, for the template
+    chat_template: str | None = None    # Jinja source
+    source: str = "tokenizer"           # its folder
+    system: str | None = None           # system prompt of the chats that bring none
+    template_args: dict | None = None   # further arguments of the template, as {"enable_thinking": False}
 
-    bos_id           in front of every text, once; None where the checkpoint wants none (Qwen2). In a chat it
-                     stands where the template puts it
-    eos_id, eos_ids  the tokenizer's own end token (or None); every id that ends a generation, by the files
-    control_ids      text -> id of the tokens that begin or end texts and turns. They are recognised anywhere,
-                     so a row must not contain them; other special tokens (<step>, [THINK]) are words to train
-    chat_template    Jinja source, or None
-    system           system prompt of the chats that bring none
-    template_args    further arguments of the template, such as {"enable_thinking": False}
-    """
-
-    def __init__(self, backend: tokenizers.Tokenizer, *, bos_id: int | None = None,
-                 eos_ids: tuple[int, ...] = (), chat_template: str | None = None,
-                 names: dict[str, str] | None = None, source: str = "tokenizer",
-                 system: str | None = None, template_args: dict | None = None):
-        backend.no_truncation()                         # a tokenizer.json may ask for both: it would cut rows
-        backend.no_padding()
-        backend.post_processor = None                   # `encode` adds BOS; no offsets trimmed of white space
-        self.backend, self.source, self.chat_template = backend, source, chat_template
-        self.names = names or {}                        # {"eos_token": "</s>", ...}, for the template
-        self.system, self.template_args = system, template_args or {}
-        self.bos_id, self.eos_ids = bos_id, eos_ids
-        self.eos_id = eos_ids[0] if eos_ids else None
+    def __post_init__(self):
+        """control_ids: text -> id of the tokens that begin or end texts and turns. They are recognised
+        anywhere, so a row must not contain them; other special tokens (<step>) are words to train."""
+        self.backend.no_truncation()            # a tokenizer.json may ask for both: it would cut rows
+        self.backend.no_padding()
+        self.backend.post_processor = None      # `encode` adds BOS; no offsets trimmed of white space
+        self.template_args = self.template_args or {}
+        self.eos_id = self.eos_ids[0] if self.eos_ids else None
         if "eos_token" in self.names:
-            self.eos_id = backend.token_to_id(self.names["eos_token"])
+            self.eos_id = self.backend.token_to_id(self.names["eos_token"])
 
-        added = backend.get_added_tokens_decoder()
+        added = self.backend.get_added_tokens_decoder()
         special = {token.content for token in added.values() if token.special}
-        ends = {backend.id_to_token(id): id for id in (bos_id, *eos_ids) if id is not None}
+        ends = {self.backend.id_to_token(id): id for id in (self.bos_id, *self.eos_ids) if id is not None}
         self.added_ids = {token.content: id for id, token in added.items()} | ends
         control = set(ends) | special & set(self.names.values()) | set(filter(_MARKS.search, self.added_ids))
-        control |= {token for token in special if token in (chat_template or "") and not _WORDS.search(token)}
+        template = self.chat_template or ""
+        control |= {token for token in special if token in template and not _WORDS.search(token)}
         self.control_ids = {token: self.added_ids[token] for token in control}
-        self.control_tokens = control
         self._added, self._control, self._words = map(_any_of, (self.added_ids, control, special - control))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, system: str | None = None,
                         template_args: dict | None = None) -> "Tokenizer":
-        """Read tokenizer.json and, where they are, tokenizer_config.json, special_tokens_map.json,
-        config.json, generation_config.json and the chat template. DataError or CheckpointError where a file is
-        damaged or disagrees with another. Rust code obeys tokenizer.json: it executes nothing of it, but may
-        take its time."""
+        """Read tokenizer.json and what is there of tokenizer_config.json, special_tokens_map.json,
+        config.json, generation_config.json and the chat template. DataError or CheckpointError where a
+        file is damaged or disagrees with another."""
         folder = Path(folder)
         path, settings_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
         if not path.is_file():
-            holds = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) if folder.is_dir() else "nothing"
-            raise DataError(f"{folder}: tokenizer.json is not there, only {holds}; transformers makes it from "
-                            "a tokenizer.model: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)")
-        try:
+            raise DataError(f"{folder}: tokenizer.json is not there; transformers makes it from a "
+                            "tokenizer.model: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)")
+        with _damage(path):
             backend = tokenizers.Tokenizer.from_file(str(path))
             opening = backend.encode("").ids            # what the post-processor puts around a text
-            if max(backend.get_vocab().values(), default=0) >= 2**31:       # `Example` keeps int32
-                raise OverflowError("a token id of 2**31 or more")
-        except BaseException as error:
-            raise _of_rust(error, str(path)) from None
         config, generation = _settings(folder / "config.json"), _settings(folder / "generation_config.json")
         own = _settings(folder / "special_tokens_map.json") | _settings(settings_path)
-        names = {key: value.get("content") if isinstance(value, dict) else value
-                 for key, value in own.items() if key.endswith("_token")}
-        names = {key: token for key, token in names.items() if isinstance(token, str)}
-        declared = own.get("added_tokens_decoder")
-        for id, added in (declared if isinstance(declared, dict) else {}).items():
-            token = added.get("content") if isinstance(added, dict) else None
-            if isinstance(token, str) and str(backend.token_to_id(token)) != id:
-                raise DataError(f"{settings_path}: added token {token!r} has id {id}, but tokenizer.json "
-                                f"gives it {backend.token_to_id(token)}; fetch both again, of one checkpoint")
+        with _damage(settings_path):
+            named = {key: value["content"] if isinstance(value, dict) else value
+                     for key, value in own.items() if key.endswith("_token")}
+            for id, token in (own.get("added_tokens_decoder") or {}).items():
+                there = backend.token_to_id(token["content"])
+                if str(there) != id:
+                    raise DataError(f"{settings_path}: added token {token['content']!r} has id {id}, but "
+                                    f"tokenizer.json gives it {there}; fetch both again, of one checkpoint")
+            template = _chat_template(folder, own)
+        names = {key: token for key, token in named.items() if isinstance(token, str)}
 
         known = lambda id: type(id) is int and 0 <= id < 2**31 and backend.id_to_token(id) is not None
         bos_id = config.get("bos_token_id")
         if "bos_token" in names:
             bos_id = backend.token_to_id(names["bos_token"])
         wants_bos = own.get("add_bos_token")
-        if not isinstance(wants_bos, bool):
+        if wants_bos is None:
             wants_bos = bos_id is not None and opening[:1] == [bos_id]
         if wants_bos and not known(bos_id):
             raise DataError(f"{settings_path}: add_bos_token is true, but bos_token "
-                            f"{names.get('bos_token')!r} is not in tokenizer.json; set one that is, or "
-                            "add_bos_token to false")
+                            f"{names.get('bos_token')!r} is not in tokenizer.json; correct one of them")
         eos_ids = [backend.token_to_id(names["eos_token"])] if "eos_token" in names else []
         for value in (generation.get("eos_token_id"), config.get("eos_token_id")):
             eos_ids += value if isinstance(value, list) else [value]
@@ -628,9 +618,8 @@ class Tokenizer:
                 print(f"{folder}: eos_token_id {id!r:.60} is no token of tokenizer.json; it is ignored",
                       file=sys.stderr)
         eos_ids = tuple(dict.fromkeys(filter(known, eos_ids)))
-        return cls(backend, bos_id=bos_id if wants_bos else None, eos_ids=eos_ids, names=names,
-                   chat_template=_chat_template(folder, own), source=str(folder), system=system,
-                   template_args=template_args)
+        return cls(backend, bos_id if wants_bos else None, eos_ids, names, template, str(folder), system,
+                   template_args)
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size(with_added_tokens=True)
@@ -641,10 +630,8 @@ class Tokenizer:
         return self.encode_batch([text], bos)[0]
 
     def encode_batch(self, texts: Sequence[str], bos: bool = True) -> list[Encoded]:
-        try:
+        with _damage(self.source):
             encoded = self.backend.encode_batch(texts, add_special_tokens=False)
-        except BaseException as error:
-            raise _of_rust(error, self.source) from None
         encoded = [Encoded(e.ids, e.offsets) for e in encoded]
         if not bos or self.bos_id is None:
             return encoded
@@ -653,10 +640,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the tokens, special ones included."""
-        try:
+        with _damage(self.source):
             return self.backend.decode(list(ids), skip_special_tokens=False)
-        except BaseException as error:
-            raise _of_rust(error, self.source) from None
 
     def continuation(self, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> str:
         """Exactly the text that `new_ids` add after `prompt_ids`.
@@ -696,45 +681,33 @@ class Tokenizer:
 
     def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The chat template, run on messages, [{"role": ..., "content": ...}, ...], as transformers does."""
-        template = self._template
-        values = {"tools": None, "documents": None} | self.names | self.template_args
+        values = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": None,
+                  "documents": None} | self.names | self.template_args
         try:
-            return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **values)
+            return self._template.render(values)
+        except DataError:
+            raise
         except Exception as error:                      # a stranger's program: it may fail in any way
-            raise self._template_fails(error) from None
+            raise Unfit(f"{self.source}: the chat template fails ({type(error).__name__}: "
+                        f"{_one_line(error)}); choose --prompt alpaca or raw") from None
 
     @functools.cached_property
     def _template(self) -> Template:
         """The chat template, ready to run, with the settings and helpers of transformers. It is a stranger's
         program: jinja2's sandbox keeps it from Python's internals. How long it takes is not bounded."""
         if self.chat_template is None:
-            named = _settings(Path(self.source) / "tokenizer_config.json").get("chat_template")
-            which = ""
-            if isinstance(named, list):
-                which = ", ".join(str(entry.get("name")) for entry in named if isinstance(entry, dict))
-                which = f" called default, only {which} (save one as chat_template.jinja)"
-            raise DataError(f"{self.source}: the checkpoint has no chat template{which}; choose --prompt "
-                            "alpaca or raw")
+            raise DataError(f"{self.source}: no chat template (of several, the one named default is read; "
+                            "save another as chat_template.jinja); choose --prompt alpaca or raw")
         jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                               extensions=["jinja2.ext.loopcontrols", _GenerationTag])
         jinja.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)     # jinja2's is for HTML
         # a fixed day, the one that Llama 3's templates fall back to: a prompt must not change overnight
         jinja.globals |= {"strftime_now": datetime(2024, 7, 26).strftime, "raise_exception": _raise}
-        try:
-            template = jinja.from_string(self.chat_template)
-            known = meta.find_undeclared_variables(jinja.parse(self.chat_template))
-        except Exception as error:
-            raise self._template_fails(error) from None
+        known = meta.find_undeclared_variables(jinja.parse(self.chat_template))
         for name in self.template_args.keys() - known:
             raise DataError(f"{self.source}: the chat template has no argument {name!r} (it reads "
                             f"{', '.join(sorted(known))}); correct --template_args")
-        return template
-
-    def _template_fails(self, error: Exception) -> Unfit:
-        file = Path(self.source) / "chat_template.jinja"
-        file = file if file.is_file() else file.with_name("tokenizer_config.json")
-        return Unfit(f"{file}: the chat template fails ({type(error).__name__}: {_one_line(error)}); choose "
-                     "--prompt alpaca or raw")
+        return jinja.from_string(self.chat_template)
 
     def conversation(self, question: str | list[dict]) -> list[dict]:
         """The messages up to an answer; `system` in front, if they bring no system prompt."""
@@ -754,14 +727,17 @@ class Tokenizer:
         if not found:                                   # each answer is then found to be altered
             return Joints(opening, "", "", "", None)
         lead = before[len(prompt):] if before.startswith(prompt) else ""
-        if end := self._added.search(closing):
-            return Joints(opening, lead, closing, closing[:end.start()], self.added_ids[end[0]])
-        if not closing.strip():                         # the end may come with a next turn: the mark that ends
-            longer = self.render_chat([*answered, {"role": "user", "content": "?"}])    # this one, or begins
-            end = self._added.match(longer.rpartition(words)[2].lstrip())               # that one (GLM-4)
-            if end and (self.added_ids[end[0]] in self.eos_ids or re.search("end|eo[stm]|</s>", end[0])):
-                return Joints(opening, lead, closing, "", self.added_ids[end[0]])
-        return Joints(opening, lead, closing, "", None)
+        end, gap = self._added.search(closing), ""
+        if end:
+            gap = closing[:end.start()]
+        elif not closing.strip():
+            # the end may come with a next turn: the mark that ends this one, or begins that one (GLM-4)
+            longer = self.render_chat([*answered, {"role": "user", "content": "?"}])
+            end = self._added.match(longer.rpartition(words)[2].lstrip())
+            ends = re.compile("end|eo[stm]|</s>")
+            if end and self.added_ids[end[0]] not in self.eos_ids and not ends.search(end[0]):
+                end = None
+        return Joints(opening, lead, closing, gap, end and self.added_ids[end[0]])
 
     def chat_prompt(self, question: str | list[dict], begun: str = "") -> str:
         """The template's text up to an answer, of which the beginning may be known: `begun`.
@@ -777,17 +753,16 @@ class Tokenizer:
         tag = re.match(_TAG, begun.lstrip())
         if tag and tag[0] in joints.opening:            # the answer brings the thought that this would open
             return prompt[:prompt.rindex(tag[0])]
-        if joints.opening == "" or joints.lead.strip() == "":
-            return prompt + joints.lead
-        # Qwen3's template has an empty thought before an answer without one; sampling leaves it to the model.
-        if begun and not joints.opens_thought and not (tag and tag[0] in joints.lead):
-            return prompt + joints.lead
-        return prompt
+        if joints.opening and joints.lead.strip():
+            # Qwen3's: an empty thought before an answer without one; sampling leaves it to the model
+            if not begun or joints.opens_thought or (tag and tag[0] in joints.lead):
+                return prompt
+        return prompt + joints.lead
 
     def render_answers(self, question: str | list[dict],
                        answers: list[str]) -> tuple[str, list[str], dict[str, str]]:
-        """Conversations with whole answers: (the prompt that answers are sampled from, as far as they all begin
-        with it; the rest of each up to its end token; remarks -> details).
+        """Conversations with whole answers: (the prompt that answers are sampled from, as far as they all
+        begin with it; the rest of each up to its end token; remarks -> details).
 
         Each is the template's own text. But templates are written for a chat that goes on. Where one takes
         something out (DeepSeek-R1's the thought, Mistral-Nemo's the system prompt), the answer is trained as
@@ -797,12 +772,13 @@ class Tokenizer:
         messages, prompt, joints = self.conversation(question), self.chat_prompt(question), self.joints
         texts, remarks = [], {}
         if joints.end_id is None and joints.closing.strip():
-            remarks["what ends an answer in the chat template is no token of this tokenizer; the end-of-text "
-                    "token stands there"] = f": {joints.closing!r}"
+            remarks["what ends an answer in the chat template is no token of this tokenizer; the "
+                    "end-of-text token stands there"] = f": {joints.closing!r}"
         for answer in answers:
             whole = self.render_chat([*messages, {"role": "assistant", "content": answer}], False)
             text = whole.removesuffix(joints.closing)
-            intact = whole.endswith(joints.closing) and _squeezed(text).endswith(_squeezed(answer))
+            squeezed, words = ("".join(words.split()) for words in (text, answer))
+            intact = whole.endswith(joints.closing) and squeezed.endswith(words)
             if not (intact and (text.startswith(prompt) or joints.opens_thought)):
                 text = self.chat_prompt(question, answer) + answer
             if text + joints.closing != whole:
@@ -817,11 +793,9 @@ class Tokenizer:
 
     def end_of_turn_id(self, style: str) -> int:
         """What ends a whole answer: <|im_end|> in ChatML, in a chat what its template has, else EOS."""
-        id = None
+        id = self.joints.end_id if style == "chat" else None
         if style == "qwen2-boxed":
             id = self.backend.token_to_id("<|im_end|>")
-        elif style == "chat":
-            id = self.joints.end_id
         id = self.eos_id if id is None else id
         if id is None:
             raise DataError(f"{self.source}: no end-of-text token in tokenizer_config.json or config.json; "
@@ -830,7 +804,7 @@ class Tokenizer:
 
     def stop_ids(self, style: str) -> tuple[int, ...]:
         """Every id that ends a generated answer."""
-        return tuple(dict.fromkeys((self.end_of_turn_id(style),) + self.eos_ids))
+        return tuple(dict.fromkeys((self.end_of_turn_id(style), *self.eos_ids)))
 
 
 class _GenerationTag(Extension):
@@ -857,21 +831,21 @@ def _alike(a: str, b: str) -> int:
     return len(a) if b.startswith(a) else len(os.path.commonprefix([a, b]))
 
 
-def _squeezed(text: str) -> str:
-    return "".join(text.split())
-
-
 def _difference(text: str, other: str) -> str:
     at = _alike(text, other)
     behind, this, that = text[max(0, at - 20):at], text[at:at + 20], other[at:at + 20]
     return f": behind {behind!r} stands {this!r} instead of {that!r}"
 
 
-def _of_rust(error: BaseException, source: str) -> BaseException:
-    """What to raise for an error of `tokenizers`. It may panic, which is no Exception."""
-    if isinstance(error, (KeyboardInterrupt, SystemExit)):
-        return error
-    return DataError(f"{source}: damaged or not a tokenizer ({_one_line(error)}); fetch the file again")
+@contextmanager
+def _damage(file: str | Path) -> Iterator[None]:
+    """Errors within name the file. `tokenizers` may panic, which is no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, DataError):
+        raise
+    except BaseException as error:
+        raise DataError(f"{file}: damaged ({_one_line(error)}); fetch the file again") from None
 
 
 def _settings(path: Path) -> dict:
@@ -883,14 +857,11 @@ def _chat_template(folder: Path, own: dict) -> str | None:
     """chat_template.jinja, or the entry in tokenizer_config.json (`own`) or chat_template.json."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        try:
+        with _damage(file):
             return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{file}: is not UTF-8 ({_one_line(error)}); fetch the file again") from None
     template = own.get("chat_template") or _settings(folder / "chat_template.json").get("chat_template")
     if isinstance(template, list):                      # several named ones
-        template = next((entry.get("template") for entry in template
-                         if isinstance(entry, dict) and entry.get("name") == "default"), None)
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return template if isinstance(template, str) else None
 
 

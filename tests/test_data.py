@@ -388,7 +388,7 @@ def test_template_helpers_of_transformers(tmp_path):
 
 def test_no_template_says_what_to_do(tmp_path):
     tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path / "t", template=None))
-    with pytest.raises(DataError, match="no chat template; choose --prompt alpaca"):
+    with pytest.raises(DataError, match="no chat template .*choose --prompt alpaca"):
         render_prompt("chat", "2 + 3", tokenizer)
 
 
@@ -403,13 +403,13 @@ def test_template_file_comes_before_the_config(tmp_path):
 
 def test_templates_beside_the_config(tmp_path):
     """A template that stands in chat_template.json only is read; one of several that has another purpose is not taken
-    for the chat's, and is named when a chat is asked for."""
+    for the chat's."""
     folder = write_tokenizer(tmp_path / "t", template=None)
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": "json: {{ messages[0].content }}"}))
     assert render_prompt("chat", "x", Tokenizer.from_pretrained(folder)) == "json: x"
     others = [{"name": "rag", "template": "no"}, {"name": "tool_use", "template": "no"}]
     tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path / "u", template=others))
-    with pytest.raises(DataError, match="no chat template called default, only rag, tool_use .save one as"):
+    with pytest.raises(DataError, match="no chat template .of several, the one named default is read; save another as"):
         render_prompt("chat", "x", tokenizer)
     assert render_prompt("raw", "x", tokenizer) == "x"
 
@@ -555,7 +555,7 @@ def test_system_prompt_and_template_arguments(real, tmp_path):
         render_prompt("chat", "1+1?", with_template(real["qwen2.5"], template, template_args={"clam": True}))
     with pytest.raises(DataError, match="leaves out the system prompt"):
         render_prompt("chat", "1+1?", with_template(real["qwen2.5"], "{{ messages[-1].content }}", system="Be brief."))
-    with pytest.raises(DataError, match="--prompt alpaca has no place for --system, --template_args or earlier turns"):
+    with pytest.raises(DataError, match="--prompt alpaca has no place for .* a system prompt or earlier turns"):
         encode(real["qwen2.5"], row, method="sft")
     with pytest.raises(SystemExit):
         data.main(["show", "--data", "f", "--template_args", "[1]"])
@@ -1026,7 +1026,7 @@ def test_real_rows_through_every_tokenizer_and_style(real):
         for tokenizer in real.values():
             for method in methods:
                 for style in data.PROMPT_STYLES:
-                    if style == "qwen2-boxed" and "<|im_start|>" not in tokenizer.control_tokens:
+                    if style == "qwen2-boxed" and "<|im_start|>" not in tokenizer.control_ids:
                         continue
                     examples, report = encode_dataset(rows, tokenizer, method, style, 2048)
                     assert report.kept + sum(map(len, report.dropped.values())) == len(rows)
