@@ -1,26 +1,28 @@
-"""Preference data: from rows of text to the flat, prefix-shared batches that the loss sees; and the files in between.
+"""Preference data: from rows of text to the flat batches that the loss sees, and the files in between.
 
-One row, as Math-Step-DPO-10K has it (`python data.py show --data F --model M` prints a real one and its tokens):
+One row, as Math-Step-DPO-10K has it (`python data.py show --data F --model M` prints one and its tokens):
 
-    prompt                   "What is 7 * 8 + 5?"                     x             \\  context: read by the model,
-    initial_reason_steps     "Let's think step by step.\\nStep 1:"    s_1..s_{k-1}  /   no loss
-    chosen                   " 7 * 8 = 56."                           s_win         \\  response: loss on every token
-    rejected                 " 7 * 8 = 54."                           s_lose        /
+    prompt                   "What is 7 * 8 + 5?"                  x             \\  context: read by the
+    initial_reason_steps     "Let's think step by step.\\nStep 1:" s_1..s_{k-1}  /   model, no loss
+    chosen                   " 7 * 8 = 56."                        s_win         \\  response: loss on
+    rejected                 " 7 * 8 = 54."                        s_lose        /   every token
     full_chosen, full_rejected: the step and everything after it;  answer, dataset: not used in training
 
 Which text is the response depends on the method, and so does its end:
 
     sft       the whole chosen answer, given the prompt               ends with the end-of-turn token
     dpo       the whole chosen / rejected answer, given the prompt    ends with the end-of-turn token
-    stepdpo   the chosen / rejected step, given prompt and steps      no end token: the solution goes on. A model that
-                                                                      learned to stop after a step would never finish.
+    stepdpo   the chosen / rejected step, given prompt and steps      no end token: the solution goes on, and
+                                                                      a model that learned to stop after a
+                                                                      step would never finish
 
-The two sides of a pair are encoded once each, as whole texts. Their common beginning is in the batch once (`Batch`).
+The sides of a row are encoded once each, as whole texts; what they have in common is in a batch once.
 
-The second half of the file turns graded attempts (eval.py) into such rows: it cuts solutions into steps, has the first
-wrong step located (`localize`) and pairs it with the steps that led to the right answer (`pairs`).
+Part 2 turns graded attempts (eval.py) into such rows: it cuts solutions into steps, has the first wrong step
+located (`localize`) and pairs it with the steps that led to the right answer (`pairs`).
 
-Legend: B rows of a micro-batch, N tokens laid end to end in it, M predicted (response) tokens among them.
+Legend: B rows of a micro-batch, R responses in it, N tokens of its flat row, P places that predict, M
+response tokens that they predict.
 """
 from __future__ import annotations      # the method stands first, what it is made of behind it
 
@@ -35,7 +37,6 @@ import itertools
 import json
 import math
 import os
-import queue
 import random
 import re
 import signal
@@ -47,11 +48,12 @@ import time
 import unicodedata
 import urllib.error
 import urllib.request
-from collections import Counter, deque
-from contextlib import contextmanager, suppress
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from fractions import Fraction
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
 
@@ -67,21 +69,21 @@ from tqdm import tqdm
 if __name__ == "__main__":      # python -P does not search a script's own folder
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from model import (CheckpointError, common_length, join_processes, lay_out, locked, read_json, resolve, strict_json,
-                   writing, written)
+from model import (CheckpointError, common_length, join_processes, lay_out, locked, read_json, resolve,
+                   strict_json, writing, written)
 
 
 class DataError(ValueError):
     """The user's data cannot be used. One line: file and line, field, what was found, what to do."""
 
 
-# ======================================================================================================================
+# ==========================================================================================================
 # PART 1. Rows -> tokens -> batches: the method.
-# ======================================================================================================================
+# ==========================================================================================================
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Rows to tokens
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 METHODS = ("sft", "dpo", "stepdpo")
 LONGEST_TOKEN = 1_000                               # characters: more than a token of any vocabulary has
@@ -89,16 +91,17 @@ LONGEST_TOKEN = 1_000                               # characters: more than a to
 
 @dataclass(slots=True)
 class Example:
-    """One row as tokens: K >= 1 whole sequences from BOS on, alike in their first `start` tokens."""
-    where: str                          # "file:line"
-    sides: list[np.ndarray]             # K (a pair: chosen, rejected) of int32 ids: context + response
-    start: int                          # index of the first response token, on every side
-    steps: list[np.ndarray]             # of each side: which step of its solution each response token is of
-    problem: str | None = None          # the prompt x: rows of one problem begin alike and stay together
-    row: dict | None = None             # the row it was made of, for a variant's own columns
-    reference: bool = False             # whether its loss asks for log-probs under the reference
-    units: int = 1                      # what it counts in the mean: a pair is 1, SFT counts its tokens
-    asked: list | None = None           # of each side (places, tokens) to predict, if not the response
+    """One row as tokens: K >= 1 whole sequences from BOS on (2 of a pair, 1 in SFT), alike in their first
+    `start` tokens."""
+    where: str                                  # "file:line"
+    sides: list[np.ndarray]                     # K of them, int32 ids: context + response; chosen, rejected
+    start: int                                  # index of the first response token, on every side
+    steps: list[np.ndarray]                     # of each side's response tokens: the step that they belong to
+    problem: str | None = None                  # the prompt x: rows of one problem begin alike, stay together
+    row: dict | None = None                     # the row it was made of, for a variant's own columns
+    reference: bool = False                     # whether its loss asks for log-probs under the reference
+    units: int = 1                              # its weight in the mean: 1 for a pair, its tokens in SFT
+    asked: list | None = None                   # of each side (places, tokens): asked instead of the response
 
     @property
     def chosen(self) -> np.ndarray:
@@ -110,7 +113,8 @@ class Example:
 
     @property
     def predicted(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Of each side: the places whose hidden states predict, and the tokens that they predict."""
+        """Of each side: the places (in the side) whose hidden states predict, and the tokens that they
+        predict."""
         if self.asked is not None:
             return self.asked
         return [(np.arange(self.start - 1, len(side) - 1), side[self.start:]) for side in self.sides]
@@ -319,38 +323,37 @@ class Report:
         return "\n".join(lines)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Batches
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Batch:
-    """A micro-batch of B rows as one radix tree, laid out in a flat row of N tokens: no padding, and what begins alike
-    is there once, whether in the sides of a pair or in several pairs of one problem.
+    """A micro-batch of B rows as one radix tree, laid out in a flat row of N tokens: no padding, and what
+    begins alike is there once, whether in the sides of a pair or in several pairs of one problem.
 
-        one pair                                    two pairs of a problem, cut at steps 2 and 3
-        [ x s_1..s_{k-1} | s_win ... | s_lose ... ] [ x s_1 | s_2 | s_win' .. | s_lose' .. | s_win .. | s_lose .. ]
-          parent -1        parent 0    parent 0       -1      0     1           1            0          0
+        one pair                            two pairs of a problem, cut at steps 2 and 3
+        [ x s_1..s_{k-1} | s_win | s_lose ] [ x s_1 | s_2 | s_win' | s_lose' | s_win | s_lose ]       segments
+          parent -1        0       0          -1      0     1        1         0       0              parents
 
-    A segment sees its parents whole and itself causally; siblings never see each other. Positions go on from the
-    parent's end, so all branches of a fork begin at the same one.
+    A segment sees its parents whole and itself causally; siblings never see each other. Positions go on from
+    the parent's end, so all branches of a fork begin at the same one.
 
-    A hidden state predicts the token after it: `predict_at` are the P places where one is wanted, each once, and
-    `source[m]` says which of them predicts targets[m]. The token before a fork predicts the first token of every
-    branch, so P < M: it meets the vocabulary once.
-    """
-    input_ids: torch.Tensor                             # (N,) int64
-    position_ids: torch.Tensor                          # (N,) int64
-    lengths: list[int]                                  # tokens of each segment, in order; they add up to N
-    parents: list[int]                                  # the segment that each one continues; -1 = none
-    predict_at: torch.Tensor                            # (P,) int64, ascending: places in the flat row
-    source: torch.Tensor                                # (M,) int64: the hidden state, of the P, that predicts targets[m]
-    targets: torch.Tensor                               # (M,) int64: response tokens, row by row and side by side
-    response: torch.Tensor                              # (M,) int64: pair i has responses 2i (chosen), 2i + 1 (rejected)
-    step: torch.Tensor                                  # (M,) int64: the step of its solution that targets[m] is of
-    rows: torch.Tensor                                  # (B,) int64: indices into the dataset
-    examples: list[Example]                             # the B rows themselves
-    responses: int                                      # R: how many there are
+    A hidden state predicts the token after it: `predict_at` are the P places where one is wanted, each once,
+    and `source[m]` says which of them predicts targets[m]. The token before a fork predicts the first token
+    of every branch, so P < M: it meets the vocabulary once. """
+    input_ids: torch.Tensor             # (N,) int64
+    position_ids: torch.Tensor          # (N,) int64
+    lengths: list[int]                  # tokens of each segment, in order; they add up to N
+    parents: list[int]                  # the segment that each one continues; -1 = none
+    predict_at: torch.Tensor            # (P,) int64, ascending: places in the flat row
+    source: torch.Tensor                # (M,) int64: the hidden state, of the P, that predicts targets[m]
+    targets: torch.Tensor               # (M,) int64: response tokens, row by row and side by side
+    response: torch.Tensor              # (M,) int64: pair i has responses 2i (chosen) and 2i + 1 (rejected)
+    step: torch.Tensor                  # (M,) int64: the step of its solution that targets[m] is of
+    rows: torch.Tensor                  # (B,) int64: indices into the dataset
+    examples: list[Example]             # the B rows themselves
+    responses: int                      # R: how many there are
 
     def to(self, device) -> "Batch":
         move = lambda value: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
@@ -386,8 +389,8 @@ def tokens_in_tree(texts: Sequence[np.ndarray]) -> int:
 
 
 def add_to_tree(tree: list[tuple[bytes, np.ndarray]], texts: Iterable[np.ndarray]) -> int:
-    """Put texts into `tree`, a sorted list, and return how many tokens they add to it: of each text those that it does
-    not have in common with a neighbour in that order."""
+    """Put texts into `tree`, a sorted list, and return how many tokens they add to it: of each text those
+    that it does not have in common with a neighbour in that order."""
     added = 0
     for text in texts:
         key = text.astype(">i4").tobytes()              # big-endian bytes sort as the numbers do
@@ -400,16 +403,17 @@ def add_to_tree(tree: list[tuple[bytes, np.ndarray]], texts: Iterable[np.ndarray
 
 def epoch_plan(examples: Sequence[Example], *, batch_size: int, micro_batch_size: int | None = None,
                micro_batch_tokens: int | None = None, world_size: int = 1, seed: int = 0, epoch: int = 0,
-               order: Sequence[int] | None = None, group_by_prompt: bool = False) -> list[list[list[list[int]]]]:
-    """plan[step][rank] = that rank's micro-batches, each a list of row indices. A pure function; every row once.
+               order: Sequence[int] | None = None, group_by_prompt: bool = False) -> list:
+    """plan[step][rank] = that rank's micro-batches, each a list of row indices. A pure function; every row
+    once.
 
-    Which rows make a step depends on (seed, epoch, batch_size) alone, or on `order`, not on how the work is spread: runs
-    on 1 and on 8 processes take the same steps. Within a step the rows of one problem stay together, since they share
-    their beginning; such families are dealt, largest first, to the rank with the fewest tokens so far, and packed in
-    that order into micro-batches of at most `micro_batch_size` rows and `micro_batch_tokens` tokens, as counted in the
-    tree (a longer row travels alone). A family larger than that, or than a rank's share, is cut. The last step of an
-    epoch may be short, and a rank may then have nothing to do in it.
-    """
+    Which rows make a step depends on (seed, epoch, batch_size) alone, or on `order`, not on how the work is
+    spread: runs on 1 and on 8 processes take the same steps. Within a step the rows of one problem stay
+    together, since they share their beginning; such families are dealt, largest first, to the rank with the
+    fewest tokens so far, and packed in that order into micro-batches of at most `micro_batch_size` rows and
+    `micro_batch_tokens` tokens, as counted in the tree (a longer row travels alone). A family larger than
+    that, or than a rank's share, is cut. The last step of an epoch may be short, and a rank may then have
+    nothing to do in it. """
     if order is None:
         order = shuffled(examples, seed, epoch, group_by_prompt)
     plan = []
@@ -420,8 +424,11 @@ def epoch_plan(examples: Sequence[Example], *, batch_size: int, micro_batch_size
         most = math.inf if micro_batch_tokens is None else micro_batch_tokens
         if world_size > 1:
             sides_of = lambda rows: [side for row in rows for side in examples[row].sides]
-            most = min(most, -(-sum(tokens_in_tree(sides_of(rows)) for rows in families.values()) // world_size))
-        pieces = [piece for rows in families.values() for piece in _cut(rows, examples, micro_batch_size, most)]
+            total = sum(tokens_in_tree(sides_of(rows)) for rows in families.values())
+            most = min(most, math.ceil(total / world_size))
+        pieces = []
+        for rows in families.values():
+            pieces += _cut(rows, examples, micro_batch_size, most)
         ranks, loads = [[] for _ in range(world_size)], [0] * world_size
         for tokens, rows in sorted(pieces, key=lambda piece: -piece[0]):
             rank = loads.index(min(loads))
@@ -433,7 +440,8 @@ def epoch_plan(examples: Sequence[Example], *, batch_size: int, micro_batch_size
 
 def shuffled(examples: Sequence[Example], seed: int, epoch: int, group_by_prompt: bool) -> list[int]:
     """The rows in random order; or the problems in random order, the rows of each side by side."""
-    # raw bits of PCG64, sorted: unlike permutation(), the stream is promised to stay the same in every version of numpy
+    # raw bits of PCG64, sorted: unlike permutation(), the stream is promised to stay the same in every
+    # version of numpy
     draws = np.random.PCG64([seed, epoch]).random_raw(len(examples))
     if group_by_prompt:
         number: dict = {}                               # family -> its place of first appearance
@@ -443,7 +451,8 @@ def shuffled(examples: Sequence[Example], seed: int, epoch: int, group_by_prompt
 
 
 def _cut(family: list[int], examples: Sequence[Example], most_rows: int | None, most_tokens: float) -> list:
-    """[(tokens in the tree, rows)] of a family: one piece if it fits, else several of neighbours, which share the most."""
+    """[(tokens in the tree, rows)] of a family: one piece if it fits, else several of neighbours, which share
+    the most."""
     pieces, tree, piece, tokens = [], [], [], 0
     for row in sorted(family, key=lambda row: examples[row].chosen.tolist()) if len(family) > 1 else family:
         more = add_to_tree(tree, examples[row].sides)
@@ -456,7 +465,7 @@ def _cut(family: list[int], examples: Sequence[Example], most_rows: int | None, 
     return pieces + [(tokens, piece)]
 
 
-def _pack(pieces: list[tuple[int, list[int]]], max_rows: int | None, max_tokens: int | None) -> list[list[int]]:
+def _pack(pieces: list[tuple[int, list]], max_rows: int | None, max_tokens: int | None) -> list[list[int]]:
     batches, tokens = [], 0
     for more, rows in pieces:
         tokens += more
@@ -468,9 +477,9 @@ def _pack(pieces: list[tuple[int, list[int]]], max_rows: int | None, max_tokens:
     return batches
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Prompts
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 # What stands before and behind the question, as the authors' code has it; for raw the question is the prompt.
@@ -506,9 +515,9 @@ def render_prompt(style: str, question: str | list[dict], tokenizer: Tokenizer, 
     return before + question + behind
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The tokenizer and the chat template
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 # What marks turns and ends in the chats of the common families. As a token it would forge a turn; where a
 # tokenizer lacks it (a row made for another model), it would be trained letter by letter. Inside a text, <s>
@@ -865,9 +874,9 @@ def _chat_template(folder: Path, own: dict) -> str | None:
     return template if isinstance(template, str) else None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Rows of other trainers
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 # What TRL, LLaMA-Factory (Alpaca) and ShareGPT call things. A column is a text or messages, [{"role": ...,
 # "content": ...}, ...]; the last message of an answer's column is the answer.
@@ -955,9 +964,12 @@ def _turns(row: dict, name: str, role: str, where: str) -> list[dict]:
     return turns
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Rows: files of strangers, read strictly
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
+
+_READERS = (".parquet", ".jsonl", ".json")
+
 
 def read_rows(source: str | Path, bad: list[DataError] | None = None,
               split: str = "train") -> Iterator[tuple[str, dict]]:
@@ -969,22 +981,19 @@ def read_rows(source: str | Path, bad: list[DataError] | None = None,
     given, is appended to it and the rest goes on.
     """
     path, hub = Path(source), re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", str(source))
-    if path.is_file():
+    if path.exists():
         files = [path]
-    elif path.exists():
-        raise DataError(f"{path}: is a folder or device; give a .jsonl, .json or .parquet file")
-    elif not hub or not hub[1] and path.suffix in (*_READERS, ".csv", ".gz"):
+    elif hub and (hub[1] or path.suffix not in (*_READERS, ".csv", ".gz")):
+        files = _hub_files(str(source), split)
+    else:
         raise DataError(f"{path}: no such file; give a .jsonl, .json or .parquet file, or a hub dataset "
                         "(owner/name)")
-    else:
-        files = _hub_files(str(source), split)
     count = 0
     for file in files:
-        if file.suffix not in _READERS:
-            found = file.suffix or "a file without suffix"
-            raise DataError(f"{file}: cannot read {found}; expected .jsonl, .json or .parquet: unpack or "
-                            "convert the file")
-        for where, row in _READERS[file.suffix](file):
+        if not file.is_file() or file.suffix not in _READERS:
+            raise DataError(f"{file}: cannot be read; expected a .jsonl, .json or .parquet file: unpack or "
+                            "convert it")
+        for where, row in _read_parquet(file) if file.suffix == ".parquet" else _read_json(file):
             count += 1
             if isinstance(row, dict):
                 yield where, row
@@ -1000,38 +1009,40 @@ def read_rows(source: str | Path, bad: list[DataError] | None = None,
 
 def _read_json(path: Path) -> Iterator[tuple[str, object]]:
     """Values with their places: one a line, or those of the one array or object that the whole file is."""
-    lines = _lines_of(path)
-    first, more = next(lines, None), next(lines, None)
-    if first is None:
-        return
-    where, line = first
-    value, array = _parse(line, where), line.lstrip().startswith(b"[")
-    if more and (array or isinstance(value, DataError)):            # begun here, it may end many lines later
-        whole = _parse(path.read_bytes(), where)
-        if array or not isinstance(whole, DataError):
-            value, more = whole, None
-    if more:
-        yield from ((where, _parse(line, where)) for where, line in _lines_of(path))
-        return
-    wrapped = [name for name in ("data", "rows", "examples", "instances", "train", "validation", "test")
-               if isinstance(value, dict) and isinstance(value.get(name), list)]
-    if len(wrapped) > 1:
-        value = DataError(f"{path}: holds several lists of rows ({', '.join(wrapped)}); write the one that "
-                          "is meant into a file of its own")
-    elif wrapped:
-        value = value[wrapped[0]]
-    if isinstance(value, list):
-        yield from ((f"{path}:item {number}", row) for number, row in enumerate(value, 1))
+    with path.open("rb") as file:                       # bytes: of Unicode's many line ends only \n is one
+        lines = ((f"{path}:{number}", line) for number, line in enumerate(file, 1) if line.strip())
+        where, line = next(lines, (None, None))
+        if where is None:
+            return
+        value, second = _parse(line, where), next(lines, None)
+        if second and isinstance(value, DataError):     # begun here, it may end many lines later
+            whole = _parse(path.read_bytes(), where)
+            if line.lstrip().startswith(b"[") or not isinstance(whole, DataError):
+                value, second = whole, None
+        if second:
+            yield where, value
+            yield from ((where, _parse(line, where)) for where, line in itertools.chain([second], lines))
+            return
+    lists = [name for name in ("data", "rows", "examples", "instances", "train", "validation", "test")
+             if isinstance(value, dict) and isinstance(value.get(name), list)]
+    if len(lists) > 1:
+        raise DataError(f"{path}: holds several lists of rows ({', '.join(lists)}); write the one that is "
+                        "meant into a file of its own")
+    rows = value[lists[0]] if lists else value
+    if isinstance(rows, list):
+        yield from ((f"{path}:item {number}", row) for number, row in enumerate(rows, 1))
     else:
-        yield where, value
+        yield where, rows
 
 
-def _lines_of(path: Path) -> Iterator[tuple[str, bytes]]:
-    with path.open("rb") as lines:           # bytes: of Unicode's many line ends only \n is one
-        for number, line in enumerate(lines, 1):
-            line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                yield f"{path}:{number}", line
+def _parse(raw: bytes, where: str) -> object:
+    """One JSON value, or the DataError that says why not. NaN, which pandas writes, is a number here."""
+    try:
+        return strict_json(raw, constant=float)
+    except (ValueError, RecursionError) as error:
+        begins = _quote(raw[:60].decode("utf-8", "replace"))
+        return DataError(f"{where}: malformed JSON ({_one_line(error)}; begins {begins}); correct or remove it, "
+                         "or save the file as UTF-8")
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
@@ -1048,7 +1059,6 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
         raise DataError(f"{path}: not a readable parquet file ({_one_line(error)})") from None
 
 
-_READERS = {".parquet": _read_parquet, ".jsonl": _read_json, ".json": _read_json}
 _NO_ROWS = re.compile(r"(^|/)([._]|(dataset_infos?|dataset_dict|state|config)\.json$)|metadata|croissant")
 # what may stand behind a split's name: the number of a shard (four digits are a year, unless alone), a digest
 _SHARD = re.compile(r"(/\d+|[-_](\d{1,3}|\d{5,})([-_]of[-_]\d+)?)?(-[0-9a-f]{16})?\.\w+$")
@@ -1061,37 +1071,7 @@ def _hub_files(dataset: str, split: str = "train") -> list[Path]:
     which are meant: there are several configurations, or no file says that it is of this split."""
     from huggingface_hub import hf_hub_download
     dataset, _, wanted = dataset.partition(":")
-    names = _hub_names(dataset)
-    groups: dict[str, list[str]] = {}                   # "main/train" -> its shards, in one format
-    for suffix in _READERS:
-        found = [name for name in names if name.endswith(suffix) and not _NO_ROWS.search(name.lower())]
-        in_other_format = set(groups)
-        for name in found:
-            if (group := _SHARD.sub("", name)) not in in_other_format:
-                groups.setdefault(group, []).append(name)
-    if not groups:
-        raise DataError(f"{dataset}: no .parquet, .jsonl or .json file of rows in it (found: "
-                        f"{', '.join(names[:8]) or 'nothing'}); convert it to one of these")
-    named = [group for group in groups if wanted in (group, *groups[group])]
-    begins = re.compile(rf"(^|/){re.escape(wanted)}(?![a-z])" if wanted else "", re.IGNORECASE)
-    meant = named or [group for group in groups if begins.search(group)]
-    # the words of a path, one of which may be its split; the others are its configuration
-    splits, configurations = {}, set()
-    for group in meant:
-        words = re.findall("[a-z]+", group.lower())
-        splits[group] = next((_SPLITS[word] for word in reversed(words) if word in _SPLITS), None)
-        if splits[group]:
-            configurations.add(tuple(word for word in words if word not in _SPLITS))
-    of_split = [group for group in meant if splits[group] == split]
-    if len(of_split) == len(configurations) == 1:
-        meant = of_split
-    said = _SPLITS.keys() & re.findall("[a-z]+", wanted.lower())
-    if len(meant) != 1 or not said and splits[meant[0]] not in (split, None):
-        listed = [f"{dataset}:{group}" for group in meant or groups]
-        more = f" ... ({len(listed) - 12} more)" if len(listed) > 12 else ""
-        raise DataError(f"{dataset}: which of its files hold the {split} rows that are wanted? Give one of: "
-                        + ", ".join(listed[:12]) + more)
-    files = groups[meant[0]]
+    files = _of_split(dataset, _hub_names(dataset), wanted, split)
     if os.environ.get("RANK", "0") == "0":
         print(f"{dataset}: reading {', '.join(files)}", file=sys.stderr)
     try:
@@ -1107,25 +1087,40 @@ def _hub_names(dataset: str) -> list[str]:
     except Exception as error:                          # offline, no such dataset, no permission: many kinds
         try:
             folder = Path(snapshot_download(dataset, repo_type="dataset", local_files_only=True))
-            return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         except Exception:
             raise DataError(f"{dataset}: neither a file here nor a dataset of the hub ({_one_line(error)})"
                             ) from None
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def _parse(raw: bytes, where: str) -> object:
-    """One JSON value, or the DataError that says why not. NaN, which pandas writes, is a number here."""
-    try:
-        return strict_json(raw, constant=float)
-    except UnicodeDecodeError as error:
-        found = f"found 0x{raw[error.start]:02x}"
-        return DataError(f"{where}: byte {error.start} is not UTF-8 ({found}); save the file as UTF-8")
-    except RecursionError:
-        return DataError(f"{where}: JSON nested too deeply; a row is a flat object of text fields")
-    except ValueError as error:
-        begins = _quote(raw[:60].decode("utf-8", "replace"))
-        return DataError(
-            f"{where}: malformed JSON ({_one_line(error)}; begins {begins}); correct or remove it")
+def _of_split(dataset: str, names: list[str], wanted: str, split: str) -> list[str]:
+    """Of a dataset's files those of one split, of one configuration, in one format."""
+    groups: dict[str, list[str]] = {}                   # "main/train" -> its shards
+    for name in names:
+        if name.endswith(_READERS) and not _NO_ROWS.search(name.lower()):
+            groups.setdefault(_SHARD.sub("", name), []).append(name)
+    if not groups:
+        raise DataError(f"{dataset}: no .parquet, .jsonl or .json file of rows in it (found: "
+                        f"{', '.join(names[:8]) or 'nothing'}); convert it to one of these")
+    # the words of a path, one of which may be its split; the others are its configuration
+    words = {path: re.findall("[a-z]+", path.lower()) for path in (wanted, *groups)}
+    splits = {path: next((_SPLITS[word] for word in reversed(words[path]) if word in _SPLITS), None)
+              for path in words}
+    begins = re.compile(rf"(^|/){re.escape(wanted)}(?![a-z])" if wanted else "", re.IGNORECASE)
+    meant = [wanted] if wanted in groups else [group for group in groups if begins.search(group)]
+    split = splits[wanted] or split
+    of_split = [group for group in meant if splits[group] == split]
+    configurations = {tuple(word for word in words[group] if word not in _SPLITS)
+                      for group in meant if splits[group]}
+    if len(of_split) == len(configurations) == 1:
+        meant = of_split
+    if len(meant) != 1 or splits[meant[0]] not in (split, None):
+        listed = [f"{dataset}:{group}" for group in meant or groups]
+        more = " ..." if len(listed) > 12 else ""
+        raise DataError(f"{dataset}: which of its files hold the {split} rows that are wanted? Give one of: "
+                        + ", ".join(listed[:12]) + more)
+    shards = groups[meant[0]]
+    return [name for name in shards if Path(name).suffix == Path(shards[0]).suffix]
 
 
 def text_field(row: dict, name: str, where: str) -> str:
@@ -1154,10 +1149,12 @@ _STAGES = {"pairs": ({"prompt", "chosen", "rejected"}, "stepdpo.py --data F"),
 
 def expect(row: dict, where: str, *wanted: str) -> None:
     """DataError where a row is known to be of another stage of the pipeline than the `wanted` ones."""
-    found = next((name for name, (columns, _) in _STAGES.items() if columns <= row.keys()), None)
-    if found and found not in wanted:
-        raise DataError(f"{where}: the file holds {found}, and {wanted[0]} belong here; what goes on with "
-                        f"{found} is {_STAGES[found][1]}")
+    for name, (columns, command) in _STAGES.items():
+        if columns <= row.keys():
+            if name in wanted:
+                return
+            raise DataError(f"{where}: the file holds {name}, and {wanted[0]} belong here; what goes on with "
+                            f"{name} is {command}")
 
 
 def writable(row: dict, where: str) -> dict:
@@ -1167,12 +1164,12 @@ def writable(row: dict, where: str) -> dict:
     for name, value in row.items():
         try:
             json.dumps({name: value}, ensure_ascii=False, allow_nan=False).encode()
+            kept[name] = value
         except (UnicodeEncodeError, RecursionError):
             raise DataError(f"{where}: half a surrogate pair in it, or too deep an object (field {name!r}); "
                             "make the row again") from None
         except (TypeError, ValueError):
-            continue
-        kept[name] = value
+            pass
     return kept
 
 
@@ -1194,13 +1191,13 @@ def _one_line(error) -> str:
     return " ".join(str(error).split())[:300]
 
 
-# ======================================================================================================================
+# ==========================================================================================================
 # PART 2. Making pairs (section 3.2 of the paper): solutions -> steps -> first wrong step -> pairs.
-# ======================================================================================================================
+# ==========================================================================================================
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Steps of a solution
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 STEP_STYLES = ("auto", "step", "heading", "number", "paragraph", "line")
 
@@ -1222,9 +1219,11 @@ _CLOSER = (
     rf"(?:[ \t]*(?:[:：)）\]】}}、．]|\.(?!\d)|\*\*|__|</[a-z]+>)|(?<=[①-⑩\u20e3])|(?<={_CJK})[,， \t]"
     r"|[ \t]+[-–—]|[-–—](?=[ \t])|[ \t]*(?=[(（\r\n]|\Z))(?:[:：.)）\]】}*_$]|</[a-z]+>)*")
 _AFTER = rf"(?(before)(?:[ \t](?=步))?{_CJK}{{1,4}}?|(?<![①-⑩\u20e3])[ \t]?[^\W\d_]{{1,12}})(?={_CLOSER})"
+_INSIDE = r"(?P<inside>(?<=[.!?;:][ \t])|(?<=[。！？；：，）]))"         # in a line: "Step 1: ... Step 2: ..."
 _LABEL = re.compile(
-    rf"(?:^|{_EOL}){_DRESS}(?P<before>{_LETTER}{{1,24}}?(?:n[or]\.[ \t]*|[ \t][(（])?)??(?P<number>{_NUMERAL})"
-    rf"(?(before)(?:[ \t]*(?:/|of)[ \t]*\d{{1,4}})?)(?P<after>{_AFTER})?(?P<closer>{_CLOSER})?",
+    rf"(?:^|{_EOL}|{_INSIDE}){_DRESS}(?P<before>{_LETTER}{{1,24}}?(?:n[or]\.[ \t]*|[ \t][(（])?)??"
+    rf"(?P<number>{_NUMERAL})(?(before)(?:[ \t]*(?:/|of)[ \t]*\d{{1,4}})?)(?P<after>{_AFTER})?"
+    rf"(?P<closer>{_CLOSER})?",
     re.IGNORECASE)
 # "Step" in the languages that people train in, and "1." or "2)". Other labels, as "Case 1:" or "(1)", often
 # number a part of a solution only.
@@ -1274,26 +1273,30 @@ def _find_steps(text: str, style: str) -> tuple[str, list[tuple[int, int]]]:
     if not thought and re.match(r"\s*<think(?:ing)?>", text):
         return "one step", [(0, 0)]                     # it never came to an end
     own = text[thought:]
-    tries = [("step", 2), ("heading", 2), ("inline", 2), ("heading", 1), ("number", 2), ("word", 2),
-             ("paragraph", 2), ("line", 2)]
-    if style != "auto":
-        tries = [(style, 1)]
-    for tried, least in tries:
-        places = _places(own, tried)
-        if len(places) < least:
-            continue
-        (begin, end), *others = places
-        label = own[begin:end].strip(" *_#>\r\n")
-        if style == "auto" and tried not in ("paragraph", "line") and not _SURE.search(label):
-            paragraphs = len(_places(own, "paragraph"))
-            lines = len(_places(own, "line")) if paragraphs == 1 else 0
-            # more is without a label than an end, or, among lines, than a beginning and an end
-            if tried == "heading" or paragraphs > len(places) + 1 or lines > len(places) + 2:
-                continue
-        name = f"{tried}s" if tried in ("paragraph", "line") else f"{label!r} labels"
-        starts = [(0, thought + end), *((thought + begin, thought + end) for begin, end in others)]
-        return name if others else "one step", starts
-    return "one step", [(0, 0)]
+    if style == "auto":
+        style = _auto(own)
+    places = _places(own, style)
+    if not places:
+        return "one step", [(0, 0)]
+    (begin, end), *others = places
+    label = own[begin:end].strip(" *_#>\r\n")
+    name = f"{style}s" if style in ("paragraph", "line") else f"{label!r} labels"
+    starts = [(0, thought + end), *((thought + begin, thought + end) for begin, end in others)]
+    return name if others else "one step", starts
+
+
+def _auto(text: str) -> str:
+    """The style that tells the steps of this text."""
+    counts = {style: len(_places(text, style)) for style in ("number", "heading", "paragraph")}
+    for style, least in (("heading", 1), ("number", 2)):
+        if counts[style] >= least and _SURE.search(text[slice(*_places(text, style)[0])]):
+            return style
+    lines = len(_lines(text)) if counts["paragraph"] == 1 else 0
+    for style in ("number", "heading"):
+        # no more is without a label than an end, or, among lines, than a beginning and an end
+        if counts[style] > 1 and counts["paragraph"] <= counts[style] + 1 and lines <= counts[style] + 2:
+            return style
+    return "paragraph" if counts["paragraph"] > 1 else "line"
 
 
 def _places(text: str, style: str) -> list[tuple[int, int]]:
@@ -1307,86 +1310,61 @@ def _places(text: str, style: str) -> list[tuple[int, int]]:
         return [(0, first if text.strip() else 0), *inner]
     if style == "step":
         labels = re.finditer(rf"(?:^|{_EOL})Step \d+:", text)
-    elif style == "inline":
-        labels = _inline(text)
+    elif style == "number":
+        labels = _counted(text).get("", [])
     else:
-        counted = _counted(text)
-        words = [word for word in counted if word and len(counted[word]) > 1] or ["step"]
-        words.sort(key=lambda word: not _SURE.search(word))
-        labels = counted.get("" if style == "number" else words[0], [])
+        counted = {word: labels for word, labels in _counted(text).items()
+                   if word and labels and (word == "step" or len(labels) > 1)}
+        labels = next((counted[word] for word in counted if _SURE.search(word)), None)
+        labels = labels or next(iter(counted.values()), [])
     return [label.span() for label in labels]
-
-
-def _number(name: str) -> int:
-    return _COUNT.get(name.casefold()) or int(re.match(r"\d+", name)[0])
 
 
 @functools.lru_cache(maxsize=1)                         # `auto` asks more than once
 def _counted(text: str) -> dict[str, list[re.Match]]:
     """The labels of each word, those that count 1, 2, 3, ...; "" are numbers without a word."""
-    counted = {}
+    counted, one_line, end = {}, "\n" not in text.strip(), 0
     for label in _LABEL.finditer(text):
+        if label["inside"] is not None and not text[end:label.start()].strip():
+            continue                                    # "1. Step 1:" is one label
+        end = label.end()
         word = re.sub(r"[\s#№_-]", "", (label["before"] or "") + (label["after"] or "")).casefold()
-        labels, closer = counted.setdefault(word, []), label["closer"]
-        follows = _number(label["number"]) == len(labels) + 1
-        if word == "step":                              # in any order; the next one without a colon, too
-            follows = follows or closer is not None
-        elif word:                                      # a count that begins anew goes on
-            follows = closer is not None and (follows or bool(labels))
-        elif label["number"][-1] not in "①②③④⑤⑥⑦⑧⑨⑩\u20e3":
-            sign = (closer or "").strip()[:1]           # "12 eggs" and "3 - x" are none, but "3 - Ann has"
-            words = re.match(r"\s*[^\W\d_]{2}", text[label.end():label.end() + 9])
-            follows = follows and sign != "" and (sign not in "-–—" or words is not None)
-        if follows:
+        labels, number, closer = counted.setdefault(word, []), label["number"].casefold(), label["closer"]
+        follows = (_COUNT.get(number) or int(re.match(r"\d+", number)[0])) == len(labels) + 1
+        if word:
+            closed = closer is not None or word == "step" and follows
+            # a count that begins anew goes on; the word "Step" is never a chance
+            follows = follows or label["inside"] is None and (bool(labels) or word == "step")
+        else:                                           # "12 eggs" and "3 - x" are no labels
+            closed = number[-1] in "①②③④⑤⑥⑦⑧⑨⑩\u20e3" or re.match(r"\s*[^\s–—-]", closer or "")
+            follows = follows and (one_line or label["inside"] is None)
+        if closed and follows:
             labels.append(label)
     return counted
 
 
-def _inline(text: str) -> list[re.Match]:
-    """Labels on one line, "Step 1: ... Step 2: ..." or "1) ... 2) ...", in the dress of the first."""
-    one_line = len(text.strip().splitlines()) == 1      # amid text, a number without a word says nothing
-    firsts = (label for label in _LABEL.finditer(text)
-              if _number(label["number"]) == 1 and label["closer"] and (one_line or label["before"]))
-    first = next(firsts, None)
-    if first is None:
-        return []
-    before = re.escape(text[first.start():first.start("number")].lstrip())
-    after = re.escape(text[first.end("number"):first.end()].rstrip())
-    pattern = rf"(?<=[\s.!?;,)。！？；，）]){before}({_NUMERAL}){after}(?!(?<=\.)\d)"
-    labels = [first]
-    for label in re.compile(pattern, re.IGNORECASE).finditer(text, first.end()):
-        if _number(label[1]) == len(labels) + 1:
-            labels.append(label)
-    return labels if len(labels) > 1 else []
-
-
 # What lines lie inside of: formulas on display, environments, code, drawings.
-_CLOSES = {"\\[": "\\]", "$$": "$$", "\\begin": "\\end", "```": "```", "[asy]": "[/asy]"}
-_BRACKETS = re.compile("|".join(map(re.escape, {*_CLOSES, *_CLOSES.values()})))
+_BLOCK = re.compile(r"(?s)\\\[.*?(?:\\\]|\Z)|\$\$.*?(?:\$\$|\Z)|\\begin\{(\w+\*?)\}.*?(?:\\end\{\1\}|\Z)"
+                    r"|```.*?(?:```|\Z)|\[asy\].*?(?:\[/asy\]|\Z)")
 _GOES_ON = re.compile(r"[=<>≤≥≈≠+×÷/|&)}]|\\\[|\$\$|\\begin|```|\[asy\]")
+_LEAD_IN = re.compile(r"(?i)(?:[:：,，、=+]|\\\\|\A.{,60}step by step[.!]?)\Z")
 
 
 def _lines(text: str) -> list[tuple[int, int]]:
     """A step a line, but for lines that go on with the one above: in or at the head of a formula on display,
     of code or a table; behind a colon or comma; set in; in lower case behind an unfinished sentence."""
-    places, inside, above, end, margin = [], [], "", 0, 0
+    places, above, end, margin = [], "", 0, False
+    text = _BLOCK.sub(lambda block: re.sub(r"[\r\n]", " ", block[0]), text)
     for line in re.finditer(r"[^\r\n]+", text):
-        words, indent = line[0].strip(), len(line[0].expandtabs(4)) - len(line[0].expandtabs(4).lstrip())
+        words, indented = line[0].strip(), line[0].startswith(("  ", "\t"))
         if not words:
             continue
-        if not places:
-            margin = indent
-        lead_in = above.endswith((":", "：", ",", "，", "、", "=", "+", "\\\\")) or \
-            len(places) == 1 and re.fullmatch(r".{,60}step by step[.!]?", above, re.IGNORECASE)
         wrapped = words[0].islower() and words[1:2].isalpha() and above[-1:] not in ".!?;。！？；"
-        if not places or not (inside or lead_in or wrapped or _GOES_ON.match(words) or indent > margin + 1):
+        goes_on = _LEAD_IN.search(above) or wrapped or _GOES_ON.match(words) or indented and not margin
+        if not places or not goes_on:
+            margin = indented if not places else margin
             bullet = re.match(r"\s*(?:[-*•‣◦·–—]\s+)?", line[0])
             places.append((end, line.start() + bullet.end()))
-        for mark in _BRACKETS.findall(words):
-            if inside[-1:] == [mark]:
-                inside.pop()
-            elif mark in _CLOSES:
-                inside.append(_CLOSES[mark])
         above, end = words, line.end()
     return places or [(0, 0)]
 
@@ -1423,19 +1401,18 @@ def same_step(a: str, b: str, style: str = "auto") -> bool:
     same words."""
     def result(step):
         # one step alone is no sequence: its label may have any number
-        label = None if style in ("paragraph", "line") else _LABEL.search(step)
-        begin = step_starts(step, style)[0][1]
-        closed = label and (label["closer"] is not None or str(label["before"]).strip().lower() == "step")
-        begin = begin or (label.end() if closed else 0)
-        own = step[begin:]
-        value = last_value(own)
-        return " ".join(own.lower().split()) if value is None else value
+        labels = [] if style in ("paragraph", "line") else _LABEL.finditer(step)
+        label = next((label for label in labels if label["inside"] is None), None)
+        if label and (label["closer"] is not None or _SURE.search(label[0])) and step[label.end():].strip():
+            step = step[label.end():]
+        value = last_value(step)
+        return " ".join(step.lower().split()) if value is None else value
     return result(a) == result(b)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The first wrong step, from rollouts
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 Counts = Sequence[Sequence[int] | None]                 # one entry a step
 RIGHT, WRONG = (1.0, 1.0), (0.3, 10.0)  # Beta priors: rate of success before the first error; from it on
@@ -1449,16 +1426,17 @@ def error_posterior(values: Counts, agreement: Counts | None = None) -> list[flo
     agreement[i]  [same, successes, tries] of continuations from the prefix before step i (i = 0: the question alone),
                   or None: how many of the successful ones begin with the same step (`same_step`)
 
-    If k is the first wrong step, the prefixes that end before it lead to the right answer at some rate p, those that
-    hold it at a much smaller rate q; successful continuations from before a right step mostly take that step, those
-    from before the wrong one avoid it. All four rates are unknown and integrated out under Beta priors, so each factor
-    is a ratio of Beta functions of pooled counts. Without any rollout the posterior is uniform.
+    If k is the first wrong step, the prefixes that end before it lead to the right answer at some rate p,
+    those that hold it at a much smaller rate q; successful continuations from before a right step mostly take
+    that step, those from before the wrong one avoid it. All four rates are unknown and integrated out under
+    Beta priors, so each factor is a ratio of Beta functions of pooled counts. Without any rollout the
+    posterior is uniform.
 
-    Why not "the first step after which none of 8 succeeds"? On a hard problem none succeeds after right steps either,
-    and now and then one does after a wrong one. The agreement looks at successes only, however hard the rest is. On the
-    embedded task (198 errors of a 50 % policy) that rule finds 88 % of the errors with 8 rollouts a step, this
-    posterior 93 % with the same ones, and 95 % with 6 a step where `next_prefix` puts them.
-    """
+    Why not "the first step after which none of 8 succeeds"? On a hard problem none succeeds after right steps
+    either, and now and then one does after a wrong one. The agreement looks at successes only, however hard
+    the rest is. On the embedded task (198 errors of a 50 % policy) that rule finds 88 % of the errors with 8
+    rollouts a step, this posterior 93 % with the same ones, and 95 % with 6 a step where `next_prefix` puts
+    them. """
     def evidence(rates, prior):                         # log of the integral of p^s (1-p)^(n-s) over Beta(a, b)
         (a, b), s, n = prior, sum(r[0] for r in rates), sum(r[1] for r in rates)
         log_beta = lambda a, b: math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
@@ -1474,15 +1452,16 @@ def error_posterior(values: Counts, agreement: Counts | None = None) -> list[flo
 
 
 def first_error_from_values(values: Counts, agreement: Counts | None = None) -> int | None:
-    """Index of the first wrong step, if the rollouts make it clearly the most probable; None if they leave it open."""
+    """Index of the first wrong step, if the rollouts make it clearly the most probable; None if they leave it
+    open."""
     posterior = error_posterior(values, agreement)
     return posterior.index(max(posterior)) if max(posterior) > 0.7 else None
 
 
 def next_prefix(values: Counts, agreement: Counts, most: int) -> int | None:
-    """Before which step more rollouts help most: the one most suspected. A success there clears the steps before it
-    and, by its own first step, clears or convicts this one. None when the place is found (19 to 1), or `most` rollouts
-    have been spent before every suspect."""
+    """Before which step more rollouts help most: the one most suspected. A success there clears the steps
+    before it and, by its own first step, clears or convicts this one. None when the place is found (19 to 1),
+    or `most` rollouts have been spent before every suspect."""
     posterior = error_posterior(values, agreement)
     if len(posterior) == 1 or max(posterior) > 0.95:
         return None
@@ -1490,9 +1469,9 @@ def next_prefix(values: Counts, agreement: Counts, most: int) -> int | None:
     return max(open_ones, key=posterior.__getitem__, default=None)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Judges: which step is the first wrong one?
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 class Unclear(Exception):
     """A judge gives no verdict on a solution; the message says why, and is what is counted."""
@@ -1506,7 +1485,8 @@ Judge = Callable[[dict], int | None]  # row with question, answer, steps -> inde
 
 
 def rollout_counts(row: dict, name: str, width: int) -> list[list[int] | None]:
-    """row["values"] (width 2) or row["agreement"] (width 3): for each step null or counts, from small to large."""
+    """row["values"] (width 2) or row["agreement"] (width 3): for each step null or counts, from small to
+    large."""
     counts, steps = row.get(name), len(row["steps"])
     if not isinstance(counts, list) or len(counts) != steps:
         raise DataError(f"field {name!r}: expected an entry for each of {steps} steps, as eval.py --rollouts has it")
@@ -1612,7 +1592,8 @@ def ask(row: dict) -> int | None:
 
 
 def function_judge(name: str) -> Judge:
-    """MODULE:FUNCTION gets (question, steps, answer), all texts; it returns the first wrong step's index, or None."""
+    """MODULE:FUNCTION gets (question, steps, answer), all texts; it returns the first wrong step's index, or
+    None."""
     module, _, function = name.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
@@ -2125,24 +2106,28 @@ def pair_of(row: dict, steps: str, chosen: str, rejected: str, full_chosen: str,
 # An OpenAI-compatible server
 # ------------------------------------------------------------------------------------------------------------
 
-class EndpointError(DataError):
-    """The server cannot be used: it is not there, or no request can succeed. What is finished is kept."""
+class EndpointError(OSError):
+    """No request can succeed. (A DataError is of one request; others may go through.)"""
 
 
-class RequestRefused(DataError):
-    """This one request was refused or failed; others may go through, and the same command asks it again."""
-
-
-# What servers call the end of a text that is whole, and of one that was cut off. Under any other name
-# ("error", "content_filter", "abort") a text is no answer of the model.
-WHOLE = ("stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete", "completed", "finished")
-CUT_OFF = ("length", "max_tokens", "max_output_tokens", "model_length")
-SPARED = ("seed", "stop", "top_p", "temperature", "max_tokens")  # what some refuse, the least missed first
+# What a status says of a request. With any other it is "refused": this one cannot succeed, others may.
+KINDS = {"final": (*range(300, 400), 401, 402, 404, 405, 407, 410, 501),        # none can
+         "busy": (408, 409, 425, 429, 502, 503, 504, 529),                      # it may, later
+         "failed": range(500, 600)}                                             # it may, if tried again
+# The status that words stand for, where a reply has none that says it: the first that is found.
+WORDS = {429: r"rate.?limit|too many|overload|capacity|throttl|(try|retry) (again|in|after)|retry.?delay"
+              r"|per.minute|busy|unavailable|timed? ?out|稍后|繁忙",
+         402: r"insufficient[ _](quota|balance|credit|fund)|credit balance|current[ _]quota"
+              r"|your plan and billing|billing[ _](hard[ _])?limit|arrearage|余额不足|欠费",
+         500: r"^finish_reason .*(error|abort|cancel|resource|time)"}
+# Why a text ends. For any other reason ("content_filter") it is no answer of the model.
+ENDS = {"stop_sequence": "stop"}
+ENDS |= dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "complete", "completed", "finished"), "eos")
+ENDS |= dict.fromkeys(("length", "max_tokens", "max_output_tokens", "model_length"), "length")
+# Fields that some servers refuse, the least missed first: their other name, or None to leave them out.
+SPARED = {"seed": None, "stop": None, "top_p": None, "temperature": None,
+          "max_tokens": "max_completion_tokens"}
 LOST_IN_A_ROW = 32                  # so many failed requests without a good one between: the server is down
-NO_MONEY = re.compile(r"(?i)insufficient[ _](quota|balance|credit|fund)|credit balance|current[ _]quota"
-                      r"|your plan and billing|billing[ _](hard[ _])?limit|arrearage|余额不足|欠费")
-LATER = re.compile(r"(?i)rate.?limit|too many|overload|capacity|throttl|(try|retry) (again|in|after)"
-                   r"|retry.?delay|per.minute|busy|unavailable|timed? ?out|稍后|繁忙")
 # Addresses of this machine and of private networks, to which no proxy leads.
 NEAR = re.compile(r"localhost$|127\.|10\.|192\.168\.|172\.(1[6-9]|2\d|3[01])\.|::1$|f[cd].*:")
 
@@ -2150,165 +2135,103 @@ NEAR = re.compile(r"localhost$|127\.|10\.|192\.168\.|172\.(1[6-9]|2\d|3[01])\.|:
 class Endpoint:
     """A server that speaks OpenAI's protocol (vLLM, llama.cpp, transformers serve). Threads may share it.
 
-    url     "http://host:8000", ".../v1", or all of ".../v1/chat/completions", with a query as Azure has it
-    model   the name that the server knows it by
-    key     by default OPENAI_API_KEY of the environment; no message ever shows it
+    url: "http://host:8000", ".../v1" or all of ".../v1/chat/completions", with a query as Azure has it.
+    The key is OPENAI_API_KEY of the environment; no message shows it.
     """
 
-    def __init__(self, url: str, model: str, key: str | None = None, timeout: float = 600, attempts: int = 8,
-                 pause: float = 1.0):
-        self.model, self.timeout, self.attempts, self.pause = model, timeout, attempts, pause
+    def __init__(self, url: str, model: str, timeout: float = 600, attempts: int = 8, pause: float = 1.0):
+        self.model, self.timeout, self.pause = model, timeout, pause
+        self.tries = {"busy": attempts, "away": attempts, "failed": attempts // 2}
         parts = r"(https?://(\[[\da-f:]+\]|[\w.-]+)(?::\d{1,5})?)(/[!-~]*?)??(\?[!-~]*)?"
-        found = re.fullmatch(parts, url.strip())
-        if not found:
-            shown = url.partition("?")[0].rpartition("@")[2]
-            raise DataError(f"--endpoint {shown}: expected an address such as http://localhost:8000/v1, "
-                            "without a password: the key is read from OPENAI_API_KEY")
+        if not (found := re.fullmatch(parts, url.strip())):
+            raise DataError("--endpoint: expected an address such as http://localhost:8000/v1, without a "
+                            "password: the key is read from OPENAI_API_KEY")
         server, host, path, self.query = found.groups(default="")
         host = host.strip("[]")
         self.url = server + (re.sub(r"(/(chat/)?completions)?/*$", "", path) if path.strip("/") else "/v1")
-        key = (key or os.environ.get("OPENAI_API_KEY", "")).strip()
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not re.fullmatch("[!-~]*", key):
             raise DataError("OPENAI_API_KEY: holds a space, a line end or another character that no key has")
         self.secrets = [secret for secret in (key, self.query) if secret]
-        # urllib's own User-Agent is often blocked
-        self.headers = {"Content-Type": "application/json", "User-Agent": "step-dpo"}
-        if key and (host.endswith(".azure.com") or "api-version=" in self.query):
-            self.headers["api-key"] = key
-        elif key:
-            self.headers["Authorization"] = f"Bearer {key}"
-        direct = NEAR.match(host) or urllib.request.proxy_bypass(host)
-        proxies = {} if direct else urllib.request.getproxies()
+        azure = host.endswith(".azure.com") or "api-version=" in self.query
+        self.headers = {"api-key": key} if azure else {"Authorization": f"Bearer {key}"} if key else {}
+        self.headers |= {"Content-Type": "application/json", "User-Agent": "step-dpo"}
+        near = NEAR.match(host) or urllib.request.proxy_bypass(host)
+        proxies = {} if near else urllib.request.getproxies()
         proxy = proxies.get(server.partition(":")[0], "").rpartition("@")[2]            # without its password
         self.via = f" (through the proxy {proxy}; no_proxy={host} goes without)" if proxy else ""
         self.opener = urllib.request.build_opener(_EveryStatus, urllib.request.ProxyHandler(proxies))
-        self.changes: dict[str, str | None] = {}    # field that it refuses -> its other name; None: left out
-        self.answered, self.failed, self.warned = False, 0, False
-        self.over, self.end, self.lock = threading.Event(), "interrupted", threading.Lock()
+        self.changes: dict[str, str | None] = {}        # of SPARED: what the server has refused
+        self.failed, self.told, self.lock = 0, set(), threading.Lock()
 
     def ask(self, body: dict) -> tuple[str, int | None, str]:
-        """(text, number of tokens or None, stop reason) of the reply to {"messages": ..., ...}, which goes to
-        chat/completions, or to {"prompt": ..., ...}, which goes to completions. The stop reason is "eos",
-        "stop" (a stop string) or "length".
+        """(text, number of tokens or None, "eos", "stop" (a stop string) or "length") of the reply to
+        {"messages": ...} by chat/completions, to {"prompt": ...} by completions. A thought that the server
+        keeps apart stands before the text, as models write it: <think>...</think>.
 
-        A thought that the server keeps apart stands before the text, as models write it: <think>...</think>.
+        What may pass is tried again after 1, 2, 4, ... seconds, at most a minute. A field that a refusal
+        names is left out, or renamed, where that helps. DataError: this request is refused or fails;
+        EndpointError: all do.
         """
-        reply = self.post("chat/completions" if "messages" in body else "completions", body)
-        choice, usage = reply["choices"][0], reply.get("usage")
-        finish = _finish_reason(choice)
-        message = choice["message"] if isinstance(choice.get("message"), dict) else choice
-        content = message.get("content") or message.get("refusal") or message.get("text")
-        thought, text = _thought_and_text(content)
-        thought += "".join(_thought_and_text(message.get("reasoning_content") or message.get("reasoning")))
-        if thought.strip() and "</think>" not in text:
-            thinking = finish in CUT_OFF and not text.strip()           # cut off before the thought ended
-            text = f"<think>\n{thought.strip()}" + ("" if thinking else f"\n</think>\n\n{text.lstrip()}")
-        # "stop" is said of both; vLLM and SGLang give the stop string, if it was one
-        string = isinstance(choice.get("stop_reason") or choice.get("matched_stop"), str)
-        reason = "length" if finish in CUT_OFF else "stop" if string or finish == "stop_sequence" else "eos"
-        tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
-        return text, tokens if type(tokens) is int else None, reason
-
-    def post(self, path: str, body: dict) -> dict:
-        """POST {url}/{path} with {"model": ...} | body; the reply's JSON object, with a completion in it.
-
-        What may pass is tried again, after 1, 2, 4, ... seconds with jitter, or what Retry-After asks for, at
-        most a minute: a busy or absent server `attempts` times in all, other faults half as often. A field
-        that a refusal names is left out, or renamed, where that helps. Raises RequestRefused where this
-        request is refused or fails, EndpointError where none can succeed.
-        """
-        where, attempt, changes = f"{self.url}/{path}{self.via}", 0, dict(self.changes)
-        tries = {"busy": self.attempts, "away": self.attempts, "failed": self.attempts // 2}
+        path = "chat/completions" if "messages" in body else "completions"
+        where, attempt, changes = f"{self.url}/{path}{self.via}", 1, dict(self.changes)
         while True:
-            if self.over.is_set():
-                raise EndpointError(self.end)
-            renamed = {changes.get(name, name): value for name, value in body.items()}
-            kind, said, wait = self._send(path, {name: value for name, value in renamed.items() if name})
+            sent = {changes.get(name, name): value for name, value in body.items()}
+            sent.pop(None, None)
+            kind, found = self._send(path, sent)
             if kind == "ok":
-                break
-            named = lambda field: re.search(rf"(?i)\b{field.replace('_', '[_ -]?')}\b", said)
-            field = next((field for field in SPARED if field in renamed and named(field)), None)
+                for refused, name in changes.items():
+                    how = f"sent as {name}" if name else "left out"
+                    self._tell(refused, f"{where}: the server refuses {refused}; it is {how} from here on")
+                self.failed = 0
+                self.changes |= changes
+                return found
+            named = lambda field: re.search(rf"(?i)\b{field.replace('_', '[_ -]?')}\b", found)
+            field = next((field for field in SPARED if field in sent and named(field)), None)
             if field and kind in ("refused", "failed"):
-                changes[field] = "max_completion_tokens" if field == "max_tokens" else None
-                continue
-            attempt += 1
-            if attempt >= tries.get(kind, 1):
-                raise self._error(kind, f"{where}: {said}", attempt)
-            with self.lock:
-                if not self.warned:
-                    print(f"{where}: {said}; trying again, {tries[kind]} times at most", file=sys.stderr)
-                self.warned = True
-            self.over.wait(min(wait or self.pause * 2 ** (attempt - 1) * random.uniform(0.5, 1.0), 60))
-        self.answered, self.failed = True, 0
-        with self.lock:                             # what has helped is done from the start from now on
-            for field in changes.keys() - self.changes.keys():
-                how = f"sent as {changes[field]}" if changes[field] else "left out"
-                print(f"{where}: the server refuses {field}; it is {how} from here on", file=sys.stderr)
-            self.changes |= changes
-        return said
+                changes[field] = SPARED[field]
+            elif attempt < self.tries.get(kind, 1):
+                self._tell(kind, f"{where}: {found}; trying again, {self.tries[kind]} times at most")
+                time.sleep(min(self.pause * 2 ** (attempt - 1), 60) * random.uniform(0.5, 1.0))
+                attempt += 1
+            else:
+                found = f"{where}, attempt {attempt}: {found}"
+                self.failed += kind in ("busy", "failed")
+                if kind not in ("away", "final") and self.failed < LOST_IN_A_ROW:
+                    raise DataError(found)
+                raise EndpointError(f"{found}; is the server up, and are --endpoint, --api_model and "
+                                    "OPENAI_API_KEY right? What is finished is kept: run the command again")
 
-    def _error(self, kind: str, said: str, attempts: int) -> DataError:
-        """What a request ends with that has not succeeded."""
-        if kind == "refused":
-            return RequestRefused(said)
-        if kind != "final":
-            self.failed += 1
-            said += f"; no answer after {attempts} attempts"
-            if self.failed < LOST_IN_A_ROW and (kind == "failed" or kind == "busy" and self.answered):
-                return RequestRefused(said)
-            said += "; is the server up? What is finished is kept: the same command continues"
-        self.end = said
-        self.over.set()                             # the other threads stop waiting and asking
-        return EndpointError(said)
+    def _tell(self, what: str, message: str) -> None:
+        with self.lock:                                 # once, whichever thread comes first
+            if what not in self.told:
+                print(message, file=sys.stderr)
+            self.told.add(what)
 
-    def _send(self, path: str, body: dict) -> tuple[str, dict | str, float]:
-        """(kind, the reply or what is wrong, the seconds that Retry-After asks for). Kinds: "ok"; "refused",
-        just this request; "failed" and "busy", which may pass; "away", nobody answers; "final", all refused.
-        """
+    def _send(self, path: str, body: dict) -> tuple[str, tuple | str]:
+        """What read_reply says, or ("away", why) where nobody answers."""
         content = json.dumps({"model": self.model} | body).encode()
         request = urllib.request.Request(f"{self.url}/{path}{self.query}", content, self.headers)
         try:
             with self.opener.open(request, timeout=self.timeout) as response:
-                status, headers, raw = response.status, response.headers, response.read(2**26)
+                text = response.read(2**26).decode("utf-8-sig", "replace").strip()
+            if response.status >= 300:
+                text = response.headers.get("Location", "") + " " + text       # where a redirect leads
+            kind, found = read_reply(response.status, text)
         except (OSError, OverflowError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
+            reason = error.reason if isinstance(error, urllib.error.URLError) else error
             broken = reason is error or isinstance(reason, (BrokenPipeError, ConnectionResetError))
             nowhere = isinstance(reason, socket.gaierror) and reason.errno != socket.EAI_AGAIN
-            kind = "failed" if broken else "final" if nowhere or isinstance(reason, ssl.SSLError) else "away"
-            return kind, self._safe(f"{type(reason).__name__}: {reason}"), 0.0
-        text = raw.decode("utf-8-sig", "replace").strip()
-        try:
-            reply = json.loads(text)
-        except (ValueError, RecursionError):
-            reply = None
-        words = self._safe(text)
-        stream = re.match(r"data:|event:|\{.*\}\n\{", text)      # server-sent events, or an object a line
-        if status >= 300:
-            kind, said = _kind_of(status), f"HTTP {status}: {words!r}"
-            if status < 400:
-                said += f", and sends us to {self._safe(headers.get('Location', 'nowhere'))!r}"
-            if kind == "final":
-                said += "; check --endpoint, --api_model and the key in OPENAI_API_KEY"
-            if kind == "final" and path == "completions":
-                said += ". Prefixes and rollouts need a server that has /completions"
-        elif isinstance(reply, dict):
-            kind, found = _inside(reply)
-            said = reply if kind == "ok" else f"HTTP {status}, but in it: {self._safe(found)!r}"
-        elif not stream and (text.startswith("{") or not text):
-            kind, said = "failed", f"a reply cut short: {words!r}"
-        else:
-            found = "a stream" if stream else "a web page" if text.startswith("<") else "plain text"
-            kind, said = "final", f"{found} came, not a JSON object: {words!r}; check --endpoint"
-        if kind != "ok" and status != 422 and NO_MONEY.search(said) and not LATER.search(said):
-            kind = "final"                          # (a 422 may quote the prompt)
-        asked = re.fullmatch(r"\d{1,9}(\.\d+)?", headers.get("Retry-After", ""))
-        return kind, said, float(asked[0]) if asked else 0.0
-
-    def _safe(self, text: str) -> str:
-        """A server's words as one line, without the key, which it may have quoted."""
-        for secret in self.secrets:
-            text = text.replace(secret, "***")
-        return " ".join(text.split())[:400]
+            nowhere = nowhere or isinstance(reason, ssl.SSLError)
+            kind = "final" if nowhere else "failed" if broken else "away"
+            found = f"{type(reason).__name__}: {reason}"
+        if kind != "ok":
+            for secret in self.secrets:                 # the server may have quoted it
+                found = found.replace(secret, "***")
+            found = " ".join(found.split())[:400]
+        if kind == "final" and path == "completions":
+            found += ". Prefixes and rollouts need a server that has /completions"
+        return kind, found
 
 
 class _EveryStatus(urllib.request.HTTPErrorProcessor):
@@ -2317,86 +2240,77 @@ class _EveryStatus(urllib.request.HTTPErrorProcessor):
     https_response = http_response
 
 
-def in_threads(work: Callable, items: Sequence, threads: int) -> Iterator:
-    """work(item) of each item, as they end. What work raises is raised here, and nothing new is begun. Whoever
-    stops listening need not wait for requests under way, which may take minutes: the threads die with the program.
-    """
-    waiting, results = deque(items), queue.SimpleQueue()
-
-    def serve() -> None:
-        with suppress(IndexError):                  # nothing waits any more
-            while True:
-                item = waiting.popleft()
-                try:
-                    results.put((work(item), None))
-                except BaseException as error:
-                    waiting.clear()
-                    results.put((None, error))
-
-    for _ in range(min(threads, len(items))):
-        threading.Thread(target=serve, daemon=True).start()
-    try:
-        for _ in items:
-            result, error = results.get()
-            if error is not None:
-                raise error
-            yield result
-    finally:
-        waiting.clear()
-
-
-def _kind_of(status: int) -> str:
-    """What an HTTP status means, as in Endpoint._send."""
-    if status in (408, 409, 425, 429, 502, 503, 504, 529):
-        return "busy"
-    if status >= 500:
-        return "failed"
-    return "final" if status < 400 or status in (401, 402, 404, 405, 407) else "refused"
+def read_reply(status: int, text: str) -> tuple[str, tuple | str]:
+    """("ok", what Endpoint.ask returns) of a server's reply, else (one of KINDS, what is wrong)."""
+    error = text
+    if status < 300:                                    # in which some servers put their errors
+        try:
+            reply = json.loads(text)
+        except ValueError:
+            reply = None
+        match reply:
+            case {"error": error} | {"choices": [{"error": error}, *_]} if error:
+                error = json.dumps(error, ensure_ascii=False)
+            case {"choices": [{"message": {}} | {"text": _} as choice, *_]}:
+                finish = str(choice.get("finish_reason") or "stop").lower()
+                if finish in ENDS:
+                    return "ok", _completion(reply, choice, ENDS[finish])
+                error = f"finish_reason {finish}"
+            case {}:
+                error = text
+            case _ if re.match(r"\{(?!.*\}\s+\{)|$", text):              # a JSON object a line is a stream
+                return "failed", f"a reply cut short: {text}"
+            case _:
+                return "final", f"a web page, a stream or plain text came, not a JSON object: {text}"
+    said = f"HTTP {status}: {error}"
+    meant = next((code for code, words in WORDS.items() if re.search(f"(?i){words}", error)), 400)
+    if status < 300:
+        code = re.search(r'"(?:code|status|status_code)":\s*"?([45]\d\d)\b', error)
+        status = int(code[1]) if code else meant
+    if meant == 402 and status != 422:                  # a 422 may quote the prompt
+        status = 402
+    return next((kind for kind, statuses in KINDS.items() if status in statuses), "refused"), said
 
 
-def _inside(reply: dict) -> tuple[str, str]:
-    """(kind, what it says) of a reply with status 200, in which some servers put their errors."""
-    choices = reply.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
-    error = choice.get("error") or reply.get("error")
-    if not error and not isinstance(choice.get("message"), dict) and "text" not in choice:
-        error = reply
-    if error:
-        said = json.dumps(error, ensure_ascii=False)
-        code = re.search(r'"(?:code|status|status_code)": "?([45]\d\d)\b', said)
-        return _kind_of(int(code[1]) if code else 429 if LATER.search(said) else 400), said
-    finish = _finish_reason(choice)
-    if finish in WHOLE + CUT_OFF:
-        return "ok", ""
-    passing = re.search("error|abort|cancel|resource|time", finish)
-    return "failed" if passing else "refused", f"finish_reason {finish}"
+def _completion(reply: dict, choice: dict, reason: str) -> tuple[str, int | None, str]:
+    message = choice.get("message") or choice
+    text = _text_of(message.get("content") or message.get("refusal") or message.get("text"))
+    thought = message.get("reasoning_content") or message.get("reasoning")
+    if thought and "</think>" not in text:
+        text = _text_of({"type": "thinking", "thinking": thought}) + text.lstrip()
+    if reason == "length":
+        text = text.removesuffix("\n</think>\n\n")             # the thought itself was cut off
+    # many say "stop" of both ends; vLLM and SGLang add the stop string, if it was one
+    if reason == "eos" and isinstance(choice.get("stop_reason") or choice.get("matched_stop"), str):
+        reason = "stop"
+    return text, (reply.get("usage") or {}).get("completion_tokens"), reason
 
 
-def _finish_reason(choice: dict) -> str:
-    return str(choice.get("finish_reason") or "stop").lower()
-
-
-def _thought_and_text(content) -> tuple[str, str]:
-    """A message's content, text or chunks {"type": ..., "text" or "thinking": ...}, as (thought, text)."""
+def _text_of(content) -> str:
+    """A message's content: a text, or chunks {"type": ..., "text" or "thinking": ...}."""
     if isinstance(content, list):
-        parts = [_thought_and_text(chunk) for chunk in content]
-        return "".join(thought for thought, _ in parts), "".join(text for _, text in parts)
+        return "".join(map(_text_of, content))
     if isinstance(content, dict):
-        inner = content.get("text") or content.get("thinking") or content.get("reasoning")
-        thought, text = _thought_and_text(inner)
-        return (thought + text, "") if content.get("type") in ("thinking", "reasoning") else (thought, text)
-    if not isinstance(content, str | None):
-        raise RequestRefused(f"a completion that is {_shown(content)}; expected text")
-    return "", content or ""
+        text = _text_of(content.get("text") or content.get("thinking") or content.get("reasoning"))
+        thought = content.get("type") in ("thinking", "reasoning") and text.strip()
+        return f"<think>\n{thought}\n</think>\n\n" if thought else text
+    return str(content or "")
 
 
-# ======================================================================================================================
+def in_threads(work: Callable, items: Sequence, threads: int) -> Iterator:
+    """work(item) of each item, as they end. Unlike an executor's, a pool's threads die with the program:
+    nobody waits for requests under way, which may take minutes."""
+    with ThreadPool(threads) as pool:
+        yield from pool.imap_unordered(work, items)
+
+
+# ==========================================================================================================
 # APPENDIX. Looking at data; the command line.
-# ======================================================================================================================
+# ==========================================================================================================
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # python data.py show: a row, and what becomes of it
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 COLOURS = {"context": "2", "chosen": "32", "rejected": "31", "title": "1"}
 
@@ -2407,7 +2321,8 @@ def _paint(text: str, role: str) -> str:
 
 
 def _block(title: str, text: str, role: str) -> str:
-    """A titled text with a bar at its left. Control characters are shown as escapes: a terminal would obey them."""
+    """A titled text with a bar at its left. Control characters are shown as escapes: a terminal would obey
+    them."""
     safe = re.sub(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]", lambda found: f"\\x{ord(found[0]):02x}", text)
     return "\n".join([_paint(title, "title")] + [f"  | {_paint(line, role)}" for line in safe.split("\n")])
 
@@ -2419,10 +2334,11 @@ def _width(text: str) -> int:
 
 def token_picture(ids: Sequence[int], targets: Sequence[int], tokenizer: Tokenizer, context: Sequence[int] = (),
                   columns: int = 110) -> str:
-    """Tokens in lines, with the loss mask below: . = read only, ^ = predicted (loss), 2 = predicted once for each side.
+    """Tokens in lines, with the loss mask below: . = read only, ^ = predicted (loss), 2 = predicted once for
+    each side.
 
-    Spaces are drawn as ·, line ends as ⏎; a character that needs several tokens is drawn as �, once for each of them.
-    """
+    Spaces are drawn as ·, line ends as ⏎; a character that needs several tokens is drawn as �, once for each
+    of them. """
     lines, tokens, mask, used = [], [], [], 0
     ids = list(ids)
     for i, times in enumerate(targets):
@@ -2523,7 +2439,8 @@ def statistics(examples: Sequence[Example], report: Report) -> str:
 
 
 def tokens_shared(examples: Sequence[Example], micro_batches: Iterable[list[int]]) -> str:
-    """What the tree saves: tokens of all texts one by one, of rows alone, and of rows together in these micro-batches."""
+    """What the tree saves: tokens of all texts one by one, of rows alone, and of rows together in these
+    micro-batches."""
     separate = sum(len(side) for example in examples for side in example.sides)
     alone = sum(example.length for example in examples)
     together = sum(tokens_in_tree([side for row in rows for side in examples[row].sides]) for rows in micro_batches)

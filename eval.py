@@ -37,7 +37,7 @@ if __name__ == "__main__":      # python -P does not search a script's own folde
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from data import (BOXED, LONGEST_TOKEN, PROMPT_STYLES, STEP_STYLES, DataError, Endpoint, Journal,
-                  RequestRefused, Tokenizer, add_chat_options, check_out, complain, digest, expect,
+                  Tokenizer, add_chat_options, check_out, complain, digest, expect,
                   first_error_from_values, in_threads, next_prefix, positive, progress, read_rows, render_prompt,
                   run_command, same_step, split_steps, stage, step_starts, summary_path, text_field, writable)
 from model import (CheckpointError, Llama, choose_device, fingerprint, join_processes, keep_freed_memory,
@@ -463,46 +463,41 @@ class Sampler:
 
 
 class Remote:
-    """Samples from an OpenAI-compatible server: by /chat/completions where it can render the prompt itself,
-    that is a chat without a prefix, else by /completions with the rendered text.
-
-    endpoint, api_model    as for data.Endpoint
-    model                  the checkpoint whose chat template renders the prompts that have a prefix
-    system, template_args  of a chat: a system prompt; what its template takes, as {"enable_thinking": False}
+    """Samples from an OpenAI-compatible server: of a chat without a prefix, which it can render itself, by
+    /chat/completions; else by /completions, rendered here with the chat template of the checkpoint `model`.
     """
 
     def __init__(self, endpoint: str, api_model: str, *, model: str | None = None, prompt: str = "chat",
                  concurrency: int = 32, system: str | None = None, template_args: dict | None = None):
-        self.endpoint, self.prompt, self.concurrency = Endpoint(endpoint, api_model), prompt, concurrency
-        of_chat = {"system": system, "template_args": template_args}
-        self.tokenizer = Tokenizer.from_pretrained(resolve(model), **of_chat) if model else None
         if prompt != "chat" and (system or template_args):
             raise DataError("--system and --template_args belong to the chat template; --prompt "
                             f"{prompt} has no place for them: choose --prompt chat")
-        self.system = "You are a helpful assistant." if prompt == "qwen2-boxed" else system
-        self.template_args = template_args
-        self.alike = 0                           # samples just like the first of their prompt; -inf: not all
+        self.endpoint, self.prompt, self.concurrency = Endpoint(endpoint, api_model), prompt, concurrency
+        of_chat = {"system": system, "template_args": template_args}
         self.settings = {"endpoint": self.endpoint.url, "api_model": api_model, "prompt": prompt} | of_chat
+        self.tokenizer = Tokenizer.from_pretrained(resolve(model), **of_chat) if model else None
+        self.alike = 0                           # samples just like the first of their prompt; -inf: not all
 
     def prepare(self, problem: Problem, text: str, cut: int | None = None) -> Prompt:
         """As Sampler.prepare; the prompt's content is (where, the body of its request)."""
-        where, question = problem.where, problem.question
+        where, question, boxed = problem.where, problem.question, self.prompt == "qwen2-boxed"
         text = text if cut is None else text[:cut].rstrip()
-        checked = text if self.prompt == "raw" and self.tokenizer else question + text
+        rendered = self.prompt == "raw" and self.tokenizer      # without one, its BOS would stand there twice
+        checked = text if rendered else question + text
         found = re.search(r"<\|[\w-]{1,40}\|>", checked)
-        if found := found and found[0] or self.tokenizer and self.tokenizer.control_token_in(checked):
-            raise DataError(f"{where}: it contains the control token {found}, which is no text; remove it")
-        if self.prompt in ("chat", "qwen2-boxed") and not text:
-            body = {"messages": [{"role": "system", "content": self.system}] if self.system else []}
-            asked = question if self.prompt == "chat" else question + BOXED
-            body["messages"].append({"role": "user", "content": asked})
-            if self.template_args:
-                body["chat_template_kwargs"] = self.template_args       # vLLM, SGLang and llama.cpp take them
+        if mark := found and found[0] or self.tokenizer and self.tokenizer.control_token_in(checked):
+            raise DataError(f"{where}: it contains the control token {mark}, which is no text; remove it")
+        if not text and (boxed or self.prompt == "chat"):
+            system = "You are a helpful assistant." if boxed else self.settings["system"]
+            turns = [("system", system), ("user", question + BOXED if boxed else question)]
+            body = {"messages": [{"role": role, "content": said} for role, said in turns if said]}
+            if arguments := self.settings["template_args"]:
+                body["chat_template_kwargs"] = arguments        # vLLM, SGLang and llama.cpp take them
             return Prompt((where, body), text, False)
         if self.prompt == "chat" and self.tokenizer is None:
             raise DataError(f"{where}: a prefix needs the checkpoint's chat template: give --model too")
         whole = render_prompt(self.prompt, question, self.tokenizer, text) + text
-        if self.tokenizer and self.tokenizer.bos_id is not None:                # the server adds it
+        if self.tokenizer and self.tokenizer.bos_id is not None:            # the server adds it
             whole = whole.removeprefix(self.tokenizer.backend.id_to_token(self.tokenizer.bos_id))
         return Prompt((where, {"prompt": whole.rstrip(" ") or whole}), text, whole.endswith(" "))
 
@@ -512,39 +507,31 @@ class Remote:
     def draw(self, prompts: Sequence[Prompt], n: int, seed: int, temperature: float = 0.0, *,
              top_p: float = 1.0, max_new_tokens: int = 2048, stop: Sequence[str] = (),
              done: Container = frozenset()) -> Iterator[tuple[int, int, Drawn | DataError]]:
-        """(i, j, the j-th sample of prompt i) as each ends; those in `done` are not asked for. A DataError
-        stands for a sample that the server refused or failed to give. EndpointError: it gives none at all."""
+        """As Sampler.draw. A DataError stands for a sample that the server refused or failed to give."""
         how = {"max_tokens": max_new_tokens, "temperature": temperature}
         how |= {"top_p": top_p} if temperature else {}          # some servers refuse a top_p of 1
         how |= {"stop": list(stop)} if stop else {}
 
         def ask(sample: tuple[int, int]) -> tuple[int, int, Drawn | DataError]:
-            i, j = sample
-            where, body = prompts[i].content
+            (i, j), (where, body) = sample, prompts[sample[0]].content
             own = {"seed": stable_key(seed, body, j) % 2**31} if temperature else {}
             try:
                 text, tokens, reason = self.endpoint.ask(body | how | own)
-            except RequestRefused as error:
+            except DataError as error:
                 return i, j, DataError(f"{where}: {error}")
             end = min((at for string in stop if (at := text.find(string)) >= 0), default=None)
             text = text[:end].lstrip(" ") if prompts[i].spaces else text[:end]
             return i, j, Drawn(printable(text), tokens, reason if end is None else "stop")
 
+        first: dict[int, Drawn] = {}             # of each prompt
         wanted = [(i, j) for i in range(len(prompts)) for j in range(n) if (i, j) not in done]
-        first: dict[int, str] = {}               # the first text of each prompt
-        for i, j, outcome in in_threads(ask, wanted, self.concurrency):
-            if temperature and isinstance(outcome, Drawn):
-                if i in first:
-                    self._compare(first[i], outcome.text, temperature)
-                first.setdefault(i, outcome.text)
-            yield i, j, outcome
-
-    def _compare(self, one: str, other: str, temperature: float) -> None:
-        """Warn, once, of a server that gives the same sample again and again."""
-        self.alike = self.alike + 1 if one == other else -math.inf
-        if self.alike == 3:
-            print(f"{self.endpoint.url}: the samples of a prompt are all the same; does the server heed "
-                  f"temperature {temperature}?", file=sys.stderr)
+        for i, j, drawn in in_threads(ask, wanted, self.concurrency):
+            if temperature and isinstance(drawn, Drawn) and first.setdefault(i, drawn) is not drawn:
+                self.alike += 1 if drawn.text == first[i].text else -math.inf
+                if self.alike == 3:
+                    print(f"{self.endpoint.url}: the samples of a prompt are all the same; does the server "
+                          f"heed temperature {temperature}?", file=sys.stderr)
+            yield i, j, drawn
 
 
 def next_steps(sampler: Sampler | Remote, partial_solutions: Sequence[tuple[Problem, str]], n: int,

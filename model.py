@@ -185,7 +185,11 @@ class Layout(NamedTuple):
     places: list[np.ndarray]      # of each text: where its tokens are in the flat row
 
 
-LEAST_SHARED = 16     # tokens that texts of different rows must have in common before they share them
+# So many tokens must texts of different rows have in common before they share them. Measured on a CPU (fp32,
+# 8 layers, 512 wide, texts of 200 tokens, forward and backward): sharing 4 or 8 saves nothing that can be
+# told from noise (-0.3 to 2 % of the CPU time, 2 and 8 texts), 16 saves 5 to 8 %, 64 saves 16 to 28 %. A
+# segment more costs masks and calls.
+LEAST_SHARED = 16
 
 
 def lay_out(texts: Sequence[np.ndarray], rows: Sequence[int] | None = None) -> Layout:
@@ -293,13 +297,13 @@ def rope_frequencies(config: Config, device) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x (B, T, heads, D), cos and sin (..., T, 1, D/2). Hugging Face's layout pairs x[i] with x[i + D/2], the two
-    halves of a head;
+    """x (B, T, heads, D), cos and sin (..., T, 1, D/2). Hugging Face's layout pairs x[i] with x[i + D/2], the
+    two halves of a head;
 
         [ a0 a1 a2 a3 | b0 b1 b2 b3 ]     (a_i, b_i) turns by position * freq_i
 
-    Meta's original release pairs neighbours (x[2i], x[2i+1]); its q and k weights are a permutation of these, and
-    mixing the two fails in silence."""
+    Meta's original release pairs neighbours (x[2i], x[2i+1]); its q and k weights are a permutation of these,
+    and mixing the two fails in silence."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat(((a * cos).addcmul(b, sin, value=-1), (b * cos).addcmul(a, sin)), dim=-1)
 
@@ -329,7 +333,8 @@ class Attention(nn.Module):
 
 class SwiGLU(torch.autograd.Function):
     """silu(gate) * up. silu(gate) is made again for the gradient instead of kept: a quarter less of the MLP's
-    activations, which are the most of a block's."""
+    activations, which are the most of a block's. Measured on a CPU (8 layers, 512 wide, an update on 5,141
+    tokens): 5 to 6 % less peak memory, 2.95 instead of 3.11 GB; time does not change."""
 
     @staticmethod
     def forward(ctx, gate, up):
@@ -1077,7 +1082,10 @@ def pick_tokens(logits: torch.Tensor, temperature: float | torch.Tensor, top_p: 
     return chosen
 
 
-SHRINK = 0.75     # of the grid's rows: when so few are live, the others leave; each time copies the cache
+# When so few of the grid's rows are live, the others leave; each time copies the cache. Measured (8 layers,
+# 512 wide, 32 samples of uneven lengths): 3.9 s at 0.75, 0.9 and 0.99, 4.1 s at 0.5, 5.0 s if none ever
+# leaves.
+SHRINK = 0.75
 
 
 @torch.inference_mode()
@@ -1246,10 +1254,11 @@ def keep_freed_memory():
     """Tell glibc's malloc to reuse freed memory instead of returning it to the system, where it is glibc
     (elsewhere nothing happens).
 
-    By default every tensor above 128 KB is mapped afresh and its pages are zeroed by the kernel on first
-    touch, for every activation of every step; on a CPU that costs more than the element-wise arithmetic
-    itself. Tensors above 32 MB still go back: kept, they would leave holes that nothing else fits into. GPUs
-    are not concerned: their allocator caches already."""
+    By default every large tensor is mapped afresh, and the kernel zeroes its pages on first touch, for every
+    activation of every step. Measured on 2 CPU cores (8 layers, 512 wide): the kernel's share of an update
+    halves (0.19 to 0.10 s of 2.5 s); all in all 2 % less CPU time on 5,141 tokens, within noise on 1,744, and
+    0 to 6 % more peak memory. Tensors above 32 MB still go back: kept, they would leave holes that nothing
+    else fits into."""
     try:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 32 * 2**20)     # M_MMAP_THRESHOLD: smaller ones get no mapping; the most there is

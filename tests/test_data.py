@@ -84,8 +84,8 @@ def test_reads_what_windows_and_web_tools_write(tmp_path):
 
 
 @pytest.mark.parametrize("line, found", [(b'{"a": 1', "malformed"), (b'{"a": 1, "a": 2}', "'a' stands there twice"),
-                                         (b'[1]', "a list"), (b'"text"', "text"), (b"\xff{}", "not UTF-8"),
-                                         (b"[" * 100_000, "deep"),
+                                         (b'[1]', "a list"), (b'"text"', "text"), (b"\xff{}", "UTF-8"),
+                                         (b"[" * 100_000, "malformed"),
                                          (b'{"a": ' + b"9" * 5000 + b"}", "malformed"), (b"{} {}", "malformed"),
                                          (b"version https://git-lfs.github.com/spec/v1", "malformed")])
 def test_a_bad_line_is_named(tmp_path, line, found):
@@ -100,8 +100,8 @@ def test_a_bad_line_is_named(tmp_path, line, found):
 
 
 @pytest.mark.parametrize("name, content, found", [("a.jsonl", b"", "no rows"), ("a.json", b"[]", "no rows"),
-                                                  ("a.jsonl", b"\xff\xfe{\0}\0", "not UTF-8"),
-                                                  ("a.csv", b"a,b", "cannot read .csv"),
+                                                  ("a.jsonl", b"\xff\xfe{\0}\0", "UTF-8"),
+                                                  ("a.csv", b"a,b", "a.csv: cannot be read"),
                                                   ("a.parquet", b"PAR1", "pyarrow|parquet"),
                                                   ("a.json", b"[{]", "malformed")])
 def test_a_file_that_cannot_be_read(tmp_path, name, content, found):

@@ -93,7 +93,7 @@ def test_any_label_that_counts(first, second):
 
 @pytest.mark.parametrize("text, count", [
     ("Step 1: Ann has 3. Step 2: 3 * 4 = 12. Step 3: So 12.", 3), ("1) Ann has 3. 2) So 12.", 2), ("Étape 1 : a. Étape 2 : b.", 2),
-    ("第一步：小明有3个苹果。第二步：3*4=12。", 2), ("We see 1) that it is even.", 1), ("From (1) and (2) it is even.", 1)])
+    ("第一步：小明有3个苹果。第二步：3*4=12。", 2), ("Why? Step 1: 3.\nStep 2: 4 = 4. Step 3: 7.", 3), ("We see 1) that it is even.", 1), ("From (1) and (2) it is even.", 1)])
 def test_labels_on_one_line(text, count):
     assert len(split_steps(text)) == count
 
@@ -124,7 +124,7 @@ def test_a_thought_is_no_step(end):
 
 @pytest.mark.parametrize("text, style", [
     ("12 eggs.\n\n1 egg more.\n\n2 eggs.", "paragraphs"), ("We see\n\nCase 1: a\n\nb\n\nCase 2: c\n\nd\n\ne", "paragraphs"),
-    ("1. a\n\nb\n\nc\n\n2. d", "'1.' labels"), ("Step 2: a\nStep 3: b", "'Step 2:' labels"), ("Step 1: a\n\nb", "one step")])
+    ("1. a\n\nb\n\nc\n\n2. d", "'1.' labels"), ("1. **Step 1: a**\n2. **Step 2: b**", "'1.' labels"), ("Step 2: a\nStep 3: b", "'Step 2:' labels"), ("Step 1: a\n\nb", "one step")])
 def test_what_is_no_label_and_what_is_one(text, style):
     """Numbers count from 1; "Case 1:" and its like only where they tell the whole solution; the word "Step" always."""
     assert data.step_style(text) == style
@@ -218,7 +218,8 @@ def test_the_posterior_is_a_distribution_and_grows_with_evidence():
 @pytest.mark.parametrize("a, b, same", [("\nStep 2: 3 + 4 = 7.", "\nStep 2: So we get 7 apples", True),
                                         (" 3 + 4 = 8.", " 3 + 4 = 7.", False), (" 1,200", "1,200.", True),
                                         ("\nStep 2: We  add.", "\nStep 3: we add.", True),
-                                        ("\nStep 2: We add.", "\nStep 2: We multiply.", False)])
+                                        ("\nStep 2: We add.", "\nStep 2: We multiply.", False),
+                                        ("\nSo x is\n12.", "\nSo x is\n13.", False)])
 def test_steps_that_come_to_the_same(a, b, same):
     assert data.same_step(a, b) == same
 
