@@ -49,6 +49,7 @@ import unicodedata
 import urllib.error
 import urllib.request
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from fractions import Fraction
@@ -85,7 +86,7 @@ class DataError(ValueError):
 # ----------------------------------------------------------------------------------------------------------
 
 METHODS = ("sft", "dpo", "stepdpo")
-LONGEST_TOKEN = 1_000                                   # characters: more than a token of any vocabulary has
+LONGEST_TOKEN = 1_000                               # characters: more than a token of any vocabulary has
 
 
 @dataclass(slots=True)
@@ -135,18 +136,19 @@ def encode_dataset(source: str | Path | Iterable[tuple[str, dict]], tokenizer: T
     if method not in METHODS:
         raise DataError(f"method {method!r} is not known; choose one of {', '.join(METHODS)}")
     from_file = isinstance(source, (str, Path))
-    rows, report = read_rows(source) if from_file else source, Report(str(source) if from_file else "rows")
+    rows = read_rows(source) if from_file else iter(source)
+    report = Report(str(source) if from_file else "rows")
     end = None if method == "stepdpo" else tokenizer.end_of_turn_id(style)
     examples = []
-    for chunk in _chunks(rows, 512):                    # tokenizers encodes a list on all cores
-        taken = []
+    while chunk := list(itertools.islice(rows, 512)):   # tokenizers encodes a list on all cores
+        report.rows += len(chunk)
+        texts = []
         for where, row in chunk:
-            report.rows += 1
             try:
-                taken.append(_render(where, row, tokenizer, method, style, report))
+                texts.append(_render(where, row, tokenizer, method, style, max_length, report))
             except Unfit as reason:
                 report.drop(str(reason), where)
-        examples += to_examples(taken, tokenizer, end, max_length, report, bos=style != "chat")
+        examples += to_examples(texts, tokenizer, end, max_length, report, bos=style != "chat")
     for example in examples:
         example.reference = method != "sft"
         if method == "sft":                             # the mean over all answer tokens, not over answers
@@ -158,44 +160,40 @@ def encode_dataset(source: str | Path | Iterable[tuple[str, dict]], tokenizer: T
     return examples, report
 
 
-def _render(where: str, row: dict, tokenizer: Tokenizer, method: str, style: str, report: Report) -> Texts:
-    """A row's texts as they are trained. Unfit with the reason where it cannot be trained on."""
-    question, steps, responses = texts_of(row, method, where)
-    if method != "stepdpo":                             # the end token is put there by us, once
-        bare = [tokenizer.without_end(response, style) for response in responses]
-        if bare != responses:
-            report.note("the answer brings its end token; it stands there once all the same", where)
-        responses = bare
-    turns = [question] if isinstance(question, str) else [turn["content"] for turn in question]
-    problem = "\n\n".join(turns)
+def texts_of(row: dict, method: str, where: str) -> tuple[str | list[dict], str, list[str]]:
+    """(prompt x, the steps that are context, the one or two responses) of a row, as `method` trains it.
 
-    names = ("chosen", "rejected") if len(responses) == 2 else ("response",)
-    for name, text in zip(("prompt", *names), (turns[-1], *responses)):
-        if not text.strip():
-            raise Unfit(f"empty {name}")
-    if len(responses) == 2 and responses[0].strip() == responses[1].strip():
-        raise Unfit("chosen and rejected are the same")
-    if len(turns) > 1 and style != "chat":
-        raise Unfit(f"a system prompt or earlier turns, for which --prompt {style} has no place: choose chat")
-    if style == "raw":                                  # its prompts are rendered, control tokens and all
-        turns = []
-    solutions = [steps + response for response in responses]    # a token may be spelled across the seam
-    for text in (*turns, *solutions):
-        if token := tokenizer.control_token_in(text):
-            raise Unfit(f"the text contains the control token {token}")
-        if mark := tokenizer.foreign_mark_in(text):
-            raise Unfit(f"the text contains {mark}, which another model's chats are marked with and this "
-                        "tokenizer spells in letters: take it out")
-        if token := tokenizer.special_token_in(text):
-            report.note(f"the special token {token} in the text is trained as that token", where)
+    A whole answer is initial_reason_steps + full_*, or full_* alone where it begins with those steps. A file
+    without these columns has whole answers in chosen and rejected, or in `response` for SFT; what other
+    trainers call them, and when x is a conversation: `question_and_answers`.
 
-    if style != "chat" or method == "stepdpo":
-        prompt = render_prompt(style, question, tokenizer, steps + responses[0])
-        return Texts(where, row, problem, prompt, steps, responses)
-    prompt, responses, remarks = tokenizer.render_answers(question, responses)
-    for remark, detail in remarks.items():
-        report.note(remark, where, detail)
-    return Texts(where, row, problem, prompt, "", responses)
+    Raises DataError where a row is malformed, Unfit where a well-formed one cannot be used.
+    """
+    of_steps = method == "stepdpo" or any(
+        name in row for name in ("initial_reason_steps", "full_chosen", "full_rejected"))
+    sides = ["full_chosen", "full_rejected"] if of_steps and method != "stepdpo" else ["chosen", "rejected"]
+    if method == "sft":
+        known = ("response", sides[0], *ANSWERS)
+        sides = [next((name for name in known if name in row), sides[0])]
+        of_steps = sides == ["full_chosen"]
+    needed = ["initial_reason_steps", *sides] if of_steps else sides
+    asked = next((name for name in PROMPTS if name in row and name not in sides), None)
+    missing = [name for name in needed if name not in row]
+    if asked is None and not isinstance(row.get(sides[0]), list):
+        missing.insert(0, "prompt")
+    if missing or asked == "question":                  # so the pipeline's other files call it
+        expect(row, where, "pairs", "problems")
+    if missing:
+        raise DataError(f"{where}: {method} needs the columns {', '.join(['prompt', *needed])}; found "
+                        f"{', '.join(row) or 'none'}; missing {', '.join(missing)}: rename them or change "
+                        "method")
+
+    question, responses = question_and_answers(row, asked, sides, where)
+    steps = text_field(row, "initial_reason_steps", where) if of_steps else ""
+    if not of_steps or method == "stepdpo":
+        return question, steps, responses
+    whole = lambda full: full.startswith(steps) or not full.strip()     # an empty one is dropped as such
+    return question, "", [full if whole(full) else steps + full for full in responses]
 
 
 class Texts(NamedTuple):
@@ -208,83 +206,98 @@ class Texts(NamedTuple):
     responses: list[str]
 
 
+def _render(where: str, row: dict, tokenizer: Tokenizer, method: str, style: str, max_length: int | None,
+            report: Report) -> Texts:
+    """A row's texts as they are trained. Unfit with the reason where it cannot be trained on."""
+    question, steps, responses = texts_of(row, method, where)
+    if method != "stepdpo":                             # the end token is put there by us, once
+        responses = [tokenizer.without_end(response, style) for response in responses]
+    turns = [question] if isinstance(question, str) else [turn["content"] for turn in question]
+    solutions = [steps + response for response in responses]
+
+    names = ("chosen", "rejected") if len(responses) == 2 else ("response",)
+    for name, text in zip(("prompt", *names), (turns[-1], *responses)):
+        if not text.strip():
+            raise Unfit(f"empty {name}")
+    if len(responses) == 2 and responses[0].strip() == responses[1].strip():
+        raise Unfit("chosen and rejected are the same")
+    if max_length is not None and max(map(len, (*turns, *solutions))) > LONGEST_TOKEN * max_length:
+        raise Unfit(f"longer than {max_length} tokens")         # known without waiting for its tokens
+    for text in solutions if style == "raw" else (*turns, *solutions):  # a raw prompt is rendered already
+        if remark := tokenizer.check(text):
+            report.note(remark, where)
+
+    if style == "chat" and method != "stepdpo":
+        prompt, responses, remarks = tokenizer.render_answers(question, responses)
+        for remark, detail in remarks.items():
+            report.note(remark, where + detail)
+    else:
+        prompt = render_prompt(style, question, tokenizer, solutions[0])
+    return Texts(where, row, "\n\n".join(turns), prompt, steps, responses)
+
+
 def to_examples(rows: Sequence[Texts], tokenizer: Tokenizer, end: int | None, max_length: int | None,
                 report: Report, bos: bool = True) -> list[Example]:
     """Tokenise rows of any number of responses; `end`, if any, follows each response. What is dropped goes to
     `report`. bos: False for prompts that a chat template has made."""
-    fitting = []
-    for row in rows:
-        longest = len(row.prompt) + len(row.steps) + max(map(len, row.responses))
-        if max_length is not None and longest > LONGEST_TOKEN * max_length:     # not worth encoding
-            report.drop(f"longer than {max_length} tokens", row.where)
-        else:
-            fitting.append(row)
-    texts = [row.prompt + row.steps + response for row in fitting for response in row.responses]
+    texts = [row.prompt + row.steps + response for row in rows for response in row.responses]
     encoded = iter(tokenizer.encode_batch(texts, bos))
     examples = []
-    for row in fitting:
-        made = _example(row, [next(encoded) for _ in row.responses], end, max_length)
-        if isinstance(made, str):
-            report.drop(made, row.where)
-        else:
-            examples.append(made)
+    for row in rows:
+        sides = [next(encoded) for _ in row.responses]
+        try:
+            examples.append(_example(row, sides, end, max_length))
+        except Unfit as reason:
+            report.drop(str(reason), row.where)
     return examples
 
 
-def _chunks(items: Iterable, size: int) -> Iterator[list]:
-    chunk = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    yield chunk
-
-
-def _example(row: Texts, encoded: list[Encoded], end: int | None, max_length: int | None) -> Example | str:
-    """Tokens of a row, or the reason to drop it. encoded: of prompt + steps + each response, in one piece."""
+def _example(row: Texts, encoded: list[Encoded], end: int | None, max_length: int | None) -> Example:
+    """Tokens of a row. encoded: of prompt + steps + each response, in one piece."""
     boundary = len(row.prompt) + len(row.steps)         # the character at which every side's response begins
     start = min(response_start(side.offsets, boundary) for side in encoded)
     sides = [np.array(side.ids + ([] if end is None else [end]), dtype=np.int32) for side in encoded]
     if max_length is not None and max(map(len, sides)) > max_length:
-        return f"longer than {max_length} tokens"
+        raise Unfit(f"longer than {max_length} tokens")
     if start == 0:
-        return "no token of context before the response"
+        raise Unfit("no token of context before the response")
     if min(map(len, sides)) <= start:
-        return "a response without a token of its own"
+        raise Unfit("a response without a token of its own")
     if any(not np.array_equal(side[:start], sides[0][:start]) for side in sides):
-        return "the context is not tokenised alike on both sides"
+        raise Unfit("the context is not tokenised alike on both sides")
     if len({side.tobytes() for side in sides}) < len(sides):
-        return "chosen and rejected are the same"
+        raise Unfit("chosen and rejected are the same")
     steps = []
     for side, ids, response in zip(encoded, sides, row.responses):
         of_token = step_of_tokens(side.offsets[start:], row.steps + response, len(row.prompt))
-        with_end = np.concatenate([of_token, of_token[-1:]])            # an end token belongs to the last step
-        steps.append(with_end[:len(ids) - start])
+        of_token = np.r_[of_token, of_token[-1:]]       # the end token, if there is one, is of the last step
+        steps.append(of_token[:len(ids) - start])
     return Example(row.where, sides, start, steps, row.problem, row.row)
 
 
+def response_start(offsets: Sequence[tuple[int, int]], boundary: int) -> int:
+    """Index of the first token that holds a character of the response, one at `boundary` or after it.
+
+    A token across the boundary ("\\n\\n", half of it context) is response: the model makes it in one piece.
+    """
+    start = next((i for i, (_, after) in enumerate(offsets) if after > boundary), len(offsets))
+    # A normaliser may melt the response's first character into the token before (NFC: "e" + a combining
+    # accent). That token's offsets then end at the boundary, and no other token begins with the character.
+    if 0 < start < len(offsets) and offsets[start][0] > boundary:
+        start -= 1
+    return start
+
+
 def step_of_tokens(offsets: Sequence[tuple[int, int]], solution: str, begin: int) -> np.ndarray:
-    """(tokens,) int32: of which step (0 = the first) of the solution each token's last character is. The
-    solution begins at character `begin` of the text that the offsets are of; what stands before it counts as
-    step 0."""
+    """(tokens,) int32: the step (0 = the first) of the solution that each token's last character is of. The
+    solution begins at character `begin` of the text; what stands before it counts as step 0."""
     starts = [begin + start for start, _ in step_starts(solution)][1:]
     ends = np.array([end for _, end in offsets])
     return np.searchsorted(starts, ends - 1, side="right").astype(np.int32)
 
 
-def response_start(offsets: Sequence[tuple[int, int]], boundary: int) -> int:
-    """Index of the first token that holds a character of the response, i.e. one at `boundary` or after it.
-
-    A token across the boundary ("\\n\\n", half of it context) belongs to the response: the model makes it in
-    one piece. """
-    start = next((i for i, (_, after) in enumerate(offsets) if after > boundary), len(offsets))
-    # A normaliser may melt the response's first character into the token before (NFC: "e" + a combining
-    # accent). That token's offsets then end at the boundary although the character is in it; no other token
-    # begins with it.
-    if 0 < start < len(offsets) and offsets[start][0] > boundary:
-        start -= 1
-    return start
+class Unfit(DataError):
+    """A row that is well formed and cannot be trained on: it is dropped, under this reason."""
 
 
 @dataclass
@@ -295,26 +308,19 @@ class Report:
     kept: int = 0
     dropped: dict[str, list[str]] = field(default_factory=dict)     # reason -> "file:line" of each row
     notes: dict[str, list[str]] = field(default_factory=dict)       # what to know of kept rows -> the same
-    details: dict[str, str] = field(default_factory=dict)           # note -> more about its first row
 
     def drop(self, reason: str, where: str) -> None:
         self.dropped.setdefault(reason, []).append(where)
 
-    def note(self, remark: str, where: str, detail: str = "") -> None:
-        self.notes.setdefault(remark, []).append(where)
-        self.details.setdefault(remark, detail)
+    def note(self, remark: str, where: str) -> None:
+        self.notes.setdefault(f"note: {remark}", []).append(where)
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {self.rows:,} rows, {self.kept:,} kept, {self.rows - self.kept:,} dropped"]
-        for title, found in (("", self.dropped), ("note: ", self.notes)):
+        for found in (self.dropped, self.notes):
             for reason, rows in sorted(found.items(), key=lambda item: -len(item[1])):
-                detail = self.details.get(reason, "") if title else ""
-                lines.append(f"  {len(rows):>7,}  {title}{reason}  (first: {Path(rows[0]).name}){detail}")
+                lines.append(f"  {len(rows):>7,}  {reason}  (first: {rows[0]})")
         return "\n".join(lines)
-
-
-class Unfit(DataError):
-    """A row that is well formed and cannot be trained on: it is dropped, under this reason."""
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -476,36 +482,37 @@ def _pack(pieces: list[tuple[int, list]], max_rows: int | None, max_tokens: int 
 # ----------------------------------------------------------------------------------------------------------
 
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
-PROMPT_STYLES = ("qwen2-boxed", "alpaca", "deepseek-math", "chat", "raw")
+# What stands before and behind the question, as the authors' code has it; for raw the question is the prompt.
+_AROUND = {
+    "qwen2-boxed": ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
+                    f"{BOXED}<|im_end|>\n<|im_start|>assistant\n"),
+    "alpaca": ("Below is an instruction that describes a task. Write a response that appropriately "
+               "completes the request.\n\n### Instruction:\n", "\n\n### Response:\n"),
+    "deepseek-math": ("User: ", f"{BOXED}\n\nAssistant: "),
+    "raw": ("", ""),
+}
+PROMPT_STYLES = (*_AROUND, "chat")                      # chat: the checkpoint's own template
 
 
 def render_prompt(style: str, question: str | list[dict], tokenizer: Tokenizer, begun: str = "") -> str:
-    """The text up to the first character of the reasoning. The first three styles are the paper's.
+    """The text up to the first character of the reasoning.
 
     question: a text; for `chat` also the conversation up to the answer, [{"role": ..., "content": ...}, ...].
     begun: the reasoning, as far as it is there already: a thought is opened once (`Tokenizer.chat_prompt`).
     """
     if style == "chat":
         return tokenizer.chat_prompt(question, begun)
+    if style not in _AROUND:
+        raise DataError(f"prompt style {style!r} is not known; choose one of {', '.join(PROMPT_STYLES)}")
     told = tokenizer is not None and (tokenizer.system or tokenizer.template_args)
     if told or not isinstance(question, str):
-        raise DataError(f"--prompt {style} has no place for --system, --template_args or earlier turns; "
-                        "choose --prompt chat")
-    if style == "qwen2-boxed":
-        if tokenizer is not None and tokenizer.backend.token_to_id("<|im_start|>") is None:
-            raise DataError(f"{tokenizer.source}: --prompt qwen2-boxed is written with <|im_start|>, which "
-                            "is no control token of this checkpoint; choose --prompt chat, alpaca or raw")
-        return ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-                f"<|im_start|>user\n{question}{BOXED}<|im_end|>\n<|im_start|>assistant\n")
-    if style == "alpaca":
-        return ("Below is an instruction that describes a task. "
-                "Write a response that appropriately completes the request.\n\n"
-                f"### Instruction:\n{question}\n\n### Response:\n")
-    if style == "deepseek-math":
-        return f"User: {question}{BOXED}\n\nAssistant: "
-    if style == "raw":
-        return question
-    raise DataError(f"prompt style {style!r} is not known; choose one of {', '.join(PROMPT_STYLES)}")
+        raise Unfit(f"--prompt {style} has no place for --system, --template_args, a system prompt or "
+                    "earlier turns; choose --prompt chat")
+    if style == "qwen2-boxed" and tokenizer is not None and "<|im_start|>" not in tokenizer.added_ids:
+        raise DataError(f"{tokenizer.source}: --prompt qwen2-boxed is written with <|im_start|>, which is "
+                        "no control token of this checkpoint; choose --prompt chat, alpaca or raw")
+    before, behind = _AROUND[style]
+    return before + question + behind
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -530,8 +537,7 @@ class Encoded(NamedTuple):
 
 
 class Joints(NamedTuple):
-    """What a chat template writes around an answer, here in Vicuna's: "USER: 3 + 4? ASSISTANT: It is
-    7.</s>"."""
+    """What a chat template writes around an answer. Vicuna's: "USER: 3 + 4? ASSISTANT: It is 7.</s>"."""
     opening: str                                        # the generation prompt: "ASSISTANT:"
     lead: str                                           # between it and the answer: " "
     closing: str                                        # all that follows the answer: "</s>"
@@ -543,87 +549,76 @@ class Joints(NamedTuple):
         return re.search(_TAG + r"\s*\Z", self.opening) is not None
 
 
+@dataclass(eq=False)
 class Tokenizer:
-    """A checkpoint's tokenizer: tokenizer.json run by `tokenizers`, and the conventions of the files around.
+    """A checkpoint's tokenizer: tokenizer.json run by `tokenizers`, and what the files around it say."""
+    backend: tokenizers.Tokenizer
+    bos_id: int | None = None           # in front of every text, once; in a chat where the template puts it
+    eos_ids: tuple[int, ...] = ()       # every id that ends a generation, by the files
+    names: dict[str, str] = field(default_factory=dict)     # {"eos_token": "</s>", ...}, for the template
+    chat_template: str | None = None    # Jinja source
+    source: str = "tokenizer"           # its folder
+    system: str | None = None           # system prompt of the chats that bring none
+    template_args: dict | None = None   # further arguments of the template, as {"enable_thinking": False}
 
-    bos_id           in front of every text, once; None where the checkpoint wants none (Qwen2). In a chat it
-                     stands where the template puts it
-    eos_id, eos_ids  the tokenizer's own end token (or None); every id that ends a generation, by the files
-    control_ids      text -> id of the tokens that begin or end texts and turns. They are recognised anywhere,
-                     so a row must not contain them; other special tokens (<step>, [THINK]) are words to train
-    chat_template    Jinja source, or None
-    system           system prompt of the chats that bring none
-    template_args    further arguments of the template, such as {"enable_thinking": False}
-    """
-
-    def __init__(self, backend: tokenizers.Tokenizer, *, bos_id: int | None = None,
-                 eos_ids: tuple[int, ...] = (), chat_template: str | None = None,
-                 names: dict[str, str] | None = None, source: str = "tokenizer",
-                 system: str | None = None, template_args: dict | None = None):
-        backend.no_truncation()                         # a tokenizer.json may ask for both: it would cut rows
-        backend.no_padding()
-        backend.post_processor = None                   # `encode` adds BOS; no offsets trimmed of white space
-        self.backend, self.source, self.chat_template = backend, source, chat_template
-        self.names = names or {}                        # {"eos_token": "</s>", ...}, for the template
-        self.system, self.template_args = system, template_args or {}
-        self.bos_id, self.eos_ids = bos_id, eos_ids
-        self.eos_id = eos_ids[0] if eos_ids else None
+    def __post_init__(self):
+        """control_ids: text -> id of the tokens that begin or end texts and turns. They are recognised
+        anywhere, so a row must not contain them; other special tokens (<step>) are words to train."""
+        self.backend.no_truncation()            # a tokenizer.json may ask for both: it would cut rows
+        self.backend.no_padding()
+        self.backend.post_processor = None      # `encode` adds BOS; no offsets trimmed of white space
+        self.template_args = self.template_args or {}
+        self.eos_id = self.eos_ids[0] if self.eos_ids else None
         if "eos_token" in self.names:
-            self.eos_id = backend.token_to_id(self.names["eos_token"])
+            self.eos_id = self.backend.token_to_id(self.names["eos_token"])
 
-        added = backend.get_added_tokens_decoder()
+        added = self.backend.get_added_tokens_decoder()
         special = {token.content for token in added.values() if token.special}
-        ends = {backend.id_to_token(id): id for id in (bos_id, *eos_ids) if id is not None}
+        ends = {self.backend.id_to_token(id): id for id in (self.bos_id, *self.eos_ids) if id is not None}
         self.added_ids = {token.content: id for id, token in added.items()} | ends
         control = set(ends) | special & set(self.names.values()) | set(filter(_MARKS.search, self.added_ids))
-        control |= {token for token in special if token in (chat_template or "") and not _WORDS.search(token)}
+        template = self.chat_template or ""
+        control |= {token for token in special if token in template and not _WORDS.search(token)}
         self.control_ids = {token: self.added_ids[token] for token in control}
-        self.control_tokens = control
-        self._added, self._control, self._special = map(_any_of, (self.added_ids, control, special - control))
+        self._added, self._control, self._words = map(_any_of, (self.added_ids, control, special - control))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, system: str | None = None,
                         template_args: dict | None = None) -> "Tokenizer":
-        """Read tokenizer.json and, where they are, tokenizer_config.json, special_tokens_map.json,
-        config.json, generation_config.json and the chat template. DataError or CheckpointError where a file
-        is damaged or disagrees with another. Rust code obeys tokenizer.json: it executes nothing of it, but
-        may take its time."""
+        """Read tokenizer.json and what is there of tokenizer_config.json, special_tokens_map.json,
+        config.json, generation_config.json and the chat template. DataError or CheckpointError where a
+        file is damaged or disagrees with another."""
         folder = Path(folder)
         path, settings_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
         if not path.is_file():
-            holds = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) if folder.is_dir() else "nothing"
-            raise DataError(f"{folder}: tokenizer.json is not there, only {holds}; transformers makes it "
-                            "from a tokenizer.model: AutoTokenizer.from_pretrained(F).save_pretrained(F)")
-        try:
+            raise DataError(f"{folder}: tokenizer.json is not there; transformers makes it from a "
+                            "tokenizer.model: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)")
+        with _damage(path):
             backend = tokenizers.Tokenizer.from_file(str(path))
             opening = backend.encode("").ids            # what the post-processor puts around a text
-            if max(backend.get_vocab().values(), default=0) >= 2**31:       # `Example` keeps int32
-                raise OverflowError("a token id of 2**31 or more")
-        except BaseException as error:
-            raise _of_rust(error, str(path)) from None
         config, generation = _settings(folder / "config.json"), _settings(folder / "generation_config.json")
         own = _settings(folder / "special_tokens_map.json") | _settings(settings_path)
-        names = {key: value.get("content") if isinstance(value, dict) else value
-                 for key, value in own.items() if key.endswith("_token")}
-        names = {key: token for key, token in names.items() if isinstance(token, str)}
-        declared = own.get("added_tokens_decoder")
-        for id, added in (declared if isinstance(declared, dict) else {}).items():
-            token = added.get("content") if isinstance(added, dict) else None
-            if isinstance(token, str) and str(backend.token_to_id(token)) != id:
-                raise DataError(f"{settings_path}: added token {token!r} has id {id}, but tokenizer.json "
-                                f"gives it {backend.token_to_id(token)}; fetch both again, of one checkpoint")
+        with _damage(settings_path):
+            named = {key: value["content"] if isinstance(value, dict) else value
+                     for key, value in own.items() if key.endswith("_token")}
+            for id, token in (own.get("added_tokens_decoder") or {}).items():
+                there = backend.token_to_id(token["content"])
+                if str(there) != id:
+                    raise DataError(f"{settings_path}: added token {token['content']!r} has id {id}, but "
+                                    f"tokenizer.json gives it {there}; fetch both again, of one checkpoint")
+            template = _chat_template(folder, own)
+        names = {key: token for key, token in named.items() if isinstance(token, str)}
 
         known = lambda id: type(id) is int and 0 <= id < 2**31 and backend.id_to_token(id) is not None
         bos_id = config.get("bos_token_id")
         if "bos_token" in names:
             bos_id = backend.token_to_id(names["bos_token"])
         wants_bos = own.get("add_bos_token")
-        if not isinstance(wants_bos, bool):
+        if wants_bos is None:
             wants_bos = bos_id is not None and opening[:1] == [bos_id]
         if wants_bos and not known(bos_id):
             raise DataError(f"{settings_path}: add_bos_token is true, but bos_token "
-                            f"{names.get('bos_token')!r} is not in tokenizer.json; set one that is, or "
-                            "add_bos_token to false")
+                            f"{names.get('bos_token')!r} is not in tokenizer.json; correct one of them")
         eos_ids = [backend.token_to_id(names["eos_token"])] if "eos_token" in names else []
         for value in (generation.get("eos_token_id"), config.get("eos_token_id")):
             eos_ids += value if isinstance(value, list) else [value]
@@ -632,9 +627,8 @@ class Tokenizer:
                 print(f"{folder}: eos_token_id {id!r:.60} is no token of tokenizer.json; it is ignored",
                       file=sys.stderr)
         eos_ids = tuple(dict.fromkeys(filter(known, eos_ids)))
-        return cls(backend, bos_id=bos_id if wants_bos else None, eos_ids=eos_ids, names=names,
-                   chat_template=_chat_template(folder, own), source=str(folder), system=system,
-                   template_args=template_args)
+        return cls(backend, bos_id if wants_bos else None, eos_ids, names, template, str(folder), system,
+                   template_args)
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size(with_added_tokens=True)
@@ -645,10 +639,8 @@ class Tokenizer:
         return self.encode_batch([text], bos)[0]
 
     def encode_batch(self, texts: Sequence[str], bos: bool = True) -> list[Encoded]:
-        try:
+        with _damage(self.source):
             encoded = self.backend.encode_batch(texts, add_special_tokens=False)
-        except BaseException as error:
-            raise _of_rust(error, self.source) from None
         encoded = [Encoded(e.ids, e.offsets) for e in encoded]
         if not bos or self.bos_id is None:
             return encoded
@@ -657,10 +649,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the tokens, special ones included."""
-        try:
+        with _damage(self.source):
             return self.backend.decode(list(ids), skip_special_tokens=False)
-        except BaseException as error:
-            raise _of_rust(error, self.source) from None
 
     def continuation(self, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> str:
         """Exactly the text that `new_ids` add after `prompt_ids`.
@@ -678,16 +668,17 @@ class Tokenizer:
         found = self._control.search(text)
         return found and found[0]
 
-    def special_token_in(self, text: str) -> str | None:
-        """The first special token in `text` that is no control token, if any."""
-        found = self._special.search(text)
-        return found and found[0]
-
-    def foreign_mark_in(self, text: str) -> str | None:
-        """The first mark in `text` of other models' chats, if any."""
-        marks = (found[0].strip() for found in _MARKS.finditer(text))
+    def check(self, text: str) -> str | None:
+        """A remark on a text to train, if there is one to make; Unfit where its marks would forge a turn."""
+        if token := self.control_token_in(text):
+            raise Unfit(f"the text contains the control token {token}")
         template = self.chat_template or ""             # Llama 2's has [INST], which is no token
-        return next((mark for mark in marks if mark not in self.added_ids and mark not in template), None)
+        for mark in (found[0].strip() for found in _MARKS.finditer(text)):
+            if mark not in self.added_ids and mark not in template:
+                raise Unfit(f"the text contains {mark}, which another model's chats are marked with and "
+                            "this tokenizer spells in letters: take it out")
+        word = self._words.search(text)
+        return word and f"the special token {word[0]} in the text is trained as that token"
 
     def without_end(self, answer: str, style: str) -> str:
         """A whole answer without the end tokens at its end."""
@@ -699,45 +690,33 @@ class Tokenizer:
 
     def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The chat template, run on messages, [{"role": ..., "content": ...}, ...], as transformers does."""
-        template = self._template
-        values = {"tools": None, "documents": None} | self.names | self.template_args
+        values = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": None,
+                  "documents": None} | self.names | self.template_args
         try:
-            return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **values)
+            return self._template.render(values)
+        except DataError:
+            raise
         except Exception as error:                      # a stranger's program: it may fail in any way
-            raise self._template_fails(error) from None
+            raise Unfit(f"{self.source}: the chat template fails ({type(error).__name__}: "
+                        f"{_one_line(error)}); choose --prompt alpaca or raw") from None
 
     @functools.cached_property
     def _template(self) -> Template:
         """The chat template, ready to run, with the settings and helpers of transformers. It is a stranger's
         program: jinja2's sandbox keeps it from Python's internals. How long it takes is not bounded."""
         if self.chat_template is None:
-            named = _settings(Path(self.source) / "tokenizer_config.json").get("chat_template")
-            which = ""
-            if isinstance(named, list):
-                which = ", ".join(str(entry.get("name")) for entry in named if isinstance(entry, dict))
-                which = f" called default, only {which} (save one as chat_template.jinja)"
-            raise DataError(f"{self.source}: the checkpoint has no chat template{which}; choose --prompt "
-                            "alpaca or raw")
+            raise DataError(f"{self.source}: no chat template (of several, the one named default is read; "
+                            "save another as chat_template.jinja); choose --prompt alpaca or raw")
         jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                               extensions=["jinja2.ext.loopcontrols", _GenerationTag])
         jinja.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)     # jinja2's is for HTML
         # a fixed day, the one that Llama 3's templates fall back to: a prompt must not change overnight
         jinja.globals |= {"strftime_now": datetime(2024, 7, 26).strftime, "raise_exception": _raise}
-        try:
-            template = jinja.from_string(self.chat_template)
-            known = meta.find_undeclared_variables(jinja.parse(self.chat_template))
-        except Exception as error:
-            raise self._template_fails(error) from None
+        known = meta.find_undeclared_variables(jinja.parse(self.chat_template))
         for name in self.template_args.keys() - known:
             raise DataError(f"{self.source}: the chat template has no argument {name!r} (it reads "
                             f"{', '.join(sorted(known))}); correct --template_args")
-        return template
-
-    def _template_fails(self, error: Exception) -> Unfit:
-        file = Path(self.source) / "chat_template.jinja"
-        file = file if file.is_file() else file.with_name("tokenizer_config.json")
-        return Unfit(f"{file}: the chat template fails ({type(error).__name__}: {_one_line(error)}); choose "
-                     "--prompt alpaca or raw")
+        return jinja.from_string(self.chat_template)
 
     def conversation(self, question: str | list[dict]) -> list[dict]:
         """The messages up to an answer; `system` in front, if they bring no system prompt."""
@@ -757,14 +736,17 @@ class Tokenizer:
         if not found:                                   # each answer is then found to be altered
             return Joints(opening, "", "", "", None)
         lead = before[len(prompt):] if before.startswith(prompt) else ""
-        if end := self._added.search(closing):
-            return Joints(opening, lead, closing, closing[:end.start()], self.added_ids[end[0]])
-        if not closing.strip():     # the end may come with a next turn: the mark that ends this one, or (GLM-4)
-            longer = self.render_chat([*answered, {"role": "user", "content": "?"}])    # begins that one
+        end, gap = self._added.search(closing), ""
+        if end:
+            gap = closing[:end.start()]
+        elif not closing.strip():
+            # the end may come with a next turn: the mark that ends this one, or begins that one (GLM-4)
+            longer = self.render_chat([*answered, {"role": "user", "content": "?"}])
             end = self._added.match(longer.rpartition(words)[2].lstrip())
-            if end and (self.added_ids[end[0]] in self.eos_ids or re.search("end|eo[stm]|</s>", end[0])):
-                return Joints(opening, lead, closing, "", self.added_ids[end[0]])
-        return Joints(opening, lead, closing, "", None)
+            ends = re.compile("end|eo[stm]|</s>")
+            if end and self.added_ids[end[0]] not in self.eos_ids and not ends.search(end[0]):
+                end = None
+        return Joints(opening, lead, closing, gap, end and self.added_ids[end[0]])
 
     def chat_prompt(self, question: str | list[dict], begun: str = "") -> str:
         """The template's text up to an answer, of which the beginning may be known: `begun`.
@@ -780,12 +762,11 @@ class Tokenizer:
         tag = re.match(_TAG, begun.lstrip())
         if tag and tag[0] in joints.opening:            # the answer brings the thought that this would open
             return prompt[:prompt.rindex(tag[0])]
-        if joints.opening == "" or joints.lead.strip() == "":
-            return prompt + joints.lead
-        # Qwen3's template has an empty thought before an answer without one; sampling leaves it to the model.
-        if begun and not joints.opens_thought and not (tag and tag[0] in joints.lead):
-            return prompt + joints.lead
-        return prompt
+        if joints.opening and joints.lead.strip():
+            # Qwen3's: an empty thought before an answer without one; sampling leaves it to the model
+            if not begun or joints.opens_thought or (tag and tag[0] in joints.lead):
+                return prompt
+        return prompt + joints.lead
 
     def render_answers(self, question: str | list[dict],
                        answers: list[str]) -> tuple[str, list[str], dict[str, str]]:
@@ -800,12 +781,13 @@ class Tokenizer:
         messages, prompt, joints = self.conversation(question), self.chat_prompt(question), self.joints
         texts, remarks = [], {}
         if joints.end_id is None and joints.closing.strip():
-            remarks["what ends an answer in the chat template is no token of this tokenizer; the end-of-text "
-                    "token stands there"] = f": {joints.closing!r}"
+            remarks["what ends an answer in the chat template is no token of this tokenizer; the "
+                    "end-of-text token stands there"] = f": {joints.closing!r}"
         for answer in answers:
             whole = self.render_chat([*messages, {"role": "assistant", "content": answer}], False)
             text = whole.removesuffix(joints.closing)
-            intact = whole.endswith(joints.closing) and _squeezed(text).endswith(_squeezed(answer))
+            squeezed, words = ("".join(words.split()) for words in (text, answer))
+            intact = whole.endswith(joints.closing) and squeezed.endswith(words)
             if not (intact and (text.startswith(prompt) or joints.opens_thought)):
                 text = self.chat_prompt(question, answer) + answer
             if text + joints.closing != whole:
@@ -820,11 +802,9 @@ class Tokenizer:
 
     def end_of_turn_id(self, style: str) -> int:
         """What ends a whole answer: <|im_end|> in ChatML, in a chat what its template has, else EOS."""
-        id = None
+        id = self.joints.end_id if style == "chat" else None
         if style == "qwen2-boxed":
             id = self.backend.token_to_id("<|im_end|>")
-        elif style == "chat":
-            id = self.joints.end_id
         id = self.eos_id if id is None else id
         if id is None:
             raise DataError(f"{self.source}: no end-of-text token in tokenizer_config.json or config.json; "
@@ -833,7 +813,7 @@ class Tokenizer:
 
     def stop_ids(self, style: str) -> tuple[int, ...]:
         """Every id that ends a generated answer."""
-        return tuple(dict.fromkeys((self.end_of_turn_id(style),) + self.eos_ids))
+        return tuple(dict.fromkeys((self.end_of_turn_id(style), *self.eos_ids)))
 
 
 class _GenerationTag(Extension):
@@ -860,21 +840,21 @@ def _alike(a: str, b: str) -> int:
     return len(a) if b.startswith(a) else len(os.path.commonprefix([a, b]))
 
 
-def _squeezed(text: str) -> str:
-    return "".join(text.split())
-
-
 def _difference(text: str, other: str) -> str:
     at = _alike(text, other)
     behind, this, that = text[max(0, at - 20):at], text[at:at + 20], other[at:at + 20]
     return f": behind {behind!r} stands {this!r} instead of {that!r}"
 
 
-def _of_rust(error: BaseException, source: str) -> BaseException:
-    """What to raise for an error of `tokenizers`. It may panic, which is no Exception."""
-    if isinstance(error, (KeyboardInterrupt, SystemExit)):
-        return error
-    return DataError(f"{source}: damaged or not a tokenizer ({_one_line(error)}); fetch the file again")
+@contextmanager
+def _damage(file: str | Path) -> Iterator[None]:
+    """Errors within name the file. `tokenizers` may panic, which is no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, DataError):
+        raise
+    except BaseException as error:
+        raise DataError(f"{file}: damaged ({_one_line(error)}); fetch the file again") from None
 
 
 def _settings(path: Path) -> dict:
@@ -886,148 +866,102 @@ def _chat_template(folder: Path, own: dict) -> str | None:
     """chat_template.jinja, or the entry in tokenizer_config.json (`own`) or chat_template.json."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        try:
+        with _damage(file):
             return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{file}: is not UTF-8 ({_one_line(error)}); fetch the file again") from None
     template = own.get("chat_template") or _settings(folder / "chat_template.json").get("chat_template")
     if isinstance(template, list):                      # several named ones
-        template = next((entry.get("template") for entry in template
-                         if isinstance(entry, dict) and entry.get("name") == "default"), None)
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return template if isinstance(template, str) else None
 
 
 # ----------------------------------------------------------------------------------------------------------
-# What a row's columns mean, in the layouts that other trainers have
+# Rows of other trainers
 # ----------------------------------------------------------------------------------------------------------
 
-def texts_of(row: dict, method: str, where: str) -> tuple[str | list[dict], str, list[str]]:
-    """(question, reasoning that is context, the one or two responses) of a row, as `method` trains it.
+# What TRL, LLaMA-Factory (Alpaca) and ShareGPT call things. A column is a text or messages, [{"role": ...,
+# "content": ...}, ...]; the last message of an answer's column is the answer.
+PROMPTS = ("prompt", "instruction", "question", "messages", "conversations")
+ANSWERS = ("completion", "output", "messages", "conversations")
+_SYSTEM = ("system", "system_prompt", "system_message")
+_PARTS = ("context", "passage", "input")                # of the question; input stands behind it
+_NO_PLACE = ("history", "tools", "images", "videos", "audios", "chat_template_kwargs")
+_KEYS = {"from": "role", "value": "content", "reasoning_content": "thought", "reasoning": "thought",
+         "thinking": "thought"}
+_ROLES = {"human": "user", "gpt": "assistant"}
 
-    The question is a text or, where there is more to it (a system prompt, earlier turns), the conversation up
-    to the answer: [{"role": ..., "content": ...}, ...]. Rows may be laid out like
 
-      - Math-Step-DPO-10K: a whole answer is initial_reason_steps + full_*; where full_* begins with those
-        steps, it is the whole answer itself. Without these columns, chosen and rejected are whole answers;
-      - TRL's: prompt with chosen and rejected, or with completion, each a text or messages; messages alone;
-      - Alpaca's and LLaMA-Factory's: instruction, input, output; conversations; with system or history.
+def question_and_answers(row: dict, asked: str | None, sides: list[str],
+                         where: str) -> tuple[str | list[dict], list[str]]:
+    """(question, the answer in each of the columns `sides`) of a row. asked: its prompt's column, if any.
 
-    Of a conversation the last turn is the answer. Raises DataError where a row is malformed, Unfit where a
-    well-formed one cannot be used.
+    The question is a text; with a system prompt or earlier turns, the messages up to the answer. Turns that
+    the prompt and a side both have count once.
     """
-    of_steps = any(name in row for name in ("initial_reason_steps", "full_chosen", "full_rejected"))
-    sides = ["full_chosen", "full_rejected"] if of_steps and method != "stepdpo" else ["chosen", "rejected"]
-    asked = next((name for name in ("prompt", "instruction", "question") if name in row), None)
-    talk = next((name for name in ("messages", "conversations") if name in row), None)
-    if method == "sft":
-        answers = ("response", sides[0], "completion", "output", talk)
-        sides = [next((name for name in answers if name in row), sides[0])]
-    whole = sides[0] == "full_chosen"
-    needed = ["initial_reason_steps", *sides] if whole or method == "stepdpo" else sides
-    missing = [name for name in needed if name not in row]
-    if not asked and not talk and not all(isinstance(row.get(name), list) for name in sides):
-        missing.insert(0, "prompt")
-    if missing or asked == "question":                  # so the pipeline's other files call it
-        expect(row, where, "pairs", "problems")
-    if missing:
-        also = " (or prompt, response)" if method == "sft" else ""
-        raise DataError(f"{where}: {method} needs the columns {', '.join(['prompt', *needed])}{also}; found "
-                        f"{', '.join(row) or 'none'}; missing {', '.join(missing)}: rename them or change "
-                        "method")
-
-    before = _turns_before(row, where, asked, talk if talk not in sides else None)
-    turns, texts = zip(*(_answer(row, name, where) for name in sides))
-    question = _joined(before, turns[0])
-    if any(_joined(before, other) != question for other in turns):
+    before = _turns_before(row, asked, where)
+    questions, answers = [], []
+    for name in sides:
+        *turns, last = _turns(row, name, "assistant", where)
+        if last["role"] != "assistant":
+            raise Unfit(f"the last turn of {name} is not the assistant's")
+        told = [turn["content"].strip() for turn in turns]
+        questions.append([turn for turn in before if turn["content"].strip() not in told] + turns)
+        answers.append(last["content"])
+    question = questions[0]
+    if any(other != question for other in questions):
         raise Unfit("chosen and rejected differ before their last turn, and only that is trained")
-    if not question or question[-1]["role"] in ("assistant", "system"):
-        raise Unfit("no turn of the user stands before the answer")
-    if sum(turn["role"] == "system" for turn in question) > 1:
-        raise Unfit("more than one system prompt")
-    if len(question) == 1:
-        question = question[0]["content"]
-
-    steps = text_field(row, "initial_reason_steps", where) if "initial_reason_steps" in needed else ""
-    if not whole:
-        return question, steps, list(texts)
-    full = lambda text: text.startswith(steps) or not text.strip()      # an empty one is counted as such
-    return question, "", [text if full(text) else steps + text for text in texts]
+    roles = [turn["role"] for turn in question]
+    spoken = roles[1:] if roles[:1] == ["system"] else roles
+    if spoken != ["user", "assistant"] * (len(spoken) // 2) + ["user"]:
+        raise Unfit("before the answer stand other turns than a system prompt or none, then user and "
+                    "assistant in turn, the user last")
+    return question if len(question) > 1 else question[0]["content"], answers
 
 
-def _turns_before(row: dict, where: str, asked: str | None, talk: str | None) -> list[dict]:
-    """The turns up to the answer from columns of their own: system, history, the prompt in its parts."""
-    for name in ("tools", "images", "videos", "audios", "chat_template_kwargs"):
+def _turns_before(row: dict, asked: str | None, where: str) -> list[dict]:
+    """The turns that have columns of their own: system prompt, the prompt in its parts."""
+    for name in _NO_PLACE:
         if row.get(name):
-            raise Unfit(f"the column {name} has no place in the prompt")
+            raise Unfit(f"the column {name} has no place in the prompt: make it a part of it")
     turns = []
-    for name in ("system", "system_prompt", "system_message"):
+    for name in _SYSTEM:
         if row.get(name):
-            turns.append({"role": "system", "content": text_field(row, name, where)})
-    history = row.get("history") or []                  # LLaMA-Factory's [[question, answer], ...]
-    for pair in history if isinstance(history, list) else [history]:
-        if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
-            raise Unfit("history is not [[question, answer], ...]; make it turns of the prompt")
-        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    name = asked or talk
-    if name is None or isinstance(row[name], list):
-        return turns + (messages_field(row, name, where) if name else [])
-    text = text_field(row, name, where)
-    for part in ("context", "passage", "input"):
-        value = row.get(part) or ""
-        if not isinstance(value, str):
-            raise Unfit(f"{part}, which belongs to the question, is no text")
-        if value.strip() and value.strip() not in text:
-            text = f"{text}\n{value}" if part == "input" else f"{value}\n{text}"
-    return turns + [{"role": "user", "content": text}]
+            turns += _turns(row, name, "system", where)
+    if asked is None:
+        return turns
+    turns += _turns(row, asked, "user", where)
+    for name in _PARTS if isinstance(row[asked], str) else ():
+        part, text = row.get(name) or "", turns[-1]["content"]
+        if not isinstance(part, str):
+            raise Unfit(f"{name}, which belongs to the question, is no text")
+        if part.strip() not in text:
+            turns[-1]["content"] = f"{text}\n{part}" if name == "input" else f"{part}\n{text}"
+    return turns
 
 
-def _joined(before: list[dict], turns: list[dict]) -> list[dict]:
-    """The conversation up to an answer: what other columns have of it, then the turns before the answer in
-    its own. Where these are the conversation from its beginning, they have to repeat what the others say."""
-    if not turns or turns[0]["role"] not in ("system", "user"):
-        return before + turns
-    told = [turn["content"].strip() for turn in turns]
-    if any(turn["content"].strip() not in told for turn in before if turn["role"] != "system"):
-        raise Unfit("the prompt is not among the turns before the answer")
-    return [turn for turn in before if turn["role"] == "system" and turn not in turns] + turns
-
-
-def _answer(row: dict, name: str, where: str) -> tuple[list[dict], str]:
-    """(the turns before it, the answer): a text, or of messages the last."""
-    if not isinstance(row[name], (list, dict)):
-        return [], text_field(row, name, where)
-    *turns, last = messages_field(row, name, where)
-    if last["role"] != "assistant":
-        raise Unfit(f"the last turn of {name} is not the assistant's")
-    return turns, last["content"]
-
-
-def messages_field(row: dict, name: str, where: str) -> list[dict]:
-    """row[name]: messages, [{"role": ..., "content": ...}, ...], or a single one; also as ShareGPT has them
-    (from, value; human, gpt). Only these two keys come back; a thought (reasoning_content) stands in <think>
-    before the content. DataError where the field is anything else."""
-    messages = []
-    for number, message in enumerate(row[name] if isinstance(row[name], list) else [row[name]], 1):
-        if not isinstance(message, dict):
-            found = f"found {_kind(row[name])} {_shown(row[name])}"
-            raise DataError(f"{where}: field {name!r}: {found}; expected text or messages, "
-                            '[{"role": ..., "content": ...}, ...]')
+def _turns(row: dict, name: str, role: str, where: str) -> list[dict]:
+    """row[name] as messages of two keys, role and content: a text is one message of `role`; a thought beside
+    a content stands in <think> before it. DataError where the column is anything else."""
+    value = row[name]
+    if not isinstance(value, (list, dict)) or not value:
+        return [{"role": role, "content": text_field(row, name, where)}]
+    turns = []
+    for number, message in enumerate(value if isinstance(value, list) else [value], 1):
         here = f"{where}: field {name!r}, message {number}"
+        if not isinstance(message, dict):
+            found = f"found {_kind(message)} {_shown(message)}"
+            raise DataError(f'{here}: {found}; expected {{"role": ..., "content": ...}}')
         if message.get("tool_calls"):
             raise Unfit(f"a call of a tool in {name}")
-        role = text_field(message, "role" if "role" in message else "from", here)
-        content = message.get("content", message.get("value"))
-        if isinstance(content, list):                   # [{"type": "text", "text": ...}]
-            pieces = [piece if isinstance(piece, dict) else {} for piece in content]
-            content = "".join(text_field(piece, "text", here) for piece in pieces)
-        content = text_field({"content": content}, "content", here)
-        for thought in ("reasoning_content", "reasoning", "thinking"):
-            if message.get(thought):
-                content = f"<think>\n{text_field(message, thought, here)}\n</think>\n\n{content}"
-        messages.append({"role": {"human": "user", "gpt": "assistant"}.get(role, role), "content": content})
-    if not messages:
-        raise DataError(f"{where}: field {name!r}: an empty list; expected messages")
-    return messages
+        message = {_KEYS.get(key, key): value for key, value in message.items() if value is not None}
+        role = text_field(message, "role", here)
+        if isinstance(message.get("content"), list):    # [{"type": "text", "text": ...}]
+            pieces = [piece if isinstance(piece, dict) else {} for piece in message["content"]]
+            message["content"] = "".join(text_field(piece, "text", here) for piece in pieces)
+        content = text_field(message, "content", here)
+        if message.get("thought"):
+            content = f"<think>\n{text_field(message, 'thought', here)}\n</think>\n\n{content}"
+        turns.append({"role": _ROLES.get(role, role), "content": content})
+    return turns
 
 
 # ----------------------------------------------------------------------------------------------------------

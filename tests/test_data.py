@@ -226,12 +226,12 @@ def test_a_hub_dataset_is_read_from_the_cache(tmp_path, monkeypatch):
     assert [row for _, row in read_rows("owner/name:data/test")] == [{"a": 2}]
 
 
-@pytest.mark.parametrize("value, found", [(5, "a number 5|a number '5'"), (None, "null"), (["a"], "a list"),
+@pytest.mark.parametrize("value, found", [(5, "a number 5|a number '5'"), (None, "null"), (["a"], "text"), ([], "a list"),
                                           ("a\0b", "U.0000 at position 1"), ("ab\ud83d", r"U.D83D at position 2"),
                                           (b"\x89PNG", "bytes .*PNG"), (datetime(2024, 5, 1), "datetime .*2024-05-01"),
-                                          (Decimal("1.5"), "Decimal .*1.5"), ([b"a"], "a list")])
+                                          (Decimal("1.5"), "Decimal .*1.5"), ([b"a"], "bytes")])
 def test_a_field_that_is_no_text(tiny, value, found):
-    with pytest.raises(DataError, match=rf"f.jsonl:1: field 'chosen': .*({found})"):
+    with pytest.raises(DataError, match=rf"f.jsonl:1: field 'chosen'.*: .*({found})"):
         encode(tiny, PAIR | {"chosen": value})
 
 
@@ -389,7 +389,7 @@ def test_template_helpers_of_transformers(tmp_path):
 
 def test_no_template_says_what_to_do(tmp_path):
     tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path / "t", template=None))
-    with pytest.raises(DataError, match="no chat template; choose --prompt alpaca"):
+    with pytest.raises(DataError, match="no chat template .*choose --prompt alpaca"):
         render_prompt("chat", "2 + 3", tokenizer)
 
 
@@ -404,13 +404,13 @@ def test_template_file_comes_before_the_config(tmp_path):
 
 def test_templates_beside_the_config(tmp_path):
     """A template that stands in chat_template.json only is read; one of several that has another purpose is not taken
-    for the chat's, and is named when a chat is asked for."""
+    for the chat's."""
     folder = write_tokenizer(tmp_path / "t", template=None)
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": "json: {{ messages[0].content }}"}))
     assert render_prompt("chat", "x", Tokenizer.from_pretrained(folder)) == "json: x"
     others = [{"name": "rag", "template": "no"}, {"name": "tool_use", "template": "no"}]
     tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path / "u", template=others))
-    with pytest.raises(DataError, match="no chat template called default, only rag, tool_use .save one as"):
+    with pytest.raises(DataError, match="no chat template .of several, the one named default is read; save another as"):
         render_prompt("chat", "x", tokenizer)
     assert render_prompt("raw", "x", tokenizer) == "x"
 
@@ -556,7 +556,7 @@ def test_system_prompt_and_template_arguments(real, tmp_path):
         render_prompt("chat", "1+1?", with_template(real["qwen2.5"], template, template_args={"clam": True}))
     with pytest.raises(DataError, match="leaves out the system prompt"):
         render_prompt("chat", "1+1?", with_template(real["qwen2.5"], "{{ messages[-1].content }}", system="Be brief."))
-    with pytest.raises(DataError, match="system prompt or earlier turns, for which --prompt alpaca has no place"):
+    with pytest.raises(DataError, match="--prompt alpaca has no place for .* a system prompt or earlier turns"):
         encode(real["qwen2.5"], row, method="sft")
     with pytest.raises(SystemExit):
         data.main(["show", "--data", "f", "--template_args", "[1]"])
@@ -648,7 +648,7 @@ LAYOUTS = {     # name: (row, the turns before the answer)
     "instruction and input": ({"instruction": "Work it out.", "input": "2 + 3?"} | PLAIN,
                               [{"role": "user", "content": "Work it out.\n2 + 3?"}]),
     "passage": ({"passage": "Ann has 2.", "question": "2 + 3?"} | PLAIN, [{"role": "user", "content": "Ann has 2.\n2 + 3?"}]),
-    "history": ({"history": [["Hi", "Ho"]], "instruction": "2 + 3?", "input": ""} | PLAIN, [*EARLIER, *SAID]),
+    "empty columns": ({"history": [], "tools": None, "instruction": "2 + 3?", "input": ""} | PLAIN, SAID),
     "ShareGPT": ({"conversations": [{"from": "human", "value": "2 + 3?"}], "chosen": {"from": "gpt", "value": "5"},
                   "rejected": {"from": "gpt", "value": "6"}}, SAID),
     "a thought beside the content": ({"prompt": [*SAID, {"role": "assistant", "content": "5", "reasoning_content": "Add."},
@@ -686,14 +686,13 @@ def test_rows_of_other_trainers_for_sft(tiny, tmp_path, capsys, row):
 
 @pytest.mark.parametrize("row, reason", [
     ({"chosen": [*SAID, RIGHT], "rejected": [*EARLIER, *SAID, WRONG]}, "differ before their last turn"),
-    ({"prompt": "1 + 1?", "chosen": [*SAID, RIGHT], "rejected": [*SAID, WRONG]}, "prompt is not among the turns"),
-    ({"prompt": [*SAID, RIGHT], "chosen": "5", "rejected": "6"}, "no turn of the user stands before the answer"),
+    ({"prompt": "1 + 1?", "chosen": [*SAID, RIGHT], "rejected": [*SAID, WRONG]}, "other turns than"),
+    ({"prompt": [*SAID, RIGHT], "chosen": "5", "rejected": "6"}, "other turns than"),
     ({"prompt": SAID, "chosen": SAID, "rejected": [WRONG]}, "last turn of chosen is not the assistant's"),
-    ({"prompt": [SYSTEM, *SAID], "system": "Subtract.", "chosen": "5", "rejected": "6"}, "more than one system prompt"),
+    ({"prompt": [SYSTEM, *SAID], "system": "Subtract.", "chosen": "5", "rejected": "6"}, "other turns than"),
     ({"prompt": [*SAID, RIGHT | {"tool_calls": [{}]}, *SAID], "chosen": "5", "rejected": "6"}, "call of a tool"),
     ({"prompt": "2 + 3?", "tools": [{}], "chosen": "5", "rejected": "6"}, "column tools has no place"),
-    ({"prompt": "2 + 3?", "history": 5, "chosen": "5", "rejected": "6"}, "history is not"),
-    ({"prompt": "2 + 3?", "history": "Hi", "chosen": "5", "rejected": "6"}, "history is not"),
+    ({"prompt": "2 + 3?", "history": [["Hi", "Ho"]], "chosen": "5", "rejected": "6"}, "column history has no place"),
     ({"prompt": "2 + 3?", "context": ["Ann has 2."], "chosen": "5", "rejected": "6"}, "context, which belongs to the question, is no text")])
 def test_conversations_that_cannot_be_trained_on(tiny, row, reason):
     """Dropped under a reason: the rest of the file goes on."""
@@ -701,8 +700,8 @@ def test_conversations_that_cannot_be_trained_on(tiny, row, reason):
     assert len(report.dropped) == 1 and re.search(reason, str(report))
 
 
-@pytest.mark.parametrize("message, found", [({"role": "user"}, "message 1: field 'content': found null"), ("x", "found a list"),
-                                            ({"content": "x"}, "message 1: field 'from': not there"),
+@pytest.mark.parametrize("message, found", [({"role": "user"}, "message 1: field 'content': not there"), ("x", "message 1: found text"),
+                                            ({"content": "x"}, "message 1: field 'role': not there"),
                                             ({"role": "user", "content": [{"type": "image"}]}, "field 'text': not there")])
 def test_malformed_messages_are_named(tiny, message, found):
     with pytest.raises(DataError, match=f"f.jsonl:1: field 'prompt'.*{found}"):
@@ -715,8 +714,8 @@ def test_end_marks_in_the_rows(real):
     row = lambda end: {"prompt": "2 + 3?", "chosen": "5" + end, "rejected": "6" + end}
     plain, _ = encode(real["qwen2.5"], row(""), method="dpo", style="chat")
     for end in ("<|im_end|>", "<|im_end|>\n", "\n<|im_end|><|im_end|>"):
-        examples, report = encode(real["qwen2.5"], row(end), method="dpo", style="chat")
-        assert examples[0].chosen.tolist() == plain[0].chosen.tolist() and "brings its end token" in str(report)
+        examples, _ = encode(real["qwen2.5"], row(end), method="dpo", style="chat")
+        assert examples[0].chosen.tolist() == plain[0].chosen.tolist()
     for end in ("</s>", "<|eot_id|>", "<end_of_turn>", "<｜end▁of▁sentence｜>", "<|END_OF_TURN_TOKEN|>", "<|end|>\n"):
         with pytest.raises(DataError, match=f"{re.escape(end.strip())}, which another model's chats"):
             encode(real["qwen2.5"], row(end), method="dpo", style="chat")
@@ -1028,7 +1027,7 @@ def test_real_rows_through_every_tokenizer_and_style(real):
         for tokenizer in real.values():
             for method in methods:
                 for style in data.PROMPT_STYLES:
-                    if style == "qwen2-boxed" and "<|im_start|>" not in tokenizer.control_tokens:
+                    if style == "qwen2-boxed" and "<|im_start|>" not in tokenizer.control_ids:
                         continue
                     examples, report = encode_dataset(rows, tokenizer, method, style, 2048)
                     assert report.kept + sum(map(len, report.dropped.values())) == len(rows)

