@@ -1491,7 +1491,8 @@ def rollout_counts(row: dict, name: str, width: int) -> list[list[int] | None]:
     large."""
     counts, steps = row.get(name), len(row["steps"])
     if not isinstance(counts, list) or len(counts) != steps:
-        raise DataError(f"field {name!r}: expected an entry for each of {steps} steps, as eval.py --rollouts has it")
+        raise DataError(f"field {name!r}: expected an entry for each of {steps} steps, as eval.py --rollouts "
+                        "writes it")
     for entry in counts:
         usable = isinstance(entry, list) and len(entry) == width and all(type(n) is int for n in entry)
         if entry is not None and not (usable and [0, *entry] == sorted([0, *entry])):
@@ -1613,8 +1614,8 @@ def function_judge(name: str) -> Judge:
         except Exception as error:                  # somebody's own code: the row is named, the others go on
             raise DataError(f"--judge {name} raised {type(error).__name__}: {_one_line(error)}") from error
         if first is not None and (type(first) is not int or not 0 <= first < len(steps)):
-            raise DataError(f"--judge {name} returned {_quote(repr(first))} for {len(steps)} steps; expected the "
-                            "index of one (from 0), or None")
+            raise DataError(f"--judge {name} returned {_quote(repr(first))} for {len(steps)} steps; expected "
+                            "the index of one (from 0), or None")
         return first
     return judge
 
@@ -2596,8 +2597,8 @@ def arguments() -> argparse.ArgumentParser:
                              help="requests at a time (default: %(default)s)")
     for command in commands.choices.values():
         command.add_argument("--steps", choices=STEP_STYLES, default="auto",
-                             help='how steps are told apart: step ("Step 1:", the paper), heading ("**Step 1:**", '
-                                  '"Schritt 1.", "第一步："), number ("1.", "(1)"), paragraph (blank lines), '
+                             help='how steps are told apart: step ("Step 1:", the paper), heading '
+                                  '("**Step 1:**", "Schritt 1.", "第一步："), number ("1.", "(1)"), paragraph (blank lines), '
                                   'line; auto, the default: the first of these that finds two')
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser

@@ -38,15 +38,16 @@ if __name__ == "__main__":      # python -P does not search a script's own folde
 
 from data import (BOXED, LONGEST_TOKEN, PROMPT_STYLES, STEP_STYLES, DataError, Endpoint, Journal,
                   Tokenizer, add_chat_options, check_out, complain, digest, expect,
-                  first_error_from_values, in_threads, next_prefix, positive, progress, read_rows, render_prompt,
-                  run_command, same_step, split_steps, stage, step_starts, summary_path, text_field, writable)
+                  first_error_from_values, in_threads, next_prefix, positive, progress, read_rows,
+                  render_prompt, run_command, same_step, split_steps, stage, step_starts, summary_path,
+                  text_field, writable)
 from model import (CheckpointError, Llama, choose_device, fingerprint, join_processes, keep_freed_memory,
                    leave_processes, read_json, resolve, samples, stable_key)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # READERS: problems, in the layouts that the public sets have
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 # what goes along from a problem to its samples
 CARRIED = ("level", "subject", "dataset", "step", "rejected", "full_rejected", "solution")
@@ -579,7 +580,8 @@ def _prepare_step(sampler: Sampler | Remote, problem: Problem, text: str, steps:
     else:
         line_break = "\n" if words or steps == "line" else "\n\n"    # without any label: of paragraphs
     continued = text.rstrip() + line_break + "Step"
-    whole_step = text[words:].strip() and not text.rstrip().endswith((":", "："))      # a first label may be anything
+    # what ends in a colon may be a first label, whatever its words
+    whole_step = text[words:].strip() and not text.rstrip().endswith((":", "："))
     if isinstance(sampler, Sampler) and whole_step and continued.startswith(text):
         joined = sampler.prepare(problem, continued, len(text))
         if joined.content[:len(prompt.content)] != prompt.content:
@@ -588,8 +590,8 @@ def _prepare_step(sampler: Sampler | Remote, problem: Problem, text: str, steps:
 
 
 def _behind_label(text: str, steps: str) -> int:
-    """Where the words of the last step begin, behind its label. With `auto` any label is one here: "1." is, before
-    there is a "2."."""
+    """Where the words of the last step begin, behind its label. With `auto` any label is one here: "1." is,
+    before there is a "2."."""
     ends = []
     for style in STEP_STYLES[1:] if steps == "auto" else (steps,):
         label, words = step_starts(text + " ", style)[-1]

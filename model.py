@@ -1101,10 +1101,10 @@ def samples(model: Llama, prompts: Sequence[Sequence[int]], *, n: int = 1, max_n
     Greedy at temperature 0, otherwise temperature and top-p. A temperature may also be a function of a
     sample's new token ids so far: exploration in its first tokens alone, say. A sample ends at any of
     `eos_ids`, at any of the `stop` strings in its decoded text, where ended(i, its new token ids) says so, or
-    after `max_new_tokens` (at the model's max_position_embeddings at the latest); finished rows leave the batch. What prompts have in common at
-    their beginnings is computed once. Randomness comes from (seed, prompt ids, j) alone: what a prompt yields
-    does not depend on its neighbours, but for the rounding of matrix products of another shape. Raises
-    ValueError (at the first sample) for arguments that cannot be."""
+    after `max_new_tokens` (at the model's max_position_embeddings at the latest); finished rows leave the
+    batch. What prompts have in common at their beginnings is computed once. Randomness comes from (seed,
+    prompt ids, j) alone: what a prompt yields does not depend on its neighbours, but for the rounding of
+    matrix products of another shape. Raises ValueError (at the first sample) for arguments that cannot be."""
     if stop and decode is None:
         raise ValueError("stop strings need decode, a function from new token ids to text")
     device, limit = model.lm_head.weight.device, model.config.max_position_embeddings
@@ -1203,16 +1203,17 @@ def stable_key(seed: int, prompt: list[int], sample: int) -> int:
 def join_processes() -> tuple[int, int]:
     """(rank, world size) of this process: (0, 1), or what torchrun says.
 
-    The first call joins torchrun's processes to one group, which stays for all that this program does afterwards:
-    a second group would find the first one's addresses in torchrun's store. Tensors on a CPU go by gloo, on a GPU by nccl.
-    """
+    The first call joins torchrun's processes to one group, which stays for all that this program does
+    afterwards: a second group would find the first one's addresses in torchrun's store. Tensors on a CPU go
+    by gloo, on a GPU by nccl. """
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
-        # torchrun --max-restarts keeps one store for all starts, where new processes would find the addresses of dead
-        # ones. So each start puts a prefix of its own before its keys. (On one machine only: the agents of several may
-        # count starts differently. There, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each start a new store.)
+        # torchrun --max-restarts keeps one store for all starts, where new processes would find the addresses
+        # of dead ones. So each start puts a prefix of its own before its keys. (On one machine only: the
+        # agents of several may count starts differently. There, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives
+        # each start a new store.)
         store, starts = None, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
         if starts != "0" and one_machine and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -1224,7 +1225,8 @@ def join_processes() -> tuple[int, int]:
 
 
 def leave_processes(status: int) -> int:
-    """The end of a program: goodbye to the others. After an error (status 2) they may not be there to say it to."""
+    """The end of a program: goodbye to the others. After an error (status 2) they may not be there to say it
+    to."""
     if dist.is_initialized() and status != 2:
         dist.destroy_process_group()
     return status

@@ -1,12 +1,14 @@
 """The whole paper on a laptop: an embedded task, its exact checker, the order of the stages, and the table.
 
-    python -m examples.arithmetic --out runs/arithmetic                one seed, a few minutes on two CPU cores
+    python -m examples.arithmetic --out runs/arithmetic                one seed, some minutes on a CPU core
     python -m examples.arithmetic --out runs/arithmetic --seeds 0,1,2  three seeds, spread, paired tests
     python -m examples.arithmetic --out runs/quick --quick             small: shows the way, not the effect
 
-Everything else is done by the project's own commands, called here in one process and printed as one would type them.
+Everything else is done by the project's own commands, called here in one process and printed as one would
+type them.
 
-The task is constructed. A problem tells in words what happens to a number of things; a solution has the paper's form:
+The task is constructed. A problem tells in words what happens to a number of things; a solution has the
+paper's form:
 
     Mia has 13 coins. Mia buys 3 boxes with 4 in each. Mia loses 6 on the way. How many coins does Mia have?
     Let's think step by step.
@@ -15,11 +17,10 @@ The task is constructed. A problem tells in words what happens to a number of th
     Step 3: Then Mia has 6 fewer, 25 - 6 = 19.
     The answer is: 19
 
-The pupil who wrote the demonstrations for SFT has one bad habit, planted on purpose: where one must multiply, he often adds
-("3 + 4 = 7"), mostly so when one number is odd and the other even, and goes on correctly from the wrong value. So the model
-knows both ways, and here and there prefers the wrong one: preference training elicits a skill against a planted bias. The
-habit strikes early, and a long tail of routine steps follows.
-"""
+The pupil who wrote the demonstrations for SFT has one bad habit, planted on purpose: where one must multiply,
+he often adds ("3 + 4 = 7"), mostly so when one number is odd and the other even, and goes on correctly from
+the wrong value. So the model knows both ways, and here and there prefers the wrong one: preference training
+elicits a skill against a planted bias. The habit strikes early, and a long tail of routine steps follows. """
 import argparse
 import hashlib
 import json
@@ -42,14 +43,15 @@ import eval as evaluation
 import stepdpo
 from model import Config, Llama
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # the task
 
 NAMES = "Mia Tom Ann Ben Eva Sam Lea Max Zoe Jon".split()
 ITEMS = "shells coins cards books".split()
 EVENTS = {   # what can happen -> the sentences that say so; m boxes of n things
     "gain": ("finds {n} more", "buys {n} more", "gets {n} from a friend", "wins {n} in a game"),
-    "lose": ("gives {n} to a friend", "loses {n} on the way", "sells {n} at the market", "breaks {n} by accident"),
+    "lose": ("gives {n} to a friend", "loses {n} on the way", "sells {n} at the market",
+             "breaks {n} by accident"),
     "gain boxes": ("buys {m} boxes with {n} in each", "finds {m} bags with {n} in each"),
     "lose boxes": ("sells {m} boxes with {n} in each", "gives away {m} bags with {n} in each"),
     "double": ("doubles the number", "gets as many again"),
@@ -57,12 +59,15 @@ EVENTS = {   # what can happen -> the sentences that say so; m boxes of n things
 OPENINGS = ("", "Next, ", "Now ", "After that, ", "Here ", "Then ")
 STEPS = {   # what a step computes -> its wordings; {equation} is "left sign right = result"
     "+": ("{name} adds {right}, {equation}.", "{right} more makes {equation}.", "{equation} {items} in all."),
-    "-": ("{name} has {right} fewer, {equation}.", "without {right} it is {equation}.", "{equation} {items} are left."),
+    "-": ("{name} has {right} fewer, {equation}.", "without {right} it is {equation}.",
+          "{equation} {items} are left."),
     "each": ("{name} counts {equation}.", "in them are {equation}.", "{equation} {items} together."),
-    "double": ("{name} has twice {left}, {equation}.", "the number doubles, {equation}.", "{equation} {items} now."),
+    "double": ("{name} has twice {left}, {equation}.", "the number doubles, {equation}.",
+               "{equation} {items} now."),
 }
 REWORDED = (   # for Table 4: words that SFT never saw
-    "if we combine {left} and {right} properly we find {equation} exactly.", "it follows that {equation} holds for {name}.",
+    "if we combine {left} and {right} properly we find {equation} exactly.",
+    "it follows that {equation} holds for {name}.",
     "computing carefully with {left} and {right} gives {equation} as needed.")
 FIRST_LINE, LAST_LINE = "Let's think step by step.", "The answer is:"
 LARGEST = 40       # every right value is from 1 to LARGEST
@@ -77,8 +82,9 @@ class Problem:
 
     def question(self) -> str:
         """The problem in words. It ends in a newline: with `--prompt raw` the reasoning follows verbatim."""
-        happened = " ".join(f"{self.name} {EVENTS[what][at].format(m=m, n=n)}." for what, m, n, at in self.events)
-        return f"{self.name} has {self.start} {self.items}. {happened} How many {self.items} does {self.name} have?\n"
+        name, items = self.name, self.items
+        happened = " ".join(f"{name} {EVENTS[what][at].format(m=m, n=n)}." for what, m, n, at in self.events)
+        return f"{name} has {self.start} {items}. {happened} How many {items} does {name} have?\n"
 
 
 def make_problem(rng: random.Random, early: int, tail: tuple[int, int]) -> Problem:
@@ -104,7 +110,8 @@ def temptation(left: int, right: int) -> float:
 
 
 def solve(problem: Problem, pupil: random.Random | None = None) -> list[tuple[str, int, str, int, int]]:
-    """The solution's steps as (wording, left, sign, right, result); with `pupil`, of the one with the bad habit."""
+    """The solution's steps as (wording, left, sign, right, result); with `pupil`, of the one with the bad
+    habit."""
     steps, value = [], problem.start
 
     def step(wording, left, sign, right):
@@ -167,10 +174,12 @@ EQUATION = re.compile(r"(\d+) ([-+*]) (\d+) = (\d+)")
 
 
 def first_wrong_step(question: str, steps: list[str], answer: str) -> int | None:
-    """Index of the first wrong step of a solution, or None: `data.py localize --judge examples.arithmetic:first_wrong_step`.
+    """Index of the first wrong step of a solution, or None: `data.py localize --judge
+    examples.arithmetic:first_wrong_step`.
 
-    A step is right if it holds one equation, the one that the problem calls for at this place; an answer after it must be
-    the problem's. The words around are not judged. That a solution stops early is no wrong step."""
+    A step is right if it holds one equation, the one that the problem calls for at this place; an answer
+    after it must be the problem's. The words around are not judged. That a solution stops early is no wrong
+    step."""
     wanted = solve(read_problem(question))
     for i, step in enumerate(steps):
         body, _, final = step.partition(f"\n{LAST_LINE}")
@@ -182,15 +191,17 @@ def first_wrong_step(question: str, steps: list[str], answer: str) -> int | None
 
 
 def reword(question: str, step: str, rng: random.Random) -> str:
-    """The same equation (and last line, if any) in words that the model would not choose: an out-of-distribution step."""
+    """The same equation (and last line, if any) in words that the model would not choose: an
+    out-of-distribution step."""
     problem = read_problem(question)
     body, found, final = step.partition(f"\n{LAST_LINE}")
     left, _, right, _ = EQUATION.search(body).groups()
-    text = rng.choice(REWORDED).format(name=problem.name, left=left, right=right, equation=EQUATION.search(body)[0])
+    equation = EQUATION.search(body)[0]
+    text = rng.choice(REWORDED).format(name=problem.name, left=left, right=right, equation=equation)
     return " " + text[0].upper() + text[1:] + found + final
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # a tokenizer and an untrained model for it, in Hugging Face's layout
 
 # A token carries the space before it.
@@ -200,13 +211,15 @@ TOKEN = rf"{re.escape(FIRST_LINE)}|\nStep \d+:|\n{LAST_LINE}| ?[A-Za-z]+| ?\d+| 
 def make_model(folder: Path, seed: int):
     """A word-level tokenizer, one token a word or number, and an untrained Llama of 0.2M parameters.
 
-    No token reaches over the seam between "Step 3:" and " Then": the pre-tokenizer cuts there, and nothing is ever merged."""
+    No token reaches over the seam between "Step 3:" and " Then": the pre-tokenizer cuts there, and nothing is
+    ever merged."""
     fill = dict(name="", items="", left="", right="", equation="+ - * =", m="", n="")
     templates = [text for texts in (*EVENTS.values(), *STEPS.values(), OPENINGS, REWORDED) for text in texts]
     phrases = [" " + text.format(**fill) for text in templates]
     phrases += [" " + text[1].upper() + text[2:] for text in phrases if text[1:2].isalpha()]
-    phrases += [*NAMES, *(f" {word}" for word in NAMES + ITEMS), " In The If It Computing", "has 1. How many does have?\n"]
-    phrases += [FIRST_LINE, *(f" {number}" for number in range(100)), *(f"\nStep {i}:" for i in range(1, 25)), f"\n{LAST_LINE}"]
+    phrases += [*NAMES, *(f" {word}" for word in NAMES + ITEMS), " In The If It Computing"]
+    phrases += ["has 1. How many does have?\n", FIRST_LINE, *(f" {number}" for number in range(100))]
+    phrases += [*(f"\nStep {i}:" for i in range(1, 25)), f"\n{LAST_LINE}"]
     words = dict.fromkeys(token for phrase in phrases for token in re.findall(TOKEN, phrase))
     vocabulary = {token: i for i, token in enumerate(["<unk>", "<eos>", *words])}
 
@@ -214,17 +227,19 @@ def make_model(folder: Path, seed: int):
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(TOKEN), "isolated")
     tokenizer.decoder = tokenizers.decoders.Fuse()
     tokenizer.add_special_tokens(["<unk>", "<eos>"])
-    raw = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": len(vocabulary), "hidden_size": 64,
-           "intermediate_size": 176, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
-           "hidden_act": "silu", "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-           "tie_word_embeddings": False, "initializer_range": 0.0625, "bos_token_id": None, "eos_token_id": vocabulary["<eos>"]}
+    raw = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": len(vocabulary),
+           "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3, "num_attention_heads": 4,
+           "num_key_value_heads": 4, "hidden_act": "silu", "max_position_embeddings": 512,
+           "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
+           "initializer_range": 0.0625, "bos_token_id": None, "eos_token_id": vocabulary["<eos>"]}
     Llama(Config.from_dict(raw)).init_weights(seed).save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     stepdpo.write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "eos_token": "<eos>", "clean_up_tokenization_spaces": False})
+        "tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "eos_token": "<eos>",
+        "clean_up_tokenization_spaces": False})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # the stages
 
 @dataclass(frozen=True)
@@ -234,7 +249,7 @@ class Size:
     sft: int = 24000               # demonstrations, seen once
     sft_batch: int = 12
     collect: int = 700             # problems that the pairs to train on come from
-    held_out: int = 300            # others, for the pairs on which margin and preference accuracy are measured
+    held_out: int = 300            # others, for the pairs on which margin and preference accuracy are taken
     samples: int = 4               # attempts a problem, and continuations an error
     pairs: int = 200
     epochs: int = 8                # the paper's
@@ -259,7 +274,8 @@ SETS = ("test", "dev", "held-out", "held-out", "train", "train", "train", "train
 
 
 def belongs_to(problem: Problem) -> str:
-    """The set that a problem belongs to, by a hash of its numbers: no two sets share one, under any seed or any names."""
+    """The set that a problem belongs to, by a hash of its numbers: no two sets share one, under any seed or
+    any names."""
     numbers = repr((problem.start, [event[:3] for event in problem.events])).encode()
     return SETS[hashlib.blake2b(numbers, digest_size=8).digest()[0] % len(SETS)]
 
@@ -278,18 +294,22 @@ def problems_of(which: str, count: int, size: Size, seed: int) -> list[Problem]:
 
 
 def write_task(folder: Path, size: Size, seed: int, scored: str):
-    """What the pipeline starts from: an untrained model, demonstrations, problems to collect errors on, problems to score."""
+    """What the pipeline starts from: an untrained model, demonstrations, problems to collect errors on,
+    problems to score."""
     make_model(folder / "start", seed)
     training = problems_of("train", size.sft + size.collect, size, seed)
     rng = random.Random(f"demonstrations {seed}")
-    held_out, test = problems_of("held-out", size.held_out, size, seed), problems_of(scored, size.test, size, seed)
+    held_out = problems_of("held-out", size.held_out, size, seed)
+    test = problems_of(scored, size.test, size, seed)
 
     def rows(which, problems):
-        return [{"id": f"{which}-{i}", "dataset": which, "question": p.question(), "answer": str(solve(p)[-1][-1])}
-                for i, p in enumerate(problems)]
-    data.write_rows(folder / "demonstrations.jsonl",
-                    [{"prompt": p.question(), "response": demonstration(p, rng)} for p in training[:size.sft]])
-    data.write_rows(folder / "problems.jsonl", rows("train", training[size.sft:]) + rows("held-out", held_out))
+        return [{"id": f"{which}-{i}", "dataset": which, "question": p.question(),
+                 "answer": str(solve(p)[-1][-1])} for i, p in enumerate(problems)]
+
+    shown = [{"prompt": p.question(), "response": demonstration(p, rng)} for p in training[:size.sft]]
+    data.write_rows(folder / "demonstrations.jsonl", shown)
+    asked = rows("train", training[size.sft:]) + rows("held-out", held_out)
+    data.write_rows(folder / "problems.jsonl", asked)
     data.write_rows(folder / "test.jsonl", rows(scored, test))
 
 
@@ -298,7 +318,8 @@ def rows_of(path: Path) -> list[dict]:
 
 
 def command(line: str):
-    """Print one of the project's commands as one would type it, and run it in this process. Each knows what is done already."""
+    """Print one of the project's commands as one would type it, and run it in this process. Each knows what
+    is done already."""
     print(f"\n$ python {line}", flush=True)
     program, *argv = shlex.split(line)
     status = {"stepdpo.py": stepdpo, "eval.py": evaluation, "data.py": data}[program].main(argv)
@@ -307,19 +328,21 @@ def command(line: str):
 
 
 def run_seed(folder: Path, size: Size, seed: int, scored: str) -> dict:
-    """All stages under one seed. Returns what the table needs: each arm's verdicts, problem by problem, and held-out figures."""
+    """All stages under one seed. Returns what the table needs: each arm's verdicts, problem by problem, and
+    held-out figures."""
     f = shlex.quote(str(folder))
     answers = "--prompt raw --max_new_tokens 200 --batch_size 512"
     sampling = f"{answers} --samples {size.samples} --temperature 0.8 --top_p 0.95 --seed {seed}"
     checker = "examples.arithmetic:first_wrong_step"
-    settings = json.loads(json.dumps({"size": vars(size), "scored_on": scored}))         # as JSON has it: lists for tuples
+    settings = json.loads(json.dumps({"size": vars(size), "scored_on": scored}))    # with lists for tuples
     if (folder / "settings.json").exists() and json.loads((folder / "settings.json").read_text()) != settings:
-        raise data.DataError(f"{folder}: holds a run with other settings (--quick, --dev, or another version); choose another --out")
+        raise data.DataError(f"{folder}: holds a run with other settings (--quick, --dev, or another "
+                             "version); choose another --out")
     write_task(folder, size, seed, scored)
     stepdpo.write_json(folder / "settings.json", settings)
 
-    command(f"stepdpo.py sft --model {f}/start --data {f}/demonstrations.jsonl --out {f}/sft --prompt raw --epochs 1 "
-            f"--batch_size {size.sft_batch} --lr 4e-3 --checkpoint_every 400 --seed {seed}")
+    command(f"stepdpo.py sft --model {f}/start --data {f}/demonstrations.jsonl --out {f}/sft --prompt raw "
+            f"--epochs 1 --batch_size {size.sft_batch} --lr 4e-3 --checkpoint_every 400 --seed {seed}")
     command(f"eval.py --model {f}/sft --problems {f}/problems.jsonl --out {f}/attempts.jsonl {sampling}")
     command(f"data.py localize {f}/attempts.jsonl --judge {checker} --out {f}/errors.jsonl")
     command(f"eval.py --model {f}/sft --problems {f}/errors.jsonl --out {f}/rectified.jsonl {sampling}")
@@ -327,7 +350,8 @@ def run_seed(folder: Path, size: Size, seed: int, scored: str) -> dict:
     command(f"data.py pairs {f}/attempts.jsonl --out {f}/all_whole.jsonl --whole --per_error 1")
     count = divide(folder, size, seed)
 
-    training = f"--prompt raw --epochs {size.epochs} --batch_size {size.batch} --lr {size.lr:g} --checkpoint_every 0 --seed {seed}"
+    training = (f"--prompt raw --epochs {size.epochs} --batch_size {size.batch} --lr {size.lr:g} "
+                f"--checkpoint_every 0 --seed {seed}")
     preference = f"{training} --beta {size.beta:g}"
     every = max(1, size.epochs * math.ceil(count / size.batch) // 8)
     for arm, (_, method, pairs) in ARMS.items():
@@ -341,21 +365,23 @@ def run_seed(folder: Path, size: Size, seed: int, scored: str) -> dict:
         command(f"eval.py --model {f}/{arm} --problems {f}/test.jsonl --out {f}/score_{arm}.jsonl {answers}")
 
     held_out = rows_of(folder / "held_out_pairs.jsonl")
-    log_probs = lambda arm: stepdpo.log_probs(folder / arm, held_out, "stepdpo", "raw")        # (pairs, 2), for all arms alike
+    log_probs = lambda arm: stepdpo.log_probs(folder / arm, held_out, "stepdpo", "raw")         # (pairs, 2)
     before = log_probs("sft")
     found = {}
     for arm in ARMS:
         rows = rows_of(folder / f"score_{arm}.jsonl")
-        moved = log_probs(arm) - before                                      # (pairs, 2): log pi/ref of s_win, s_lose
+        moved = log_probs(arm) - before                      # (pairs, 2): log pi/ref of s_win, s_lose
         margin = size.beta * (moved[:, 0] - moved[:, 1])
         found[arm] = {"verdicts": [row["correct"] for row in rows]} | ({} if arm == "sft" else {
             "margin": margin.mean().item(), "preference_accuracy": (margin > 0).float().mean().item(),
-            "chosen_logps_change": moved[:, 0].mean().item(), "rejected_logps_change": moved[:, 1].mean().item()})
+            "chosen_logps_change": moved[:, 0].mean().item(),
+            "rejected_logps_change": moved[:, 1].mean().item()})
     return {"pairs": count, "held_out_pairs": len(held_out), "arms": found}
 
 
 def divide(folder: Path, size: Size, seed: int) -> int:
-    """Equally many pairs for every arm, those of held-out problems apart, re-worded copies for Table 4. Returns their number."""
+    """Equally many pairs for every arm, those of held-out problems apart, re-worded copies for Table 4.
+    Returns their number."""
     pairs, whole = rows_of(folder / "all_pairs.jsonl"), rows_of(folder / "all_whole.jsonl")
     rng = random.Random(f"order {seed}")
     rng.shuffle(pairs)                                       # the errors of one problem stand together
@@ -363,13 +389,14 @@ def divide(folder: Path, size: Size, seed: int) -> int:
     count = min(size.pairs, *(sum(row["dataset"] == "train" for row in rows) for rows in (pairs, whole)))
     for name, rows in (("pairs", pairs), ("whole", whole)):
         data.write_rows(folder / f"{name}.jsonl", [row for row in rows if row["dataset"] == "train"][:count])
-        data.write_rows(folder / f"held_out_{name}.jsonl", [row for row in rows if row["dataset"] == "held-out"])
+        held_out = [row for row in rows if row["dataset"] == "held-out"]
+        data.write_rows(folder / f"held_out_{name}.jsonl", held_out)
     data.write_rows(folder / "reworded.jsonl", [row | {"chosen": reword(row["prompt"], row["chosen"], rng)}
                                                 for row in rows_of(folder / "pairs.jsonl")])
     return count
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # the table
 
 # 97.5 % points of Student's t for 1..9 degrees of freedom
@@ -377,7 +404,8 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Two-sided exact p of `wins` against `losses` among the problems on which two arms differ (McNemar's test)."""
+    """Two-sided exact p of `wins` against `losses` among the problems on which two arms differ (McNemar's
+    test)."""
     n = wins + losses
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(wins, losses) + 1)) / 2 ** n)
 
@@ -386,26 +414,29 @@ def over_seeds(values: list[float]) -> tuple[float, float | None]:
     """Mean, and half of its 95 % t interval over the seeds (None for one seed)."""
     if len(values) == 1:
         return values[0], None
-    return statistics.mean(values), T_975[min(len(values), 10) - 2] * statistics.stdev(values) / math.sqrt(len(values))
+    t = T_975[min(len(values), 10) - 2]
+    return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def compare(runs: list[dict], a: str, b: str) -> dict:
-    """Arm `a` against arm `b` on the same problems. `holds`: the exact test sees a difference at 5 %, and with several seeds
-    their t interval does too."""
+    """Arm `a` against arm `b` on the same problems. `holds`: the exact test sees a difference at 5 %, and
+    with several seeds their t interval does too."""
     pairs = [(x, y) for run in runs for x, y in zip(run["arms"][a]["verdicts"], run["arms"][b]["verdicts"])]
     wins, losses = sum(x and not y for x, y in pairs), sum(y and not x for x, y in pairs)
     rate = lambda run, arm: statistics.mean(run["arms"][arm]["verdicts"])
     differences = [rate(run, a) - rate(run, b) for run in runs]
     mean, half = over_seeds(differences)
     p = sign_test(wins, losses)
-    return {"a": a, "b": b, "difference": mean, "half_interval_over_seeds": half, "only_a_right": wins, "only_b_right": losses,
-            "p": p, "better_under": f"{sum(d > 0 for d in differences)} of {len(runs)} seeds",
+    return {"a": a, "b": b, "difference": mean, "half_interval_over_seeds": half, "only_a_right": wins,
+            "only_b_right": losses, "p": p,
+            "better_under": f"{sum(d > 0 for d in differences)} of {len(runs)} seeds",
             "holds": p < 0.05 and (half is None or abs(mean) > half)}
 
 
 def in_words(test: dict) -> str:
     """'+4.2 points against SFT (p < 0.001)', with the verdict."""
-    half = f" +- {100 * test['half_interval_over_seeds']:.1f}" if test["half_interval_over_seeds"] is not None else ""
+    half = test["half_interval_over_seeds"]
+    half = f" +- {100 * half:.1f}" if half is not None else ""
     verdict = ("better" if test["difference"] > 0 else "WORSE") if test["holds"] else "within noise"
     if not test["holds"] and test["p"] < 0.05:               # sure of these models, not of other seeds
         verdict = f"better under {test['better_under']}, though the t interval reaches 0"
@@ -419,9 +450,12 @@ AGAINST = {"sft_chosen": ("sft",), "dpo": ("sft",), "dpo_rectified": ("sft", "dp
 ABOUT = {
     "sft": "Where all others start from.",
     "sft_chosen": "The control: the same right answers, no preference; what it gains needs no DPO.",
-    "dpo": "The paper's baseline: whole right and wrong answers to a problem, sampled independently (Eq. 1, Table 3).",
-    "dpo_rectified": "The same pairs as Step-DPO, but judged to the end of the answer: the stricter baseline.",
-    "stepdpo": "The paper's method: only the first wrong step and its replacement are judged (Eq. 2, Table 3).",
+    "dpo": "The paper's baseline: whole right and wrong answers to a problem, sampled independently "
+           "(Eq. 1, Table 3).",
+    "dpo_rectified": "The same pairs as Step-DPO, but judged to the end of the answer: the stricter "
+                     "baseline.",
+    "stepdpo": "The paper's method: only the first wrong step and its replacement are judged "
+               "(Eq. 2, Table 3).",
     "stepdpo_ood": "Chosen steps in words that the model would not use (Table 4): the paper finds less gain.",
 }
 
@@ -429,14 +463,16 @@ ABOUT = {
 def summarize(runs: list[dict]) -> tuple[dict, str]:
     """results.json's `arms` and `comparisons`, and the table as text."""
     arms, comparisons = {}, []
-    lines = [f"{'':<36}{'accuracy':>8}  {'95 % interval':<14}{'margin':>8}{'pref. acc.':>11}{'log p chosen':>13}{'rejected':>9}"]
+    lines = [f"{'':<36}{'accuracy':>8}  {'95 % interval':<14}{'margin':>8}{'pref. acc.':>11}"
+             f"{'log p chosen':>13}{'rejected':>9}"]
     for arm, (title, method, _) in ARMS.items():
         verdicts = [v for run in runs for v in run["arms"][arm]["verdicts"]]
         mean, half = over_seeds([statistics.mean(run["arms"][arm]["verdicts"]) for run in runs])
         low, high = max(0.0, mean - (half or 0.0)), min(1.0, mean + (half or 0.0))
         if half is None:
             low, high = evaluation.wilson(sum(verdicts), len(verdicts))
-        arms[arm] = {"accuracy": mean, "correct": sum(verdicts), "problems": len(verdicts), "low": low, "high": high,
+        arms[arm] = {"accuracy": mean, "correct": sum(verdicts), "problems": len(verdicts), "low": low,
+                     "high": high,
                      "accuracy_per_seed": [statistics.mean(run["arms"][arm]["verdicts"]) for run in runs]}
         line = f"{title:<36}{mean:>8.1%}  {f'{low:.1%} .. {high:.1%}':<14}"
         if method:
@@ -460,15 +496,18 @@ def before_and_after(folder: Path) -> str:
         if first_wrong_step(new["question"], data.split_steps(new["completion"]), new["answer"]) is None:
             was, now = old["completion"].split("\n"), new["completion"].split("\n")
             wrong = first_wrong_step(old["question"], data.split_steps(old["completion"]), old["answer"])
-            first = len(was) - 1 if wrong is None else wrong + 1         # line 0 is "Let's think step by step."
-            was, now = ("\n".join(f"  {'>>' if i == first else '  '} {line}" for i, line in enumerate(lines)) for lines in (was, now))
-            return f"{old['question']}  before (SFT), its first wrong step marked:\n{was}\n  after Step-DPO:\n{now}"
+            first = len(was) - 1 if wrong is None else wrong + 1         # line 0 is "Let's think ..."
+
+            def shown(lines):
+                return "\n".join(f"  {'>>' if i == first else '  '} {line}" for i, line in enumerate(lines))
+            return (f"{old['question']}  before (SFT), its first wrong step marked:\n{shown(was)}\n"
+                    f"  after Step-DPO:\n{shown(now)}")
     return "No problem that SFT got wrong was right after Step-DPO."
 
 
 def draw(folders: list[Path], path: Path):
-    """Fig. 2 of the paper: preference accuracy and margin over the updates, on held-out pairs of each method's own kind.
-    Thin lines are the seeds, thick ones their mean."""
+    """Fig. 2 of the paper: preference accuracy and margin over the updates, on held-out pairs of each
+    method's own kind. Thin lines are the seeds, thick ones their mean."""
     try:
         import matplotlib
         matplotlib.use("Agg")
@@ -480,11 +519,12 @@ def draw(folders: list[Path], path: Path):
     for arm, colour in (("stepdpo", "tab:blue"), ("dpo", "tab:orange")):
         curves = [rows_of(folder / arm / "eval.jsonl") for folder in folders]
         for axis, name, title in zip(axes, ("accuracy", "margin"), ("preference accuracy", "reward margin")):
-            points = [rows for rows in zip(*curves) if rows[0]["step"] > 0]          # before the first update nothing is preferred
+            points = [rows for rows in zip(*curves) if rows[0]["step"] > 0]      # at 0 nothing is preferred
             steps = [rows[0]["step"] for rows in points]
             values = [[row[name] for row in rows] for rows in points]
             axis.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
-            axis.plot(steps, [statistics.mean(v) for v in values], color=colour, marker="o", markersize=3, label=ARMS[arm][0])
+            means = [statistics.mean(v) for v in values]
+            axis.plot(steps, means, color=colour, marker="o", markersize=3, label=ARMS[arm][0])
             axis.set(xlabel="updates", title=f"{title}, held-out pairs")
             axis.grid(alpha=0.3)
     axes[1].legend()
@@ -494,22 +534,30 @@ def draw(folders: list[Path], path: Path):
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m examples.arithmetic", description="The whole Step-DPO paper on a laptop: builds a task, trains a small Llama by "
-        "SFT, collects its errors, and compares SFT, DPO and Step-DPO. Interrupted, the same command continues.")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="keeps every file of every stage, and results.json")
+        prog="python -m examples.arithmetic",
+        description="The whole Step-DPO paper on a laptop: builds a task, trains a small Llama by SFT, "
+                    "collects its errors, and compares SFT, DPO and Step-DPO. After any interruption, run the "
+                    "same command again.")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR",
+                        help="keeps every file of every stage, and results.json")
     seeds = parser.add_mutually_exclusive_group()
-    seeds.add_argument("--seed", type=int, default=0, help="of problems, weights, sampling and order of rows (default 0)")
-    seeds.add_argument("--seeds", metavar="S,S,...", help="repeat everything under each, and test the arms in pairs")
-    parser.add_argument("--quick", action="store_true", help="everything small, under a minute: for a first look and tests")
-    parser.add_argument("--dev", action="store_true", help="score on development problems, on which all settings were chosen")
+    seeds.add_argument("--seed", type=int, default=0,
+                       help="of problems, weights, sampling and order of rows (default 0)")
+    seeds.add_argument("--seeds", metavar="S,S,...",
+                       help="repeat everything under each, and test the arms in pairs")
+    parser.add_argument("--quick", action="store_true",
+                        help="everything small, under a minute: for a first look and tests")
+    parser.add_argument("--dev", action="store_true",
+                        help="score on development problems, on which all settings were chosen")
     args = parser.parse_args(argv)
     try:
         numbers = [int(s) for s in args.seeds.split(",")] if args.seeds else [args.seed]
         if len(set(numbers)) < len(numbers):
             raise ValueError
     except ValueError:
-        parser.error(f"--seeds {args.seeds}: expected different whole numbers with commas between, such as 0,1,2")
-    torch.set_num_threads(1)                                 # a model this small gains little from more, and on a busy machine loses much
+        parser.error(f"--seeds {args.seeds}: expected different whole numbers with commas, such as 0,1,2")
+    # a model this small gains little from a second thread, and on a busy machine loses much
+    torch.set_num_threads(1)
     size, begun, runs = QUICK if args.quick else Size(), time.perf_counter(), []
     scored = "dev" if args.dev else "test"
     try:
@@ -520,16 +568,18 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     seconds = time.perf_counter() - begun
     summary, table = summarize(runs)
-    counts = sorted({run["pairs"] for run in runs})
-    print(f"\n{size.test:,} {scored} problems a seed that no stage has seen, greedy answers; seeds {', '.join(map(str, numbers))}; "
-          f"{' or '.join(map(str, counts))} pairs,\n{size.epochs} epochs, lr {size.lr:g}, beta {size.beta:g} in every arm. Interval: "
-          f"{'Wilson, of the problems' if len(runs) == 1 else 't, over the seeds'}.\n"
+    counts = " or ".join(map(str, sorted({run["pairs"] for run in runs})))
+    interval = "Wilson, of the problems" if len(runs) == 1 else "t, over the seeds"
+    print(f"\n{size.test:,} {scored} problems a seed that no stage has seen, greedy answers; seeds "
+          f"{', '.join(map(str, numbers))}; {counts} pairs,\n{size.epochs} epochs, lr {size.lr:g}, beta "
+          f"{size.beta:g} in every arm. Interval: {interval}.\n"
           "Margin, preference accuracy and change of log p: on held-out step pairs.\n")
     print(table)
     print(f"\nOne problem, before and after:\n\n{before_and_after(args.out / f'seed{numbers[0]}')}\n")
     draw([args.out / f"seed{seed}" for seed in numbers], args.out / "curves.png")
     stepdpo.write_json(args.out / "results.json", {
-        **summary, "seeds": numbers, "scored_on": scored, "quick": args.quick, "size": vars(size), "seconds": round(seconds, 1),
+        **summary, "seeds": numbers, "scored_on": scored, "quick": args.quick, "size": vars(size),
+        "seconds": round(seconds, 1),
         "pairs": [run["pairs"] for run in runs], "held_out_pairs": [run["held_out_pairs"] for run in runs],
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"})
