@@ -536,8 +536,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m examples.arithmetic",
         description="The whole Step-DPO paper on a laptop: builds a task, trains a small Llama by SFT, "
-                    "collects its errors, and compares SFT, DPO and Step-DPO. After any interruption, run the "
-                    "same command again.")
+                    "collects its errors, and compares SFT, DPO and Step-DPO. After any interruption, run "
+                    "the same command again.")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR",
                         help="keeps every file of every stage, and results.json")
     seeds = parser.add_mutually_exclusive_group()
