@@ -1966,12 +1966,7 @@ def localize(args: argparse.Namespace) -> int:
             continue
         wrong[key] = row | {"steps": steps}
     tell_styles(styles)
-    try:
-        verdicts, continued = judge_all(wrong, args.judge, args, bad)
-    except Stop:
-        print(f"stopped; {args.out}.verdicts holds what was decided, and the same command goes on",
-              file=sys.stderr)
-        return 1
+    verdicts, continued = judge_all(wrong, args.judge, args, bad)
     errors, reasons = {}, Counter()
     for key, first in verdicts.items():
         if not isinstance(first, int):
@@ -2669,7 +2664,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return args.run(args)
         check_out(args.out, args.file)
         with locked(args.out):
-            return args.run(args)
+            try:
+                return args.run(args)
+            except Stop:
+                print(f"stopped; {args.out}.verdicts holds what was decided, and the same command goes on",
+                      file=sys.stderr)
+                return 1
     return run_command(run, args.debug)
 
 

@@ -681,6 +681,17 @@ def test_verify_drops_steps_that_only_seem_right(tmp_path, capsys):
     assert "1      not verified by the judge" in capsys.readouterr().out
 
 
+def test_a_person_who_verifies_may_go_home(tmp_path, monkeypatch, capsys):
+    """[q]uit in `pairs --verify ask`: what was decided is kept, nothing is written, and it is no traceback."""
+    file = write(tmp_path / "r.jsonl", {
+        "id": "p#0", "sample": 0, "question": "Twice 3 + 4?", "answer": "14", "prefix": "Step 1:", "correct": True,
+        "rejected": " 3 + 4 = 8.", "full_rejected": " 3 + 4 = 8.", "stop_reason": "eos",
+        "completion": " 3 + 4 = 7.\nStep 2: 2 * 7 = 14.\nThe answer is: 14"})
+    monkeypatch.setattr("builtins.input", lambda prompt: "q")
+    assert run("pairs", file, "--verify", "ask", "--out", tmp_path / "p.jsonl") == 1
+    assert "the same command goes on" in capsys.readouterr().err and not (tmp_path / "p.jsonl").exists()
+
+
 def test_whole_pairs_are_independent_answers(tmp_path, capsys):
     """--whole: the i-th distinct right answer against the i-th distinct wrong one, of one problem; cut-off ones, whose
     end is no end, left out."""
