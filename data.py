@@ -2593,8 +2593,8 @@ def arguments() -> argparse.ArgumentParser:
     for command in commands.choices.values():
         command.add_argument("--steps", choices=STEP_STYLES, default="auto",
                              help='how steps are told apart: step ("Step 1:", the paper), heading '
-                                  '("**Step 1:**", "Schritt 1.", "第一步："), number ("1.", "(1)"), paragraph (blank lines), '
-                                  'line; auto, the default: the first of these that finds two')
+                                  '("**Step 1:**", "Schritt 1.", "第一步："), number ("1.", "(1)"), paragraph '
+                                  '(blank lines), line; auto, the default: the first of these that finds two')
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
