@@ -603,6 +603,7 @@ def open_run(args, objective, encode, order, out: Path, rank: int, world: int, d
         check_reference(args.reference, policy.model, tokenizer)
     variant = objective not in OBJECTIVES.values() or encode is not data.encode_dataset or order is not None
     identity = identity_of(args, objective, folder, examples, held_out, variant)
+    identity |= {"encode": name_of(encode), "order": name_of(order)}
     same_everywhere("model, data and settings", identity, device)
     finished = torch.tensor(int(rank == 0 and prepare_out(out, args, identity)), device=device)
     if all_sum(finished):
@@ -676,10 +677,14 @@ def identity_of(args, objective, folder: Path, examples: list, held_out: list, v
         return rows.hexdigest()
 
     settings = {name: value for name, value in vars(args).items() if name not in HARMLESS}
-    identity = {**settings, "objective": getattr(objective, "__qualname__", type(objective).__name__),
+    identity = {**settings, "objective": name_of(objective),
                 "model": fingerprint(folder), "data": content(examples), "eval_data": content(held_out),
                 "reference": args.reference and fingerprint(resolve(args.reference))}
     return json.loads(json.dumps(identity, default=str))                # as run.json will give it back
+
+
+def name_of(hook) -> str:
+    return getattr(hook, "__qualname__", type(hook).__name__)
 
 
 def check_out(out: Path, args):

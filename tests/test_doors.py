@@ -243,6 +243,7 @@ def test_the_order_is_another_one_in_another_epoch(work, tmp_path):
     go = arguments(work, "stepdpo", tmp_path / "out", "--max_steps", "8", "--lr", "1e-2")
     assert stepdpo.main(go, order=by_margin) == 0
     assert len(orders) == 2 and orders[0] != orders[1]
+    assert stepdpo.main(go, order=lambda epoch, examples, score: range(27)) == 2        # another order, another run
 
 
 def test_an_order_that_forgets_a_row_is_refused(work, tmp_path, capsys):
