@@ -23,6 +23,7 @@ the wrong value. So the model knows both ways, and here and there prefers the wr
 elicits a skill against a planted bias. The habit strikes early, and a long tail of routine steps follows. """
 import argparse
 import hashlib
+import importlib
 import json
 import math
 import platform
@@ -322,18 +323,25 @@ def command(line: str):
     is done already."""
     print(f"\n$ python {line}", flush=True)
     program, *argv = shlex.split(line)
-    status = {"stepdpo.py": stepdpo, "eval.py": evaluation, "data.py": data}[program].main(argv)
+    if program == "-m":
+        program, *argv = argv
+    status = importlib.import_module(program.removesuffix(".py")).main(argv)
     if status:
         sys.exit(status)
 
 
-def run_seed(folder: Path, size: Size, seed: int, scored: str) -> dict:
-    """All stages under one seed. Returns what the table needs: each arm's verdicts, problem by problem, and
-    held-out figures."""
-    f = shlex.quote(str(folder))
-    answers = "--prompt raw --max_new_tokens 200 --batch_size 512"
-    sampling = f"{answers} --samples {size.samples} --temperature 0.8 --top_p 0.95 --seed {seed}"
-    checker = "examples.arithmetic:first_wrong_step"
+ANSWERS = "--prompt raw --max_new_tokens 200 --batch_size 512"
+CHECKER = "examples.arithmetic:first_wrong_step"
+
+
+def sampling(size: Size, seed: int) -> str:
+    return f"{ANSWERS} --samples {size.samples} --temperature 0.8 --top_p 0.95 --seed {seed}"
+
+
+def make_pool(folder: Path, size: Size, seed: int, scored: str) -> int:
+    """The stages that all arms share: the task, SFT, its attempts, its errors, and pairs of both kinds.
+    Returns the number of pairs an arm."""
+    f, how = shlex.quote(str(folder)), sampling(size, seed)
     settings = json.loads(json.dumps({"size": vars(size), "scored_on": scored}))    # with lists for tuples
     if (folder / "settings.json").exists() and json.loads((folder / "settings.json").read_text()) != settings:
         raise data.DataError(f"{folder}: holds a run with other settings (--quick, --dev, or another "
@@ -343,26 +351,37 @@ def run_seed(folder: Path, size: Size, seed: int, scored: str) -> dict:
 
     command(f"stepdpo.py sft --model {f}/start --data {f}/demonstrations.jsonl --out {f}/sft --prompt raw "
             f"--epochs 1 --batch_size {size.sft_batch} --lr 4e-3 --checkpoint_every 400 --seed {seed}")
-    command(f"eval.py --model {f}/sft --problems {f}/problems.jsonl --out {f}/attempts.jsonl {sampling}")
-    command(f"data.py localize {f}/attempts.jsonl --judge {checker} --out {f}/errors.jsonl")
-    command(f"eval.py --model {f}/sft --problems {f}/errors.jsonl --out {f}/rectified.jsonl {sampling}")
-    command(f"data.py pairs {f}/rectified.jsonl --out {f}/all_pairs.jsonl --per_error 1 --verify {checker}")
+    command(f"eval.py --model {f}/sft --problems {f}/problems.jsonl --out {f}/attempts.jsonl {how}")
+    command(f"data.py localize {f}/attempts.jsonl --judge {CHECKER} --out {f}/errors.jsonl")
+    command(f"eval.py --model {f}/sft --problems {f}/errors.jsonl --out {f}/rectified.jsonl {how}")
+    command(f"data.py pairs {f}/rectified.jsonl --out {f}/all_pairs.jsonl --per_error 1 --verify {CHECKER}")
     command(f"data.py pairs {f}/attempts.jsonl --out {f}/all_whole.jsonl --whole --per_error 1")
-    count = divide(folder, size, seed)
+    return divide(folder, size, seed)
 
-    training = (f"--prompt raw --epochs {size.epochs} --batch_size {size.batch} --lr {size.lr:g} "
-                f"--checkpoint_every 0 --seed {seed}")
-    preference = f"{training} --beta {size.beta:g}"
+
+def training(size: Size, seed: int) -> str:
+    return (f"--prompt raw --epochs {size.epochs} --batch_size {size.batch} --lr {size.lr:g} "
+            f"--checkpoint_every 0 --seed {seed}")
+
+
+def run_seed(folder: Path, size: Size, seed: int, scored: str) -> dict:
+    """All stages under one seed. Returns what the table needs: each arm's verdicts, problem by problem, and
+    held-out figures."""
+    count = make_pool(folder, size, seed, scored)
+    f = shlex.quote(str(folder))
+    preference = f"{training(size, seed)} --beta {size.beta:g}"
     every = max(1, size.epochs * math.ceil(count / size.batch) // 8)
     for arm, (_, method, pairs) in ARMS.items():
         if method is None:
             continue
-        how = f"{training} --warmup 0.1 --schedule cosine" if method == "sft" else preference
+        how = preference
+        if method == "sft":
+            how = f"{training(size, seed)} --warmup 0.1 --schedule cosine"
         if arm in ("stepdpo", "dpo"):                        # the two curves of Fig. 2
             how += f" --eval_data {f}/held_out_{pairs} --eval_every {every}"
         command(f"stepdpo.py {method} --model {f}/sft --data {f}/{pairs} --out {f}/{arm} {how}")
     for arm in ARMS:
-        command(f"eval.py --model {f}/{arm} --problems {f}/test.jsonl --out {f}/score_{arm}.jsonl {answers}")
+        command(f"eval.py --model {f}/{arm} --problems {f}/test.jsonl --out {f}/score_{arm}.jsonl {ANSWERS}")
 
     held_out = rows_of(folder / "held_out_pairs.jsonl")
     log_probs = lambda arm: stepdpo.log_probs(folder / arm, held_out, "stepdpo", "raw")         # (pairs, 2)
@@ -433,15 +452,15 @@ def compare(runs: list[dict], a: str, b: str) -> dict:
             "holds": p < 0.05 and (half is None or abs(mean) > half)}
 
 
-def in_words(test: dict) -> str:
-    """'+4.2 points against SFT (p < 0.001)', with the verdict."""
+def in_words(test: dict, against: str) -> str:
+    """'+4.2 points against SFT (p < 0.001)', with the verdict. against: the title of arm `b`."""
     half = test["half_interval_over_seeds"]
     half = f" +- {100 * half:.1f}" if half is not None else ""
     verdict = ("better" if test["difference"] > 0 else "WORSE") if test["holds"] else "within noise"
     if not test["holds"] and test["p"] < 0.05:               # sure of these models, not of other seeds
         verdict = f"better under {test['better_under']}, though the t interval reaches 0"
     p = f"p = {test['p']:.2g}" if test["p"] >= 0.001 else "p < 0.001"
-    return f"{100 * test['difference']:+.1f}{half} points against {ARMS[test['b']][0]}: {verdict} " \
+    return f"{100 * test['difference']:+.1f}{half} points against {against}: {verdict} " \
            f"({test['only_a_right']} : {test['only_b_right']} problems, {p})"
 
 
@@ -484,7 +503,7 @@ def summarize(runs: list[dict]) -> tuple[dict, str]:
         lines += [line, f"    {ABOUT[arm]}"]
         for other in AGAINST.get(arm, ()):
             comparisons.append(compare(runs, arm, other))
-            lines.append(f"    {in_words(comparisons[-1])}")
+            lines.append(f"    {in_words(comparisons[-1], ARMS[other][0])}")
     return {"arms": arms, "comparisons": comparisons}, "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 MODULES = [f"{path.parent.name}.{path.stem}" for folder in ("examples", "variants")
-           for path in sorted((ROOT / folder).glob("*.py")) if path.stem != "__init__"]
+           for path in sorted((ROOT / folder).glob("*.py")) if path.stem != "__init__"] + ["examples.siblings"]
 SCRIPTS = ["stepdpo.py", "stepdpo.py sft", "stepdpo.py dpo", "stepdpo.py stepdpo", "eval.py", "data.py", "data.py show",
            "data.py localize", "data.py pairs", *(f"benchmarks/{path.name}" for path in sorted((ROOT / "benchmarks").glob("*.py"))
                                                   if path.name != "common.py")]
