@@ -324,7 +324,8 @@ class Run:
 
 
 def train(args, objective, encode, order) -> int:
-    """Train `args.model` on `args.data` (see `main`); returns the exit status.
+    """Train `args.model` on `args.data` (see `main`); returns the exit status. A variant of several stages
+    calls it for each, with a copy of the arguments that `parser` gave and `settle` has completed.
 
     The loss is the mean over the global batch of pairs (of answer tokens in SFT), however the batch is cut
     into micro-batches and processes."""
@@ -944,10 +945,11 @@ def load_checkpoint(folder: Path, model: Llama, optimizer: torch.optim.Optimizer
 # ----------------------------------------------------------------------------------------------------------
 # command line
 
-PREFERENCE = dict(lr=5e-7, epochs=8, batch_size=128, warmup=0.10, schedule="cosine")
+PREFERENCE = dict(lr=5e-7, epochs=8, batch_size=128, warmup=0.10, schedule="cosine", beta=0.4,
+                  max_length=1024)
 DEFAULTS = {        # the paper's settings for 7B models (appendix)
-    "sft": dict(lr=5e-6, epochs=3, batch_size=256, warmup=0.03, schedule="linear"), "dpo": PREFERENCE,
-    "stepdpo": PREFERENCE}
+    "sft": dict(lr=5e-6, epochs=3, batch_size=256, warmup=0.03, schedule="linear", max_length=1024),
+    "dpo": PREFERENCE, "stepdpo": PREFERENCE}
 METHODS = {         # title, rows that it takes
     "sft": ("supervised fine-tuning on whole (chosen) answers",
             "rows with prompt, response; or with the columns of Math-Step-DPO-10K"),
@@ -957,8 +959,9 @@ METHODS = {         # title, rows that it takes
                 "rows with prompt, initial_reason_steps, chosen, rejected")}
 
 
-def parser(options=None, manual: str | None = None) -> argparse.ArgumentParser:
-    """The command line. A variant adds its `options`, and its own text as `manual`."""
+def parser(options=None, manual: str | None = None, defaults: dict | None = None) -> argparse.ArgumentParser:
+    """The command line. A variant adds its `options`, its own text as `manual`, and the settings of its paper
+    as `defaults`."""
     top = argparse.ArgumentParser(
         prog=None if manual else "stepdpo.py", formatter_class=argparse.RawDescriptionHelpFormatter,
         description=manual or "Train a Llama / Qwen / Mistral checkpoint with SFT, DPO or Step-DPO.",
@@ -967,12 +970,13 @@ def parser(options=None, manual: str | None = None) -> argparse.ArgumentParser:
     for method, (title, rows) in METHODS.items():
         about = (f"{title[0].upper()}{title[1:]}. Writes OUT as a Hugging Face checkpoint folder. After any "
                  "interruption (Ctrl-C, kill, power cut), run the same command again.")
-        add_options(methods.add_parser(method, help=title, description=about), method, rows, options)
+        own = DEFAULTS[method] | (defaults or {})
+        add_options(methods.add_parser(method, help=title, description=about), method, rows, options, own)
     return top
 
 
-def add_options(p: argparse.ArgumentParser, method: str, rows: str, options):
-    d, preference = DEFAULTS[method], method != "sft"
+def add_options(p: argparse.ArgumentParser, method: str, rows: str, options, d: dict):
+    preference, papers = method != "sft", d == DEFAULTS[method]         # papers: not a variant's own settings
     group = p.add_argument_group("what")
     add = group.add_argument
     add("--model", required=True, metavar="FOLDER",
@@ -988,9 +992,8 @@ def add_options(p: argparse.ArgumentParser, method: str, rows: str, options):
     add("--restart", action="store_true", help="begin anew where OUT holds an earlier run")
 
     add = p.add_argument_group("optimisation (defaults: the paper's, for 7B models)").add_argument
-    larger = "4" if preference else "2"
-    add("--epochs", type=int, default=d["epochs"],
-        help=f"default {d['epochs']}; the paper takes {larger} above 30B")
+    larger = f"; the paper takes {4 if preference else 2} above 30B" if papers else ""
+    add("--epochs", type=int, default=d["epochs"], help=f"default {d['epochs']}{larger}")
     add("--batch_size", type=int, default=d["batch_size"],
         help=f"rows an update, over all processes (default {d['batch_size']})")
     add("--group_by_prompt", action="store_true",
@@ -1005,16 +1008,18 @@ def add_options(p: argparse.ArgumentParser, method: str, rows: str, options):
         help="largest gradient norm (default 1.0: the trainer of the authors' code; the paper does not say)")
     add("--max_steps", type=int, help="end after so many updates (the schedule then ends there too)")
     if preference:
-        add("--beta", type=float, default=0.4,
-            help="weight of the log-ratio (default 0.4; the paper takes 0.5 for 72B)")
+        larger = "; the paper takes 0.5 for 72B" if papers else ""
+        add("--beta", type=float, default=d["beta"],
+            help=f"weight of the log-ratio (default {d['beta']:g}{larger})")
         add("--reference", metavar="FOLDER",
             help="another checkpoint as reference; by default it is the policy at step 0")
     else:
         p.set_defaults(beta=None, reference=None)
 
     add = p.add_argument_group("size and speed").add_argument
-    add("--max_length", type=int, default=1024,
-        help="tokens of prompt and answer; longer rows are dropped, never cut (default 1024: the paper's)")
+    add("--max_length", type=int, default=d["max_length"],
+        help="tokens of prompt and answer; longer rows are dropped, never cut (default "
+             f"{d['max_length']}: the paper's)")
     add("--micro_batch_size", type=int,
         help="most rows in one forward pass of a process (default: as many as --micro_batch_tokens takes)")
     add("--micro_batch_tokens", type=int, default=8192,
@@ -1044,8 +1049,13 @@ def add_options(p: argparse.ArgumentParser, method: str, rows: str, options):
         options(p.add_argument_group("of this variant"))
 
 
-def check_arguments(args):
-    """DataError where a number cannot be meant."""
+def settle(args):
+    """Fill in what depends on the machine; DataError where a number cannot be meant."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        args.restart = False            # torchrun --max-restarts started us again: go on
+    if args.precision is None:
+        on_gpu = torch.cuda.is_available() and not (args.device or "").startswith("cpu")
+        args.precision = "bf16" if on_gpu else "fp32"
     above_0 = ("epochs", "batch_size", "lr", "beta", "micro_batch_size", "micro_batch_tokens", "max_length",
                "max_steps", "clip")
     for name in above_0:
@@ -1061,7 +1071,7 @@ def check_arguments(args):
 
 
 def main(argv: list[str] | None = None, objective=None, *, options=None, encode=data.encode_dataset,
-         order=None) -> int:
+         order=None, defaults: dict | None = None) -> int:
     """The command line; returns the exit status. A variant is a call of this with any of
 
     objective   (token_logps, ref_token_logps, batch, args) -> losses, metrics: see `preference_objective`.
@@ -1070,20 +1080,16 @@ def main(argv: list[str] | None = None, objective=None, *, options=None, encode=
                 and among what a continued run must have the same.
     encode      (source, tokenizer, method, prompt style, max_length) -> (examples, report): other rows.
     order       (epoch, examples, score) -> row indices, each once: in which order an epoch takes the rows.
-                score() gives (n, K) log-probs under the policy as it then is."""
+                score() gives (n, K) log-probs under the policy as it then is.
+    defaults    other defaults of lr, epochs, batch_size, warmup, schedule, beta or max_length."""
     manual = None
     if objective is not None or options is not None or encode is not data.encode_dataset or order is not None:
         own = next(hook for hook in (objective, options, order, encode) if hook is not None)
         manual = inspect.getdoc(inspect.getmodule(own)) or "a variant of stepdpo.py"
-    args = parser(options, manual).parse_args(argv)
+    args = parser(options, manual, defaults).parse_args(argv)
 
     def run() -> int:
-        check_arguments(args)
-        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-            args.restart = False            # torchrun --max-restarts started us again: go on
-        if args.precision is None:
-            on_gpu = torch.cuda.is_available() and not (args.device or "").startswith("cpu")
-            args.precision = "bf16" if on_gpu else "fp32"
+        settle(args)
         try:
             return train(args, objective or OBJECTIVES[args.method], encode, order)
         except RuntimeError as e:
