@@ -263,8 +263,8 @@ def main(argv: list[str] | None = None) -> int:
     def run() -> int:
         stepdpo.settle(args)
         if args.method == "sft" or args.reference:
-            raise DataError("SACPO is two preference stages (give dpo or stepdpo), the second against what "
-                            f"the first left: {'--reference' if args.reference else 'sft'} has no place in it")
+            raise DataError("SACPO is two stages of dpo or stepdpo, the second against what the first left: "
+                            f"{'--reference' if args.reference else 'sft'} has no place in it")
         if not args.lam > 0:
             raise DataError(f"--lam is {args.lam:g}: expected a number above 0")
         if wrong := [q for q in args.merge if not 0 <= q <= 1]:
