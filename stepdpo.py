@@ -613,7 +613,8 @@ def open_run(args, objective, encode, order, before_update, out: Path, rank: int
         check_reference(args.reference, policy.model, tokenizer)
     variant = objective not in OBJECTIVES.values() or encode is not data.encode_dataset or order is not None
     identity = identity_of(args, objective, folder, examples, held_out, variant)
-    identity |= {"encode": name_of(encode), "order": name_of(order)}
+    if variant:
+        identity |= {"encode": name_of(encode), "order": name_of(order)}
     same_everywhere("model, data and settings", identity, device)
     finished = torch.tensor(int(rank == 0 and prepare_out(out, args, identity)), device=device)
     if all_sum(finished):
