@@ -1624,7 +1624,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     out, dtype = Path(args.out), {"fp32": torch.float32, "bf16": torch.bfloat16}[args.save_dtype]
     try:
-        if held := [*out.glob("*config.json"), *out.glob("*.safetensors")]:
+        if held := [*out.glob("config.json"), *out.glob("adapter_config.json"), *out.glob("*.safetensors")]:
             raise CheckpointError(f"{out}: holds {held[0].name} already; choose another --out")
         with locked(out):
             moved, lost = merge_adapter(args.adapter, out, dtype, args.base)

@@ -60,9 +60,9 @@ if __name__ == "__main__":      # python -P does not search a script's own folde
 
 import data
 from data import Batch, DataError, Example
-from model import (LORA_LAYERS, CheckpointError, Config, Llama, Tree, choose_device, fingerprint, home_of,
-                   join_processes, keep_freed_memory, leave_processes, locked, own_rows, read_json, resolve,
-                   sync, whole, writing, written)
+from model import (LORA_LAYERS, CheckpointError, Config, Llama, Tree, base_of, choose_device, fingerprint,
+                   home_of, join_processes, keep_freed_memory, leave_processes, locked, own_rows, read_json,
+                   resolve, sync, whole, writing, written)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -710,9 +710,11 @@ def check_out(out: Path, args):
                   *out.glob("*.safetensors")]
     if not (out / "run.json").exists() and (found := next((p for p in of_a_model if p.exists()), None)):
         raise DataError(f"{out}: holds {found.name} and no run.json of an earlier run; choose another --out")
-    if any(source and Path(source).exists() and out.exists() and out.samefile(source)
-           for source in (args.model, args.base, args.reference)):
-        raise DataError(f"{out}: --model, --base or --reference is read from it; choose another --out")
+    for source, base in ((args.model, args.base), (args.reference, None)):
+        if source and Path(source).is_dir() and out.exists():
+            if any(Path(name).exists() and out.samefile(name) for name in (source, base_of(source, base))):
+                raise DataError(f"{out}: --model, its base or --reference is read from it; choose another "
+                                "--out")
 
 
 def prepare_out(out: Path, args, identity: dict) -> bool:
