@@ -305,6 +305,7 @@ class Run:
     args: argparse.Namespace
     objective: object                       # a function like `preference_objective`
     order: object                           # see `main`; None for the shuffled order
+    before_update: object                   # see `main`; None in most methods
     out: Path
     rank: int
     world: int
@@ -316,6 +317,10 @@ class Run:
     reference: list[torch.Tensor] | None = None             # of each example, (tokens,); None without one
     held_out_reference: list[torch.Tensor] | None = None
 
+    def score(self, examples: list[Example]) -> torch.Tensor:
+        """(n, K) log-probs under the policy as it is now; all processes call it together."""
+        return score(self.policy, examples, precision=self.args.precision, what="policy", **self.how)
+
     @property
     def how(self) -> dict:
         """How a pass over examples is cut, for `score_tokens` and `data.epoch_plan`."""
@@ -323,7 +328,7 @@ class Run:
                 "micro_batch_tokens": self.args.micro_batch_tokens}
 
 
-def train(args, objective, encode, order) -> int:
+def train(args, objective, encode=data.encode_dataset, order=None, before_update=None) -> int:
     """Train `args.model` on `args.data` (see `main`); returns the exit status. A variant of several stages
     calls it for each, with a copy of the arguments that `parser` gave and `settle` has completed.
 
@@ -338,7 +343,7 @@ def train(args, objective, encode, order) -> int:
     out = Path(args.out)
     check_out(out, args)
     with locked(out):
-        run = open_run(args, objective, encode, order, out, rank, world, device)
+        run = open_run(args, objective, encode, order, before_update, out, rank, world, device)
         if run is None:
             say(f"{out}: this run is complete; --restart would begin it anew")
             return 0
@@ -376,6 +381,8 @@ def loop(run: Run) -> int:
             units = sum(run.examples[row].units for row in rows)            # the mean's denominator
             passes = equal_passes(batch_of_step, rank)
             begun = time.perf_counter()
+            if run.before_update is not None:
+                run.before_update([run.examples[row] for row in rows], run.score)
 
             # ---- one update
             lr = learning_rate(step, total, args.lr, args.warmup, args.schedule)
@@ -481,6 +488,8 @@ def evaluate(run: Run, step: int):
     """Held-out loss, margin and preference accuracy (Fig. 2 of the paper) after `step` updates: a line of
     eval.jsonl."""
     run.policy.eval()
+    if run.before_update is not None:
+        run.before_update(run.held_out, run.score)
     sums = Sums(run.device)
     plan = data.epoch_plan(run.held_out, batch_size=len(run.held_out), world_size=run.world,
                            order=range(len(run.held_out)), **run.how)
@@ -506,8 +515,7 @@ def plan_of_epoch(run: Run, epoch: int) -> list:
             with reading(kept):
                 order = json.loads(kept.read_text())
         else:
-            precision = run.args.precision
-            of_policy = lambda: score(run.policy, run.examples, precision=precision, what="order", **run.how)
+            of_policy = lambda: run.score(run.examples)
             order = [int(row) for row in run.order(epoch, run.examples, of_policy)]
             if sorted(order) != list(range(len(run.examples))):
                 raise DataError(f"order of epoch {epoch}: expected every row of {len(run.examples)} once")
@@ -589,7 +597,8 @@ class StopSignal:
 # ----------------------------------------------------------------------------------------------------------
 # opening a run, and closing it
 
-def open_run(args, objective, encode, order, out: Path, rank: int, world: int, device) -> Run | None:
+def open_run(args, objective, encode, order, before_update, out: Path, rank: int, world: int,
+             device) -> Run | None:
     """Read rows and model, check that they belong together and that OUT is this run's; None if it is
     complete."""
     folder = resolve(args.model)
@@ -614,13 +623,15 @@ def open_run(args, objective, encode, order, out: Path, rank: int, world: int, d
         check_reference(args.reference, policy.model, tokenizer)
     variant = objective not in OBJECTIVES.values() or encode is not data.encode_dataset or order is not None
     identity = identity_of(args, objective, folder, examples, held_out, variant)
-    identity |= {"encode": name_of(encode), "order": name_of(order)}
+    if variant:
+        identity |= {"encode": name_of(encode), "order": name_of(order)}
     same_everywhere("model, data and settings", identity, device)
     finished = torch.tensor(int(rank == 0 and prepare_out(out, args, identity)), device=device)
     if all_sum(finished):
         return None
     same_everywhere(f"{out}/checkpoint", sorted(p.name for p in (out / "checkpoint").glob("*")), device)
-    return Run(args, objective, order, out, rank, world, device, tokenizer, policy, examples, held_out)
+    return Run(args, objective, order, before_update, out, rank, world, device, tokenizer, policy, examples,
+               held_out)
 
 
 def find_reference(run: Run):
@@ -1130,7 +1141,7 @@ def settle(args):
 
 
 def main(argv: list[str] | None = None, objective=None, *, options=None, encode=data.encode_dataset,
-         order=None, defaults: dict | None = None) -> int:
+         order=None, before_update=None, defaults: dict | None = None) -> int:
     """The command line; returns the exit status. A variant is a call of this with any of
 
     objective   (token_logps, ref_token_logps, batch, args) -> losses, metrics: see `preference_objective`.
@@ -1140,6 +1151,8 @@ def main(argv: list[str] | None = None, objective=None, *, options=None, encode=
     encode      (source, tokenizer, method, prompt style, max_length) -> (examples, report): other rows.
     order       (epoch, examples, score) -> row indices, each once: in which order an epoch takes the rows.
                 score() gives (n, K) log-probs under the policy as it then is.
+    before_update (examples, score): called before every update, with the whole global batch, for numbers that
+                no micro-batch knows. score(examples) gives (n, K) log-probs under the policy.
     defaults    other defaults of lr, epochs, batch_size, warmup, schedule, beta or max_length."""
     manual = None
     if objective is not None or options is not None or encode is not data.encode_dataset or order is not None:
@@ -1150,7 +1163,7 @@ def main(argv: list[str] | None = None, objective=None, *, options=None, encode=
     def run() -> int:
         settle(args)
         try:
-            return train(args, objective or OBJECTIVES[args.method], encode, order)
+            return train(args, objective or OBJECTIVES[args.method], encode, order, before_update)
         except RuntimeError as e:
             if args.compile and "Inductor" in type(e).__name__ and not args.debug:
                 raise DataError(f"--compile: torch.compile fails here ({str(e).splitlines()[0]}); leave it "
