@@ -591,10 +591,8 @@ class Llama(nn.Module):
         folder = Path(folder)
         aside = folder / ".saving"
         params = {name: p.detach() for name, p in self.named_parameters()}
-        metadata = {"format": "pt"}
         if self.lora:
             params = {PEFT_PREFIX + name: p for name, p in params.items() if ".lora_" in name}
-            metadata["base"] = first_rows(self.stored)
         dtype = dtype or next(iter(params.values())).dtype
         files = in_files({name: p.numel() * dtype.itemsize for name, p in params.items()}, shard_bytes)
         if self.lora:
@@ -610,7 +608,7 @@ class Llama(nn.Module):
                 if writer:
                     tensors[name] = p.cpu().contiguous()
             if writer:
-                save_file(tensors, aside / filename, metadata=metadata)
+                save_file(tensors, aside / filename, metadata={"format": "pt"})
                 (aside / filename).chmod(0o666 & ~current_umask())       # save_file lets only the owner read
         if not writer:
             return
@@ -627,7 +625,7 @@ class Llama(nn.Module):
 
         made = sorted(aside.iterdir(), key=lambda p: p.name in ("config.json", "adapter_config.json"))
         for pattern in ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors",
-                        "config.json", "adapter_config.json"):
+                        "config.json", "adapter_config.json", "adapter_base.json"):
             for stale in folder.glob(pattern):
                 if stale.name not in {p.name for p in made}:
                     stale.unlink()
@@ -1022,9 +1020,8 @@ def read_adapter(folder: Path, model: "Llama", any_base: bool) -> Adapter:
         if ours != theirs:
             raise CheckpointError(f"{file}: {name} has the shape {theirs}, expected {ours} by r {rank} and "
                                   f"its base model {model.base}: they do not belong together")
-    with safe_open(file, framework="pt") as f:
-        trained_on = (f.metadata() or {}).get("base")
-    if trained_on not in (None, first_rows(model.stored)) and not any_base:
+    of_base = folder / "adapter_base.json"
+    if of_base.is_file() and read_json(of_base) != {"first_rows": first_rows(model.stored)} and not any_base:
         raise CheckpointError(f"{folder}: its base model {model.base} has other weights than when this "
                               "adapter was trained on it; name the right one with --base, or this one if you "
                               "mean it all the same")
@@ -1032,8 +1029,9 @@ def read_adapter(folder: Path, model: "Llama", any_base: bool) -> Adapter:
 
 
 def first_rows(stored: dict[str, Stored]) -> str:
-    """A hash of the first row of every tensor of a model, without an adapter's: it tells whether a folder
-    still holds the weights that it held, and costs no reading of them all."""
+    """A hash of the first row of every tensor of a model, without an adapter's. Kept beside an adapter, in
+    adapter_base.json, it tells whether its base's folder still holds the weights that it held, without
+    reading them all."""
     digest = hashlib.sha256()
     for name, at in sorted(stored.items()):
         if ".lora_" not in name:
@@ -1109,6 +1107,7 @@ def saved_settings(model: Llama, dtype: torch.dtype, eos_ids: Sequence[int]) -> 
             "target_modules": [layer.split(".")[1] for layer in layers], "bias": "none",
             "lora_dropout": 0.0, "fan_in_fan_out": False, "init_lora_weights": True, "inference_mode": True,
             "modules_to_save": None}
+        settings["adapter_base.json"] = {"first_rows": first_rows(model.stored)}
     return settings
 
 

@@ -244,8 +244,8 @@ def test_a_run_keeps_only_the_adapter_and_goes_on_to_the_same_bits(work, trained
     assert stepdpo.main(arguments(work, "stepdpo", out, *SHORT, "--checkpoint_every", "2")) == 0
     assert metrics(out) == metrics(trained)
     assert (out / "adapter_model.safetensors").read_bytes() == (trained / "adapter_model.safetensors").read_bytes()
-    assert {p.name for p in out.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "generation_config.json", "metrics.jsonl", "run.json",
-                                               "tokenizer.json", "tokenizer_config.json"}
+    assert {p.name for p in out.iterdir()} == {"adapter_base.json", "adapter_config.json", "adapter_model.safetensors", "generation_config.json",
+                                               "metrics.jsonl", "run.json", "tokenizer.json", "tokenizer_config.json"}
 
 
 @pytest.mark.parametrize("more", [[], ["--shard"]])
