@@ -1173,7 +1173,7 @@ def resolve(folder_or_hub_id: str | os.PathLike) -> Path:
     if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
         raise CheckpointError(f"{folder}: no such folder (and not a hub id of the form owner/name)")
     from huggingface_hub import snapshot_download
-    wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json"]
+    wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", "adapter_*.json"]
     try:      # a repository may hold the same weights once more, in its maker's own layout: not those
         return Path(snapshot_download(str(folder_or_hub_id), allow_patterns=[*wanted, *TOKENIZER_FILES],
                                       ignore_patterns=["*/*", "consolidated*"]))
@@ -1608,8 +1608,7 @@ def locked(out: Path):
 # ------------------------------------------------------------------------------------------------------------
 # command line
 
-def main(argv: list[str] | None = None) -> int:
-    """python model.py merge ADAPTER --out FOLDER; returns the exit status."""
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="model.py", description="Work on checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{merge}")
     about = "Merge a LoRA adapter into its base model: a checkpoint folder that needs neither."
@@ -1620,7 +1619,12 @@ def main(argv: list[str] | None = None) -> int:
         help="of its weights (default fp32; bf16 halves the files, but a weight that the adapter moves by "
              "less than half the distance between two bf16 numbers stays what it was: it says how many do)")
     add("--base", metavar="FOLDER", help="the base model, if it is not where adapter_config.json says")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """python model.py merge ADAPTER --out FOLDER; returns the exit status."""
+    args = arguments().parse_args(argv)
     out, dtype = Path(args.out), {"fp32": torch.float32, "bf16": torch.bfloat16}[args.save_dtype]
     try:
         if held := [*out.glob("config.json"), *out.glob("adapter_config.json"), *out.glob("*.safetensors")]:

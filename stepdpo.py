@@ -1041,7 +1041,8 @@ def add_options(p: argparse.ArgumentParser, method: str, rows: str, options, d: 
         help="how a question becomes a prompt; chat (default): the checkpoint's own template; raw: the text "
              "as it stands")
     data.add_chat_options(group)
-    add("--seed", type=int, default=0, help="of the order of the rows (default 0)")
+    add("--seed", type=int, default=0,
+        help="of the order of the rows, and of a new --lora adapter (default 0)")
     add("--restart", action="store_true", help="begin anew where OUT holds an earlier run")
 
     add = p.add_argument_group("optimisation (defaults: the paper's, for 7B models)").add_argument
@@ -1057,8 +1058,8 @@ def add_options(p: argparse.ArgumentParser, method: str, rows: str, options, d: 
              "weights are frozen, and take 2 bytes each where --precision and the checkpoint are bf16, else "
              "4. OUT is the adapter, as PEFT has it; python model.py merge makes a checkpoint of it")
     add("--lora_alpha", type=float, metavar="A",
-        help="the adapter counts A / R times (default 2 R, as in TRL and LLaMA-Factory; PEFT by itself takes "
-             "8, whatever R)")
+        help="the adapter counts A / R times (default 2 R, as in LLaMA-Factory, and in TRL with its 32 for "
+             "rank 16; PEFT by itself takes 8, whatever R)")
     add("--lr", type=float,
         help=f"peak learning rate of AdamW (default {d['lr']:g}; with --lora ten times that, "
              f"{10 * d['lr']:g})")
@@ -1088,7 +1089,7 @@ def add_options(p: argparse.ArgumentParser, method: str, rows: str, options, d: 
     add("--micro_batch_tokens", type=int, default=8192,
         help="most tokens in one forward pass of a process, a longer row apart (default 8192)")
     add("--precision", choices=("fp32", "bf16"),
-        help="of the arithmetic; weights are fp32 either way (default bf16 on CUDA, fp32 on CPU)")
+        help="of the arithmetic; what is trained is fp32 either way (default bf16 on CUDA, fp32 on CPU)")
     add("--gradient_checkpointing", action="store_true",
         help="recompute activations in the backward pass: a third more time, far less memory")
     add("--compile", action="store_true",

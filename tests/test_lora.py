@@ -1,4 +1,5 @@
 """LoRA: --lora in training, PEFT's files in and out, adapters wherever a checkpoint is taken, and the merge. The oracle is PEFT on transformers' models."""
+import importlib
 import json
 import math
 import shutil
@@ -318,6 +319,20 @@ def test_the_next_stage_trains_the_adapter_on(work, tmp_path, capsys):
     for other in (["--lora", "2"], ["--lora_alpha", "4"]):
         error = fails(capsys, [*go, "--out", str(tmp_path / "other"), *other])
         assert "rank 4, alpha 8" in error and f"python model.py merge {sft} --out FOLDER" in error
+
+
+@pytest.mark.parametrize("name", ["sdpo", "sacpo"])
+def test_methods_of_several_stages_train_one_adapter(work, tmp_path, name):
+    """The second stage goes on with the first one's adapter, from log 2; both are of the model that the user named."""
+    variant = importlib.import_module(f"variants.{name}")
+    more = {"sdpo": ["--more_data", str(work / "held.jsonl"), "--kl_samples", "0"], "sacpo": ["--then", str(work / "held.jsonl"), "--merge", "0.5"]}[name]
+    assert variant.main(arguments(work, "dpo", tmp_path, "--lora", "2", "--max_steps", "2", *more)) == 0
+    for out in (tmp_path / "stage1", tmp_path):
+        assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(work / "model")
+        assert metrics(out)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert not torch.equal(logits(tmp_path), logits(tmp_path / "stage1"))
+    if name == "sacpo":
+        assert (tmp_path / "q0.5" / "model.safetensors").exists()
 
 
 def test_a_full_run_after_a_lora_run_in_one_out(work, tmp_path):
