@@ -507,7 +507,7 @@ class Llama(nn.Module):
                  base: str | os.PathLike | None = None) -> "Llama":
         """The first half of `from_pretrained`: the checked model on the meta device, without weights. What is
         sharded now is read in shards; what is given `add_lora` now keeps an adapter apart."""
-        source, named = resolve(folder_or_hub_id), base_of(folder_or_hub_id, base)
+        source = resolve(folder_or_hub_id)
         folder = home_of(source, base)
         config = Config.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
         stored = weight_files(folder)
@@ -520,6 +520,7 @@ class Llama(nn.Module):
         check_weights(folder, stored, dict(model.named_parameters()))    # a tied pair counts as the embedding
         model.stored, model.home = stored, folder
         model.source = source if (source / "tokenizer.json").is_file() else folder
+        named = folder_or_hub_id if folder == source else base_of(source, base)
         model.base = str(Path(named).absolute() if Path(named).is_dir() else named)
         if folder != source:
             model.adapter = read_adapter(source, model, any_base=base is not None)
@@ -941,15 +942,14 @@ class Adapter(NamedTuple):
         return self.rank, self.alpha, self.layers
 
 
-def base_of(folder_or_hub_id: str | os.PathLike, base: str | os.PathLike | None = None):
-    """The folder or hub id of the weights: the argument itself, or, where that is a LoRA adapter, `base` or
-    what its adapter_config.json names."""
-    folder = resolve(folder_or_hub_id)
+def base_of(folder: Path, base: str | os.PathLike | None = None) -> str | os.PathLike:
+    """The folder or hub id of the weights: `folder` itself, or, where that is a LoRA adapter's, `base` or
+    what adapter_config.json names."""
     path = folder / "adapter_config.json"
     if not path.is_file():
         if base is not None:
             raise CheckpointError(f"{folder}: is no LoRA adapter, and has no base: leave --base out")
-        return folder_or_hub_id
+        return folder
     if twice := [*folder.glob("model*.safetensors")]:
         raise CheckpointError(f"{folder}: holds {twice[0].name} and {path.name}, a model and an adapter; "
                               "move away the one that is not meant")
@@ -1011,7 +1011,8 @@ def read_adapter(folder: Path, model: "Llama", any_base: bool) -> Adapter:
             raise CheckpointError(f"{file}: {name}: only the linear layers of the blocks are adapted here "
                                   f"({', '.join(LORA_LAYERS)}); {merge}")
         layers.add(found[1])
-    adapter = Adapter(rank, alpha, tuple(layer for layer in LORA_LAYERS if layer in layers), stored)
+    in_order = tuple(layer for layer in LORA_LAYERS if layer in layers)
+    adapter = Adapter(rank, alpha, in_order or LORA_LAYERS, stored)      # (an empty file lacks them all)
     with torch.device("meta"):
         adapted = Llama(model.config).add_lora(*adapter.kind)
     wanted = {name: tuple(p.shape) for name, p in adapted.named_parameters() if ".lora_" in name}
@@ -1099,7 +1100,7 @@ def saved_settings(model: Llama, dtype: torch.dtype, eos_ids: Sequence[int]) -> 
     if model.lora:
         rank, alpha, layers = model.lora
         ends = {key: raw[key] for key in ("bos_token_id", "eos_token_id") if raw.get(key) is not None}
-        settings.setdefault("generation_config.json", ends)
+        settings.setdefault("generation_config.json", ends)      # where others look for the ends of texts
         del settings["config.json"]                              # the base model's: an adapter has none
         settings["adapter_config.json"] = {
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.base, "r": rank,

@@ -723,7 +723,8 @@ def check_out(out: Path, args):
         raise DataError(f"{out}: holds {found.name} and no run.json of an earlier run; choose another --out")
     for source, base in ((args.model, args.base), (args.reference, None)):
         if source and Path(source).is_dir() and out.exists():
-            if any(Path(name).exists() and out.samefile(name) for name in (source, base_of(source, base))):
+            names = source, base_of(Path(source), base)
+            if any(Path(name).exists() and out.samefile(name) for name in names):
                 raise DataError(f"{out}: --model, its base or --reference is read from it; choose another "
                                 "--out")
 

@@ -132,6 +132,8 @@ def test_damaged_or_unfitting_adapters_are_named(work, trained, tmp_path):
     write_json(folder / "adapter_config.json", config)
     wide = tiny_checkpoint(tmp_path / "wide", hidden_size=48)
     found("down_proj.lora_B.weight has the shape (32, 4), expected (48, 4)", str(wide), base=wide)
+    save_file({}, folder / "adapter_model.safetensors")
+    found("has the shape None, expected")
     name = next(iter(tensors))
     save_file({k: w for k, w in tensors.items() if k != name}, folder / "adapter_model.safetensors")
     found(name.removeprefix("base_model.model."), "has the shape None")
@@ -249,7 +251,7 @@ def test_a_run_keeps_only_the_adapter_and_goes_on_to_the_same_bits(work, trained
                                                "metrics.jsonl", "run.json", "tokenizer.json", "tokenizer_config.json"}
 
 
-@pytest.mark.parametrize("more", [[], ["--shard"]])
+@pytest.mark.parametrize("more", [[], ["--shard", "--gradient_checkpointing"]])
 def test_two_processes_give_what_one_gives(processes, work, trained, tmp_path, more):
     """Replicated and sharded (rank 4 over two, and a base that is cut too): losses, gradient norms and adapters agree but for rounding."""
     processes.run(ROOT / "stepdpo.py", *arguments(work, "stepdpo", tmp_path / "two", *SHORT, *more), world=2)
