@@ -30,7 +30,6 @@ any moment, the same command goes on.
 Shapes: n pairs of a stage, K responses of an example. """
 import argparse
 import copy
-import json
 import math
 import random
 import shutil
@@ -43,8 +42,8 @@ import torch
 import data
 import stepdpo
 from data import DataError, Example
-from model import (Llama, choose_device, fingerprint, join_processes, leave_processes, locked, read_json,
-                   resolve, samples)
+from model import (Llama, choose_device, fingerprint, home_of, join_processes, leave_processes, locked,
+                   read_json, resolve, samples)
 
 # Tunstall et al. 2023 (Zephyr), Section 4.3
 DEFAULTS = dict(lr=5e-7, epochs=3, batch_size=32, warmup=0.10, schedule="linear", beta=0.1)
@@ -180,7 +179,7 @@ def encoded(rows, folder, args) -> list[Example]:
     """The pairs that the loop will train on, of (where, row)s or a file."""
     folder = resolve(folder)
     tokenizer = data.Tokenizer.from_pretrained(folder, system=args.system, template_args=args.template_args)
-    limit = read_json(folder / "config.json").get("max_position_embeddings", args.max_length)
+    limit = read_json(home_of(folder) / "config.json").get("max_position_embeddings", args.max_length)
     return data.encode_dataset(rows, tokenizer, args.method, args.prompt, min(args.max_length, limit))[0]
 
 
