@@ -76,8 +76,8 @@ def at_once(bench: Bench, beta: float) -> str:
 
 
 def matched_beta(bench: Bench, wanted: float) -> float:
-    """The beta at which one stage ends `wanted` nats from S: the best of a grid of factors 2, or half-way between
-    its two best."""
+    """The beta at which one stage ends `wanted` nats from S: the best of a grid of factors 2, or half-way
+    between its two best."""
     tried: dict[float, float] = {}
 
     def off(beta: float) -> float:
@@ -102,7 +102,7 @@ def run_seed(bench: Bench) -> dict[str, dict]:
     of_arm = {arm: at_once(bench, betas[arm]) if arm in betas else arm for arm in ARMS}
 
     held_out = rows_of(bench.pool / "held_out_pairs.jsonl")
-    log_probs = lambda folder: stepdpo.log_probs(folder, held_out, "stepdpo", "raw")                # (pairs, 2)
+    log_probs = lambda folder: stepdpo.log_probs(folder, held_out, "stepdpo", "raw")
     before, found = log_probs(bench.pool / "sft"), {}
     for arm, name in of_arm.items():
         if arm == "sft":
@@ -138,9 +138,9 @@ def remarks(runs: list[dict]) -> str:
     easy = statistics.mean(found["stages"]["accuracy_of_S"][0] for found in runs)
     hard = statistics.mean(found["stages"]["accuracy_of_S"][1] for found in runs)
     return (f"Reward accuracy under S: {easy:.1%} of the first stage's pairs, {hard:.1%} of the second's.\n"
-            f"gamma on the second stage's pairs: {mean('gamma_of_S'):+.2f} under S, {mean('gamma_of_M1'):+.2f} "
-            f"under M_1, which has not seen them (higher in {rose} of {len(runs)} seeds), "
-            f"{mean('gamma_of_M2'):+.2f} under M_2, which has.\n"
+            f"gamma on the second stage's pairs: {mean('gamma_of_S'):+.2f} under S, "
+            f"{mean('gamma_of_M1'):+.2f} under M_1, which has not seen them (higher in {rose} of {len(runs)} "
+            f"seeds), {mean('gamma_of_M2'):+.2f} under M_2, which has.\n"
             f"The second stage's first loss: {mean('first_loss'):.4f}; begun at S instead of M_1 it would be "
             f"{mean('first_loss_from_S'):.4f}.")
 
