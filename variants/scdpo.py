@@ -114,9 +114,14 @@ def alike(a: Sequence[str], b: Sequence[str], style: str) -> bool:
     return len(a) == len(b) and all(data.same_step(x, y, style) for x, y in zip(a, b))
 
 
-def verdict(steps: Sequence[str], answer: str, ended: bool) -> str:
+def verdict(steps: Sequence[str], answer: str, ended: bool, tokenizer: data.Tokenizer) -> str:
     """"right", "wrong", "garbled", or "unfinished" of a sampled solution. A wrong one gives an answer, and
-    ends: training puts the end token there."""
+    ends: training puts the end token there. What training would refuse (a control token that was written in
+    letters, say) is garbled, too."""
+    try:
+        tokenizer.check("".join(steps))
+    except data.Unfit:
+        return "garbled"
     if garbled(steps):
         return "garbled"
     extracted, correct = grade("".join(steps), answer)
@@ -190,7 +195,8 @@ def until_wrong(forks: list[Fork], sampler, args, journal: Journal, rank: int, w
                                          args.steps, args.max_new_tokens)
                     for f, (tail, ended) in zip(batch, found):
                         fork = forks[f]
-                        said = verdict([*fork.right[:fork.k], *tail], fork.problem.answer, ended)
+                        said = verdict([*fork.right[:fork.k], *tail], fork.problem.answer, ended,
+                                       sampler.tokenizer)
                         journal.add((f, t), [said if "".join(tail).strip() else "unfinished", tail])
                 new = {f for f in batch if journal.done[f, t][0] == "wrong"}
                 wrong |= new
@@ -225,16 +231,19 @@ def until_both(problems: list[Problem], sampler, args, journal: Journal, rank: i
                     } | problem.carried)
                 for i in batch:
                     row, before = journal.done[i, t], len(seen[i])
-                    seen[i].add(use_of(row, row["prefix"] + row["completion"], args.steps))
+                    text = row["prefix"] + row["completion"]
+                    seen[i].add(use_of(row, text, args.steps, sampler.tokenizer))
                     bar.update({"right", "wrong"} <= seen[i] and len(seen[i]) > before)
 
 
-def use_of(row: dict, text: str, style: str) -> str:
+def use_of(row: dict, text: str, style: str, tokenizer: data.Tokenizer) -> str:
     """`verdict` of a graded attempt; "apology" where a right one mentions an error."""
     if row["correct"] and apologises(text):
         return "apology"
-    said = verdict(split_steps(text, style), row["answer"], row.get("stop_reason") != "length")
-    return {True: "right", False: "wrong"}[row["correct"]] if said in ("right", "wrong") else said
+    said = verdict(split_steps(text, style), row["answer"], row.get("stop_reason") != "length", tokenizer)
+    if said in ("right", "wrong"):                      # as the file grades it
+        return "right" if row["correct"] else "wrong"
+    return said
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -260,7 +269,7 @@ def make_pairs(args: argparse.Namespace) -> int:
         stage(attempts, common | {"problems": content},
               lambda *journal: until_both(problems, sampler, args, *journal),
               lambda done: ([done[key] for key in sorted(done)], {}), args.restart)
-    sides = read_sides(attempts, args.steps, bad)
+    sides = read_sides(attempts, args.steps, sampler.tokenizer, bad)
     forks = make_forks(sides, sampler, args, bad)
     content = data.digest([[f.problem.question, f.problem.answer, f.right, f.k] for f in forks]
                           + [[row and row["text"] for row in side] for side in sides.values()])
@@ -293,11 +302,11 @@ def read_problems(file: str, sampler, bad: list[DataError]) -> list[Problem]:
     return problems
 
 
-def read_sides(file: str, style: str, bad: list[DataError]) -> dict[str, list]:
+def read_sides(file: str, style: str, tokenizer, bad: list[DataError]) -> dict[str, list]:
     """Of each problem [its first right attempt, its first wrong one]; None where there is none."""
     sides: dict[str, list] = {}
     for (id, _), row in data.read_attempts(file, bad, "attempts", "valued attempts"):
-        side, use = sides.setdefault(id, [None, None]), use_of(row, row["text"], style)
+        side, use = sides.setdefault(id, [None, None]), use_of(row, row["text"], style, tokenizer)
         for place, name in enumerate(("right", "wrong")):
             if use == name and side[place] is None:
                 side[place] = row
