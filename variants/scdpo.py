@@ -1,4 +1,4 @@
-"""SCDPO, Step-Controlled DPO (Lu et al. 2024, arXiv 2407.00782): wrong answers that go wrong from a known step on.
+"""SCDPO, Step-Controlled DPO (Lu et al. 2024, arXiv 2407.00782): answers that go wrong after a known step.
 
 Of a right solution t_0 .. t_m keep t_0 .. t_k, and let the model go on from there under a rising temperature
 until the answer is wrong. The right tail against the wrong one, both to the end of the solution, is a pair:
@@ -37,6 +37,7 @@ comes to the same; the release compares lengths), K as a bound on the tries of a
 import argparse
 import itertools
 import math
+import os
 import random
 import re
 import sys
@@ -159,7 +160,8 @@ def sample_tails(sampler: Sampler | Remote, forks: Sequence[Fork], heat: Callabl
             partial.append((fork.problem, "".join(so_far)))
         if not live:
             return [(tail, ended[f]) for f, tail in enumerate(tails)]
-        found = next_steps(sampler, partial, 1, heat(i), seed=seed, max_new_tokens=max_new_tokens, steps=style)
+        found = next_steps(sampler, partial, 1, heat(i), seed=seed, max_new_tokens=max_new_tokens,
+                           steps=style)
         for f, ((step, over),) in zip(live, found):
             tails[f].append(step)
             if over is not False:                       # None: the step was cut off
@@ -184,12 +186,12 @@ def until_wrong(forks: list[Fork], sampler, args, journal: Journal, rank: int, w
     wrong: set[int] = set()
     with data.progress(len(mine), 0, "forks", quiet=rank > 0) as bar:
         for t in range(args.tries):
-            open = [f for f in mine if f not in wrong]
-            if not open:
+            trying = [f for f in mine if f not in wrong]
+            if not trying:
                 break
-            bar.set_description(f"try {t + 1}, {len(open)} forks open")
-            for at in range(0, len(open), args.batch_size):
-                batch = open[at:at + args.batch_size]
+            bar.set_description(f"try {t + 1}, {len(trying)} forks open")
+            for at in range(0, len(trying), args.batch_size):
+                batch = trying[at:at + args.batch_size]
                 if not all((f, t) in journal.done for f in batch):
                     found = sample_tails(sampler, [forks[f] for f in batch], heat, 1000 * args.seed + t,
                                          args.steps, args.max_new_tokens)
@@ -211,12 +213,12 @@ def until_both(problems: list[Problem], sampler, args, journal: Journal, rank: i
     prompts = {i: sampler.prepare(problems[i], problems[i].prefix) for i in mine}
     with data.progress(len(mine), 0, "problems", quiet=rank > 0) as bar:
         for t in range(args.tries):
-            open = [i for i in mine if not {"right", "wrong"} <= seen[i]]
-            if not open:
+            trying = [i for i in mine if not {"right", "wrong"} <= seen[i]]
+            if not trying:
                 break
-            bar.set_description(f"try {t + 1}, {len(open)} problems open")
-            for at in range(0, len(open), args.batch_size):
-                batch = open[at:at + args.batch_size]
+            bar.set_description(f"try {t + 1}, {len(trying)} problems open")
+            for at in range(0, len(trying), args.batch_size):
+                batch = trying[at:at + args.batch_size]
                 done = {(b, 0) for b, i in enumerate(batch) if (i, t) in journal.done}
                 for b, _, drawn in sampler.draw([prompts[i] for i in batch], 1, 1000 * args.seed + t, 1.0,
                                                 max_new_tokens=args.max_new_tokens, done=done):
@@ -282,7 +284,7 @@ def make_pairs(args: argparse.Namespace) -> int:
         summary = read_json(data.summary_path(Path(args.out)))
         print(data.funnel(summary["funnel"]))
         print(f"{args.out}: {'' if made else 'already complete; '}{summary['pairs']} pairs to train on")
-    return 1 if bad else 0
+    return 1 if bad and rank == 0 else 0
 
 
 def read_problems(file: str, sampler, bad: list[DataError]) -> list[Problem]:
@@ -336,42 +338,38 @@ def make_forks(sides: dict[str, list], sampler, args, bad: list[DataError]) -> l
 
 def collect(done: dict, sides: dict[str, list], forks: list[Fork], args) -> tuple[list[dict], dict]:
     """The mix, and how it came about."""
-    of_problem: dict[str, list] = {}                    # -> forks that went wrong: (k, steps of the wrong one)
-    rounds: dict[int, list] = {}
-    for (f, t), value in sorted(done.items()):
-        rounds.setdefault(f, []).append(value)
-    for f, tries in sorted(rounds.items()):
-        said, tail = tries[-1]
-        if said == "wrong":
-            fork = forks[f]
-            of_problem.setdefault(str(fork.problem.id), []).append((fork.k, [*fork.right[:fork.k], *tail]))
-    naive, controlled, repeated = [], [], 0
+    gone_wrong = {f: tail for (f, _), (said, tail) in done.items() if said == "wrong"}
+    of_problem: dict[str, list] = {}                    # (steps kept, all steps of the wrong solution)
+    for f in sorted(gone_wrong):
+        solution = [*forks[f].right[:forks[f].k], *gone_wrong[f]]
+        of_problem.setdefault(str(forks[f].problem.id), []).append((forks[f].k, solution))
+
+    naive, controlled = [], []
     for id, (right, wrong) in sides.items():
-        kept = [] if wrong is None else [split_steps(wrong["text"], args.steps)]
         if right and wrong:
             naive.append(data.pair_of(right, "", right["text"], wrong["text"], right["text"], wrong["text"]))
+        known = [split_steps(wrong["text"], args.steps)] if wrong else []
         distinct = []
-        for k, steps in of_problem.get(id, []):
-            if any(alike(steps, other, args.steps) for other in kept):
-                repeated += 1
-                continue
-            kept.append(steps)
-            distinct.append((k, steps))
-        own = split_steps(right["text"], args.steps) if right else []
-        found = pairs_of(own, distinct, args.per_problem)
-        for (k, steps), (front, good, bad) in zip(distinct, found):
-            controlled.append(data.pair_of(right, front, own[k], steps[k], good, bad))
+        for k, solution in of_problem.get(id, []):
+            if not any(alike(solution, other, args.steps) for other in known):
+                known.append(solution)
+                distinct.append((k, solution))
+        steps = split_steps(right["text"], args.steps) if right else []
+        pairs = pairs_of(steps, distinct, args.per_problem)
+        for (k, solution), (kept, right_tail, wrong_tail) in zip(distinct, pairs):
+            controlled.append(data.pair_of(right, kept, steps[k], solution[k], right_tail, wrong_tail))
     rows = naive + controlled
     random.Random(f"mix {args.seed}").shuffle(rows)
-    said = Counter(value[0] for value in done.values())
-    went_wrong = sum(map(len, of_problem.values()))
-    funnel = [("problems", len(sides)), ("with a right solution", sum(bool(side[0]) for side in sides.values())),
+
+    said = Counter(said for said, _ in done.values())
+    funnel = [("problems", len(sides)),
+              ("with a right solution", sum(right is not None for right, _ in sides.values())),
               ("forks", len(forks)), ("tails", len(done)),
               *((f"    {name}", said[name]) for name in ("right", "unfinished", "garbled")),
-              ("forks that went wrong", went_wrong), ("    near-duplicates", repeated),
+              ("forks that went wrong", len(gone_wrong)),
+              ("    near-duplicates", len(gone_wrong) - len(controlled)),
               ("step-controlled pairs", len(controlled)), ("naive pairs", len(naive))]
-    return rows, {"pairs": len(rows), "naive": len(naive), "step_controlled": len(controlled),
-                  "tails": dict(said), "funnel": funnel}
+    return rows, {"pairs": len(rows), "tails": dict(said), "funnel": funnel}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -406,7 +404,7 @@ def credit(model, reference, solutions: list[tuple[str, str]], *, beta: float = 
 
 def print_credit(args: argparse.Namespace) -> int:
     """The credit of the first wrong attempts in a file, the lowest step of each marked."""
-    join_processes()
+    rank, _ = join_processes()
     bad: list[DataError] = []
     rows = [row for _, row in data.read_attempts(args.attempts, bad, "attempts", "valued attempts")
             if not row["correct"] and row.get("stop_reason") != "length"][:args.limit]
@@ -421,8 +419,8 @@ def print_credit(args: argparse.Namespace) -> int:
             mark = ">>" if value == min(of_steps) else "  "
             lines.append(f"{value:+8.3f} {mark} " + step.strip().replace("\n", "\n" + 12 * " "))
         stepdpo.say("\n".join(lines + [f"answer {row['answer']}"]))
-    data.complain(bad)
-    return 1 if bad else 0
+    data.complain(bad if rank == 0 else [])
+    return 1 if bad and rank == 0 else 0
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -505,7 +503,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--rise {args.rise}: expected 0 or more")
     if bool(args.endpoint) != bool(args.api_model):
         parser.error("--endpoint URL and --api_model NAME belong together")
-    if args.endpoint and join_processes()[1] > 1:
+    if args.endpoint and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         parser.error("--endpoint needs no torchrun: --batch_size says how many requests are under way")
 
 

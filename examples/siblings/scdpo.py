@@ -20,7 +20,8 @@ ARMS = {
     "sft": Arm("SFT", "Where all others start from; it has no credit, so `located` is chance: 1 / steps."),
     "control": Arm("SFT, continued on right tails",
                    "The control: SCDPO's right answers and right tails, no preference.", ("sft",)),
-    "dpo": Arm("DPO, equal data", "The paper's baseline: as many whole answers, all sampled apart.", ("sft",)),
+    "dpo": Arm("DPO, equal data", "The paper's baseline: as many pairs of whole answers, all sampled apart.",
+               ("sft",)),
     "stepdpo": Arm("Step-DPO", "First wrong steps, located by the checker, against right ones.", ("dpo",)),
     "scdpo": Arm("SCDPO, rise 0.05", "The paper's method: half naive pairs, half forks.",
                  ("control", "dpo", "stepdpo")),
@@ -71,7 +72,7 @@ def make_files(bench: Bench) -> tuple[dict[str, str], dict[str, list[dict]]]:
 
 
 def undo(row: dict, right: list[dict]) -> dict:
-    """The pair's wrong answer against another right one: they share no steps that tell where it goes wrong."""
+    """The pair's wrong answer against another right one: what they share does not end at the fork."""
     left = row["initial_reason_steps"] + row["full_chosen"]
     other = next(attempt["completion"] for attempt in right if attempt["completion"] != left)
     wrong = row["initial_reason_steps"] + row["full_rejected"]
@@ -80,14 +81,15 @@ def undo(row: dict, right: list[dict]) -> dict:
 
 def run_seed(bench: Bench) -> dict[str, dict]:
     files, forked = make_files(bench)
+    how = f"{training(bench.size, bench.seed)} --warmup 0.1 --schedule cosine"
     for arm, file in files.items():
-        how = f"{training(bench.size, bench.seed)} --warmup 0.1 --schedule cosine"
         if arm == "control":
             bench.train(arm, "sft", file, how=how)
         elif arm == "stepdpo":
             bench.train(arm, "stepdpo", file)
         else:
-            bench.train(arm, "", file, program="-m variants.scdpo train", how=f"{how} --beta {bench.size.beta:g}")
+            bench.train(arm, "", file, program="-m variants.scdpo train",
+                        how=f"{how} --beta {bench.size.beta:g}")
     found = {arm: bench.score(arm, bench.sft if arm == "sft" else None) for arm in ARMS}
 
     solutions, wrong_steps = wrong_answers(bench)
@@ -98,7 +100,8 @@ def run_seed(bench: Bench) -> dict[str, dict]:
                                prompt="raw")
         hits = [of_steps.index(min(of_steps)) == k for of_steps, k in zip(credits, wrong_steps)]
         found[arm] |= {"located": statistics.mean(hits), "hits": "".join("01"[hit] for hit in hits)}
-    return found | {"": {"solutions": len(solutions), "tails": {r: tails(rows) for r, rows in forked.items()}}}
+    of_ramps = {ramp: tails(rows) for ramp, rows in forked.items()}
+    return found | {"": {"solutions": len(solutions), "tails": of_ramps}}
 
 
 def wrong_answers(bench: Bench) -> tuple[list[tuple[str, str]], list[int]]:
