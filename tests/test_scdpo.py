@@ -348,7 +348,7 @@ def test_the_experiment_small(tmp_path, monkeypatch, capsys):
     said, folder = capsys.readouterr().out, tmp_path / "scdpo" / "seed0"
     first = json.loads((tmp_path / "scdpo" / "results.json").read_text())
     from examples.siblings.scdpo import ARMS
-    assert set(first["arms"]) == set(ARMS) and all(arm.about in said for arm in ARMS.values()) and "step k+1 is the wrong one" in said
+    assert set(first["arms"]) == set(ARMS) and all(arm.about in said for arm in ARMS.values()) and "first error: step k+1" in said
     assert len({len(rows_of(folder / f"{arm}.jsonl")) for arm in ARMS if arm != "sft"}) == 1
     for row in rows_of(folder / "undone.jsonl"):
         assert row["full_chosen"] != row["full_rejected"]

@@ -3,7 +3,8 @@ than wrong answers sampled apart. Its refutation: tails that are wrong without t
 same wrong answers against a right one that they do not leave anywhere.
 
 On wrong answers of the SFT model to held-out problems, the checker knows the first wrong step; `located` is
-how often the step of the lowest credit is that one. A mask cannot shuffle a fork: what both answers share
+how often the step of the lowest credit is that one: among `habits`, where that step should multiply and the
+planted habit strikes, and among `slips`, all others. A mask cannot shuffle a fork: what both answers share
 cancels, whether it is trained or not. So the fork is undone by another right answer to the same problem. """
 import random
 import re
@@ -12,7 +13,8 @@ import statistics
 import data
 from examples import siblings
 from examples.arithmetic import (FIRST_LINE, LAST_LINE, OPENINGS, STEPS, command, compare,
-                                 first_wrong_step, in_words, over_seeds, rows_of, training)
+                                 first_wrong_step, in_words, over_seeds, read_problem, rows_of, solve,
+                                 training)
 from examples.siblings import Arm, Bench
 from variants import scdpo
 
@@ -31,7 +33,7 @@ ARMS = {
                   "Control: SCDPO's wrong answers, each against another right answer to its problem.",
                   ("scdpo",)),
 }
-COLUMNS = {"located": ("located", ".1%")}
+COLUMNS = {"located": ("located", ".1%"), "habit": ("habits", ".1%"), "slip": ("slips", ".1%")}
 RAMPS = {"scdpo": "--rise 0.05", "steeper": "--rise 0.1", "flat": "--temperature 1 --rise 0",
          "hot": "--temperature 1.4 --rise 0"}                               # the last for its tails alone
 SPARE = 1.25            # problems to fork for every pair that is wanted: some tails do not go wrong
@@ -93,15 +95,17 @@ def run_seed(bench: Bench) -> dict[str, dict]:
     found = {arm: bench.score(arm, bench.sft if arm == "sft" else None) for arm in ARMS}
 
     solutions, wrong_steps = wrong_answers(bench)
-    chance = statistics.mean(1 / len(data.split_steps(text)) for _, text in solutions)
-    found["sft"]["located"] = chance
+    kinds = [kind_of(question, k) for (question, _), k in zip(solutions, wrong_steps)]
+    found["sft"]["located"] = statistics.mean(1 / len(data.split_steps(text)) for _, text in solutions)
     for arm in files:
         credits = scdpo.credit(bench.folder / arm, bench.pool / "sft", solutions, beta=bench.size.beta,
                                prompt="raw")
         hits = [of_steps.index(min(of_steps)) == k for of_steps, k in zip(credits, wrong_steps)]
         found[arm] |= {"located": statistics.mean(hits), "hits": "".join("01"[hit] for hit in hits)}
-    of_ramps = {ramp: tails(rows) for ramp, rows in forked.items()}
-    return found | {"": {"solutions": len(solutions), "tails": of_ramps}}
+        for kind in set(kinds):
+            found[arm][kind] = statistics.mean(hit for hit, of in zip(hits, kinds) if of == kind)
+    own = {"solutions": len(solutions), "habit": statistics.mean(kind == "habit" for kind in kinds)}
+    return found | {"": own | {"tails": {ramp: tails(rows) for ramp, rows in forked.items()}}}
 
 
 def wrong_answers(bench: Bench) -> tuple[list[tuple[str, str]], list[int]]:
@@ -113,6 +117,12 @@ def wrong_answers(bench: Bench) -> tuple[list[tuple[str, str]], list[int]]:
             solutions.append((row["question"], row["completion"]))
             wrong_steps.append(k)
     return solutions, wrong_steps
+
+
+def kind_of(question: str, k: int) -> str:
+    """"habit" where step k should multiply, else "slip"."""
+    wanted = solve(read_problem(question))
+    return "habit" if k < len(wanted) and wanted[k][2] == "*" else "slip"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -134,17 +144,18 @@ WORDED = in_the_tasks_words()
 
 
 def tails(rows: list[dict]) -> dict[str, float]:
-    """Of forked pairs: how often the first step after the fork is the wrong one, or one before it is; and how
-    many wrong tails have a step that is not in the task's words."""
-    at, before, garbled = [], [], []
+    """Of forked pairs, shares of wrong tails: whose first wrong step is the one after the fork, a kept one, a
+    multiplication; that have a step which is not in the task's words."""
+    found = {"at": [], "before": [], "habit": [], "garbled": []}
     for row in rows:
         kept = len(data.split_steps(row["initial_reason_steps"]))
         steps = data.split_steps(row["initial_reason_steps"] + row["full_rejected"])
         k = first_wrong_step(row["prompt"], steps, row["answer"])
-        at.append(k == kept)
-        before.append(k is not None and k < kept)
-        garbled.append(not all(WORDED.fullmatch(step) for step in steps[kept:]))
-    return {"at": statistics.mean(at), "before": statistics.mean(before), "garbled": statistics.mean(garbled)}
+        found["at"].append(k == kept)
+        found["before"].append(k is not None and k < kept)
+        found["habit"].append(k is not None and kind_of(row["prompt"], k) == "habit")
+        found["garbled"].append(not all(WORDED.fullmatch(step) for step in steps[kept:]))
+    return {name: statistics.mean(shares) for name, shares in found.items()}
 
 
 def remarks(runs: list[dict]) -> str:
@@ -154,16 +165,18 @@ def remarks(runs: list[dict]) -> str:
              "problems, in how many the step of the lowest credit is the first wrong one"]
     for arm, (title, _, against) in ARMS.items():
         if arm != "sft":
-            shown = percent([found["arms"][arm]["located"] for found in runs])
-            lines += [f"  {title:<32}{shown}"]
+            lines.append(f"  {title:<32}{percent([found['arms'][arm]['located'] for found in runs])}")
             lines += [f"      {in_words(compare(located, arm, other), ARMS[other].title)}"
                       for other in against if other != "sft"]
-    lines += ["", f"{'wrong tails':<28}{'step k+1 is the wrong one':>28}{'a kept one is':>22}{'garbled':>22}"]
+    shares = {"at": "first error: step k+1", "before": "a kept step", "habit": "a multiplication",
+              "garbled": "not in the task's words"}
+    lines += ["", f"{'wrong tails':<20}" + "".join(f"{heading:>25}" for heading in shares.values())]
     for ramp, title in (("scdpo", "rise 0.05"), ("steeper", "rise 0.1"), ("hot", "1.4 throughout"),
                         ("flat", "1 throughout")):
-        shown = [percent([found["tails"][ramp][name] for found in runs])
-                 for name in ("at", "before", "garbled")]
-        lines.append(f"  {title:<26}{shown[0]:>28}{shown[1]:>22}{shown[2]:>22}")
+        shown = [percent([found["tails"][ramp][name] for found in runs]) for name in shares]
+        lines.append(f"  {title:<18}" + "".join(f"{share:>25}" for share in shown))
+    own = percent([found["habit"] for found in runs])
+    lines.append(f"Of SFT's own wrong answers, {own} have their first error at a multiplication.")
     return "\n".join(lines)
 
 
