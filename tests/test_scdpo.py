@@ -255,6 +255,25 @@ def test_a_server_that_is_not_there_ends_in_one_line(checkpoint, tmp_path, capsy
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: http://127.0.0.1:9/v1: no connection") and not (tmp_path / "p.jsonl").exists()
 
 
+def test_a_server_is_asked_step_by_step(checkpoint, tmp_path, monkeypatch):  # noqa: F811
+    """It samples on to the end of the solution; of that only the next step is taken, and the one behind it is asked for again, hotter."""
+    asked: dict[str, list] = {}
+
+    def ask(self, body):
+        question, begun = body["prompt"].split("\n", 1)
+        asked.setdefault(question, []).append((len(data.split_steps(begun)), body["temperature"]))
+        return WRONG[len(begun):], 20, "eos"
+    monkeypatch.setattr(data.Endpoint, "ask", ask)
+    file = write_rows(tmp_path / "a.jsonl", [attempt(i) for i in range(6)])
+    argv = pairs_command(checkpoint, file, out := tmp_path / "p.jsonl", "--endpoint", "http://127.0.0.1:9/v1", "--api_model", "m", "--per_problem", 1)
+    assert scdpo.main(argv) == 0
+    rows = rows_of(out)
+    assert len(rows) == 6 and {row["initial_reason_steps"] + row["full_rejected"] for row in rows} == {WRONG}
+    for row in rows:
+        k = len(data.split_steps(row["initial_reason_steps"]))
+        assert asked[row["prompt"].strip()] == [(k + i, pytest.approx(1.1 + 0.05 * i)) for i in range(4 - k)]
+
+
 # -------------------------------------------------------------------------------------------------------- loss, credit
 
 def test_a_mask_over_the_kept_steps_changes_nothing(work):
@@ -328,11 +347,13 @@ def test_credits_add_up_to_the_reward_of_the_answer(work, trained):
     assert [len(of_steps) for of_steps in same] == [4, 4] and max(abs(v) for of_steps in same for v in of_steps) < 1e-6
 
 
-def test_credit_prints_every_step_and_marks_the_lowest(work, trained, tmp_path, capsys):
+def test_credit_prints_every_step_and_marks_the_lowest(processes, work, trained, tmp_path, capsys):
     argv = ["credit", "--model", str(trained), "--reference", str(work / "model"), "--prompt", "alpaca", "--device", "cpu", "--limit", "2", "--attempts"]
     assert scdpo.main([*argv, str(attempts(tmp_path / "a.jsonl"))]) == 0
     said = capsys.readouterr().out
     assert said.count(">>") == 2 and said.count("Step ") == 8 and "a.jsonl:2: 0 + a" in said
+    two = processes.run(ROOT / "variants" / "scdpo.py", *argv, tmp_path / "a.jsonl", world=2)
+    assert [line for line in two.splitlines() if "Step " in line] == [line for line in said.splitlines() if "Step " in line], "printed once, by one process"
     write_rows(tmp_path / "right.jsonl", [attempt(0)])
     assert scdpo.main([*argv, str(tmp_path / "right.jsonl")]) == 2 and "holds no wrong attempt" in capsys.readouterr().err
 
