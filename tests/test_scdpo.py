@@ -4,7 +4,6 @@ import json
 import random
 import signal
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,6 @@ import data
 import eval as ev
 import stepdpo
 from eval import Drawn, Problem, Prompt
-from examples import arithmetic
-from examples.siblings.__main__ import main as siblings_main
 from model import Llama
 from variants import scdpo
 
@@ -356,23 +353,3 @@ def test_credit_prints_every_step_and_marks_the_lowest(processes, work, trained,
     assert [line for line in two.splitlines() if "Step " in line] == [line for line in said.splitlines() if "Step " in line], "printed once, by one process"
     write_rows(tmp_path / "right.jsonl", [attempt(0)])
     assert scdpo.main([*argv, str(tmp_path / "right.jsonl")]) == 2 and "holds no wrong attempt" in capsys.readouterr().err
-
-
-# ---------------------------------------------------------------------------------------------------------- experiment
-
-def test_the_experiment_small(tmp_path, monkeypatch, capsys):
-    """All arms from equally many rows, the table and the remarks; the same command again trains nothing anew and says the same."""
-    tiny = replace(arithmetic.QUICK, sft=6000, collect=60, held_out=8, pairs=8, epochs=1, test=10)
-    monkeypatch.setattr(arithmetic, "QUICK", tiny)
-    argv = ["--method", "scdpo", "--out", str(tmp_path), "--quick"]
-    assert siblings_main(argv) == 0
-    said, folder = capsys.readouterr().out, tmp_path / "scdpo" / "seed0"
-    first = json.loads((tmp_path / "scdpo" / "results.json").read_text())
-    from examples.siblings.scdpo import ARMS
-    assert set(first["arms"]) == set(ARMS) and all(arm.about in said for arm in ARMS.values()) and "first error: step k+1" in said
-    assert len({len(rows_of(folder / f"{arm}.jsonl")) for arm in ARMS if arm != "sft"}) == 1
-    for row in rows_of(folder / "undone.jsonl"):
-        assert row["full_chosen"] != row["full_rejected"]
-    assert siblings_main(argv) == 0
-    again = json.loads((tmp_path / "scdpo" / "results.json").read_text())
-    assert again["arms"] == first["arms"] and "already complete" in capsys.readouterr().out
