@@ -1,0 +1,699 @@
+"""SPO, step-aware preference optimisation for diffusion models (Liang et al., arXiv 2406.04314, CVPR 2025).
+
+    L = -log sigmoid( beta [ log p/ref (x_w | x_t, c) - log p/ref (x_l | x_t, c) ] )              Eq. 4-5
+
+Step-DPO's idea for images: x_w and x_l are two candidates for x_{t-1}, drawn from one and the same x_t, so a
+pair says what this one denoising step did well or badly, not what the whole picture is like. p is the Gaussian
+of one step of stochastic DDIM, ref the network before training, c the prompt. A round of training:
+
+ 1. The sampler's first steps as usual. Then, at every step, K candidates from the shared x_t (`sample_pairs`).
+ 2. A preference model that knows t scores each candidate's predicted x_0: the one that the NEXT network call
+    gives, with that call's timestep (`choose_pair`: best against worst).
+ 3. Go on from a candidate drawn uniformly, so that the next x_t is a fair sample of the policy.
+ 4. Updates on the pairs, each used once; then a fresh round under the new policy.
+
+Two losses, by name. `paper`: as above; the log-density is a SUM over the dimensions of a latent, and no pair is
+left out. `released`: what the authors' code computes; the MEAN over dimensions, each side's ratio clipped to
+1 +- eps, pairs kept where the softmax of the two scores differs by more than a threshold. A beta of 10 there
+weighs a step like 10 / dimensions in `paper`. The loss begins at log 2 = 0.693, and with the mean it stays near
+there for long (three users took that for a fault): watch `score`, the preference score of fresh samples.
+
+What is whose, and how sure. The loss, K, best against worst, uniform continuation: the paper's text. Clip,
+threshold, mean, beta 10, learning rates: the released code, run; with --pipeline they are the defaults. The
+embedded task, its networks and its settings are ours: drawn shapes of 16 x 16 pixels, whose reward has a layout
+part (how high the shape stands) and a detail part (the contrast of its stripes), both measured exactly.
+
+    python -m variants.spo --out OUT                                     embedded, minutes on one CPU core
+    python -m variants.spo --out OUT --pipeline FOLDER --prompts prompts.txt --scorer my_scorer:score
+    torchrun --nproc_per_node 8 -m variants.spo --out OUT --pipeline FOLDER --prompts ... --scorer ...
+
+Shapes: B trajectories (each with its prompt), K candidates, M judged steps of a trajectory, S sides that have
+an x_t of their own (1: it is shared, or 2), N pairs, *D the shape of a latent. """
+import argparse
+import copy
+import hashlib
+import importlib
+import json
+import math
+import os
+import shutil
+import signal
+import struct
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+import stepdpo
+from data import DataError, run_command
+from model import CheckpointError, choose_device, fingerprint, join_processes, leave_processes, locked, written
+from stepdpo import all_sum, barrier, dpo_loss, learning_rate, say
+
+
+# ----------------------------------------------------------------------------------------------------------
+# one step of the sampler, and its density
+
+def ddim_step(x_t, output, alpha_bar, alpha_bar_prev, eta=1.0, predicts="epsilon"):
+    """One step of stochastic DDIM (Song et al. 2021, Eq. 12 and 16): x_{t-1} ~ Normal(mean, sigma^2). Returns
+    (the predicted x_0, mean, sigma).
+
+    x_t and the network's output (..., *D); alpha_bar of t and of the next timestep broadcast over them. With
+    eta = 0 sigma would be 0 and there would be no density: SPO needs eta > 0."""
+    signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()                # x_t = signal x_0 + noise epsilon
+    if predicts == "epsilon":
+        x_0, epsilon = (x_t - noise * output) / signal, output
+    elif predicts == "v_prediction":
+        x_0, epsilon = signal * x_t - noise * output, signal * output + noise * x_t
+    elif predicts == "sample":
+        x_0, epsilon = output, (x_t - signal * output) / noise
+    else:
+        raise DataError(f"prediction_type {predicts!r}: expected epsilon, v_prediction or sample")
+    sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)).sqrt()
+    mean = alpha_bar_prev.sqrt() * x_0 + (1 - alpha_bar_prev - sigma**2).sqrt() * epsilon
+    return x_0, mean, sigma
+
+
+def log_density(x, mean, sigma):
+    """log Normal(x; mean, sigma^2), SUMMED over the dimensions of a latent: (N, *D) -> (N,), in nats. sigma
+    broadcasts."""
+    z = (x - mean) / sigma
+    return (-0.5 * z**2 - sigma.log() - 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
+
+
+@dataclass
+class Sampler:
+    """Which timesteps are taken, and how much of the picture is left at each."""
+    alpha_bar: torch.Tensor             # (T,): share of signal in x_t, by timestep
+    timesteps: list[int]                # falling
+    eta: float = 1.0
+    predicts: str = "epsilon"
+
+    def step(self, x_t, output, t):
+        """`ddim_step` at t (an int, or (N,) int64 for x_t (N, ..., *D)).
+
+        The timestep after the last is clamped to 0 and not to "no noise left": so its sigma stays above 0."""
+        t = torch.as_tensor(t, device=x_t.device)
+        t = t.view(*t.shape, *[1] * (x_t.ndim - t.ndim))
+        after = (t - len(self.alpha_bar) // len(self.timesteps)).clamp(min=0)
+        return ddim_step(x_t, output, self.alpha_bar[t], self.alpha_bar[after], self.eta, self.predicts)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# the losses
+
+def paper_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
+    """Eq. 4-5 of the paper. All tensors (N,): log-densities of x_{t-1} given x_t, SUMS over the dimensions.
+    Returns (losses (N,), metrics, each (N,)). beta is per nat of a whole step, as in DPO."""
+    losses, chosen_rewards, rejected_rewards = dpo_loss(
+        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
+    return losses, metrics_of(chosen_rewards, rejected_rewards, torch.zeros_like(losses))
+
+
+def released_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta,
+                  eps=0.1):
+    """The authors' code. All tensors (N,): log-densities, MEANS over the dimensions. beta is per nat of one
+    dimension, on average: with D dimensions beta here is D times what it is in `paper_loss`.
+
+    The ratio of policy and reference is clipped to 1 +- eps, and a clipped side has no gradient. So the loss
+    never falls below log(1 + ((1 - eps) / (1 + eps))^beta): 0.126 at beta 10, eps 0.1. And a pair that is
+    ranked wrong beyond the band costs 2.13 and teaches nothing: watch `clipped`, the share of such sides."""
+    chosen_ratio = (policy_chosen_logps - ref_chosen_logps).exp()
+    rejected_ratio = (policy_rejected_logps - ref_rejected_logps).exp()
+    outside = [((ratio < 1 - eps) | (ratio > 1 + eps)).to(ratio.dtype) for ratio in (chosen_ratio, rejected_ratio)]
+    chosen_rewards = beta * chosen_ratio.clamp(1 - eps, 1 + eps).log()
+    rejected_rewards = beta * rejected_ratio.clamp(1 - eps, 1 + eps).log()
+    losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
+    return losses, metrics_of(chosen_rewards, rejected_rewards, sum(outside) / 2)
+
+
+def metrics_of(chosen_rewards, rejected_rewards, clipped):
+    margin = chosen_rewards - rejected_rewards
+    return {"accuracy": (margin > 0).to(margin.dtype), "margin": margin, "chosen_reward": chosen_rewards,
+            "rejected_reward": rejected_rewards, "clipped": clipped}
+
+
+METRICS = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "clipped")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# pairs
+
+def choose_pair(scores, threshold):
+    """Best against worst: scores (K, B) -> (win (B,), lose (B,), kept (B,) bool).
+
+    Kept where the softmax of these two scores alone differs by more than `threshold`: 0.3 is a difference of
+    0.62 in score. 0, the paper's, leaves out ties only."""
+    ranked, which = scores.sort(dim=0, descending=True, stable=True)
+    best, worst = ranked[[0, -1]].softmax(0)
+    return which[0], which[-1], best - worst > threshold
+
+
+class Noise(NamedTuple):
+    """All that is random in a round of sampling."""
+    start: torch.Tensor         # (B, *D)
+    steps: list[torch.Tensor]   # of each step: (1, B, *D) before the candidates part, (K, B, *D) from there
+    go_on: torch.Tensor         # (comparisons - 1, B): candidates drawn uniformly
+
+
+class Pairs(NamedTuple):
+    """What a round of sampling leaves: M steps of B trajectories, each with a chosen (0) and a rejected side
+    (1)."""
+    t: torch.Tensor             # (M,) int64
+    x_t: torch.Tensor           # (M, B, S, *D)
+    x_prev: torch.Tensor        # (M, B, 2, *D): the two x_{t-1}
+    kept: torch.Tensor          # (M, B) bool
+    scores: torch.Tensor        # (comparisons, K, B), of all candidates
+
+
+def uniform(drawn, win, lose):
+    """Which candidate a trajectory goes on from, (B,). The paper's ablation: from the winner is worst."""
+    return drawn
+
+
+@torch.no_grad()
+def sample_pairs(denoise: Callable, score: Callable, sampler: Sampler, noise: Noise, *, first_steps: int,
+                 inner_steps: int = 1, threshold: float = 0.0, go_on: Callable = uniform) -> Pairs:
+    """One round of sampling. denoise(x (k, B, *D), t) gives the network's output, score(x_0 (K, B, *D), t) the
+    preference scores (K, B). Candidates part after `first_steps`, and are compared every `inner_steps`.
+
+        steps            i = 0 .. first_steps - 1 |  first_steps  ...
+        x_t, shape (k, B, *D)         k = 1       |  k = 1, + noise (K, B, *D)  ->  K candidates
+        next network call                         |  k = K: their x_0, scores, the pair; one of them goes on
+    """
+    x, path, done, all_scores = noise.start[None], [], [], []
+
+    def compare(x_0, t):
+        scores = score(x_0, t)
+        win, lose, kept = choose_pair(scores, threshold)
+        all_scores.append(scores)
+        for at, before, after in path:                              # the steps since the last comparison
+            shared = inner_steps == 1
+            sides = [pick(before, win)] if shared else [pick(before, win), pick(before, lose)]
+            done.append((at, torch.stack(sides, 1), torch.stack([pick(after, win), pick(after, lose)], 1), kept))
+        path.clear()
+        return win, lose
+
+    for i, t in enumerate(sampler.timesteps):
+        output = denoise(x, t)
+        if i > first_steps and (i - first_steps) % inner_steps == 0:
+            win, lose = compare(sampler.step(x, output, t)[0], t)
+            chosen = go_on(noise.go_on[len(all_scores) - 1], win, lose)
+            x, output = pick(x, chosen)[None], pick(output, chosen)[None]
+        _, mean, sigma = sampler.step(x, output, t)
+        following = mean + sigma * noise.steps[i]                   # (1, B, *D) + (K, B, *D): from a shared x_t
+        if i >= first_steps:
+            path.append((t, x.expand_as(following), following))
+        x = following
+    compare(x, 0)                                                   # the last candidates are pictures
+    at, x_t, x_prev, kept = zip(*done)
+    return Pairs(torch.tensor(at, device=x.device), torch.stack(x_t), torch.stack(x_prev), torch.stack(kept),
+                 torch.stack(all_scores))
+
+
+def pick(x, which):
+    """(K, B, *D), (B,) -> (B, *D): of each trajectory one candidate."""
+    return x[which, torch.arange(x.shape[1], device=x.device)]
+
+
+def generator_of(*key) -> torch.Generator:
+    """A stream of random numbers of its own for every key, on the CPU: the same on any device."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+def draw_noise(key: tuple, trajectories: list[int], shape: tuple, device, *, steps: int, first_steps: int,
+               inner_steps: int, candidates: int) -> Noise:
+    """A trajectory's noise is a function of (key, its number in the round): however many processes share the
+    round, they draw the same."""
+    comparisons = math.ceil((steps - first_steps) / inner_steps)
+    start, sequence, go_on = [], [], []
+    for trajectory in trajectories:
+        g = generator_of(*key, trajectory)
+        start.append(torch.randn(shape, generator=g))
+        sequence.append([torch.randn(1 if i < first_steps else candidates, *shape, generator=g)
+                         for i in range(steps)])
+        go_on.append(torch.randint(candidates, (comparisons - 1,), generator=g))
+    return Noise(torch.stack(start).to(device), [torch.stack(z, 1).to(device) for z in zip(*sequence)],
+                 torch.stack(go_on, 1).to(device))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# the step-aware preference model
+
+def preference_loss(winner_scores, loser_scores, pairs_of_prompt):
+    """Of the preference model, all (N,): cross-entropy of the softmax over the two scores. As in the authors'
+    code, a prompt with several pairs counts once: each is weighted by 1 / their number."""
+    weights = 1 / pairs_of_prompt
+    return (-F.logsigmoid(winner_scores - loser_scores) * weights).sum() / weights.sum()
+
+
+@torch.no_grad()
+def as_seen_at(images, t, noise, predict, sampler: Sampler):
+    """What the preference model is trained on: the x_0 (N, *D) that the diffusion model predicts in one step
+    for `images` (N, *D) with noise added. Both sides of a pair get the same t and the same noise, so what
+    differs is what the pictures differ in, as far as it can be seen at t."""
+    alpha_bar = sampler.alpha_bar[t].view(-1, *[1] * (images.ndim - 1))
+    x_t = alpha_bar.sqrt() * images + (1 - alpha_bar).sqrt() * noise
+    return sampler.step(x_t, predict(x_t, t), t)[0]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# the loop
+
+def train(args, task, out: Path, *, collect: Callable = sample_pairs, watch: Callable | None = None) -> int:
+    """Train task.policy in `out`; returns the exit status. A task is an object like `Shapes` or `Pipeline`:
+    networks, sampler, prompts and scorer. collect: another way to make a round's pairs. watch(round): called
+    before each round and after the last."""
+    rank, world = stepdpo.processes()
+    policy, reference, device = task.policy, task.reference, task.device
+    trained = Trained(policy)
+    parameters = [p for _, p in trained.named_parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
+    done, updates = restore(out, trained, optimizer)
+    images = args.prompts_per_round
+    say(f"SPO ({args.loss} loss): {sum(p.numel() for p in parameters):,} parameters on {world} x {device.type}; "
+        f"{args.rounds} rounds of {images} prompts, {args.candidates} candidates a step, {args.batch_size} pairs "
+        f"an update; lr {args.lr:g}, beta {args.beta:g}" + (f"; continuing after round {done - 1}" if done else ""))
+    screen, mine = Screen(args.rounds, done), list(range(rank, images, world))
+    sampling = dict(first_steps=args.first_steps, inner_steps=args.inner_steps)
+    for p in parameters:
+        p.grad = torch.zeros_like(p)                # a process may have no pair of an update
+    with stepdpo.StopSignal() as stop:
+        for round in range(done, args.rounds):
+            if watch is not None:
+                watch(round)
+            begun = time.perf_counter()
+            rows = torch.tensor([prompt_of(args.seed, round * images + i, task.prompts) for i in mine],
+                                device=device)
+
+            # ---- a round of sampling: fresh pairs under the policy as it is now
+            def denoise(x, t):                                      # (k, B, *D) -> (k, B, *D)
+                times = torch.full((x.shape[0] * x.shape[1],), t, device=device)
+                predict = lambda *part: task.predict(policy, *part)
+                return in_parts(predict, args, x.flatten(0, 1), times, rows.repeat(len(x))).view_as(x)
+
+            def score(x_0, t):                                      # (K, B, *D) -> (K, B)
+                scorer = lambda *part: task.score(*part, t)
+                return in_parts(scorer, args, x_0.flatten(0, 1), rows.repeat(len(x_0))).view(x_0.shape[:2])
+
+            noise = draw_noise((args.seed, round), mine, task.shape, device, steps=len(task.sampler.timesteps),
+                               candidates=args.candidates, **sampling)
+            pairs = collect(denoise, score, task.sampler, noise, threshold=args.threshold, **sampling)
+            kept = torch.zeros(len(pairs.t), images, device=device)         # of all processes
+            kept[:, mine] = pairs.kept.to(kept.dtype)
+            found = all_sum(kept).nonzero()                                 # (N, 2): step, trajectory
+            order = torch.randperm(len(found), generator=generator_of(args.seed, round, "order")).to(device)
+            batches = found[order].tensor_split(math.ceil(len(found) / args.batch_size)) if len(found) else []
+
+            # ---- updates: every pair once
+            lr = learning_rate(round, args.rounds, args.lr, args.warmup, args.schedule)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            sums, norms = torch.zeros(len(METRICS), dtype=torch.float64, device=device), []
+            for batch in batches:
+                optimizer.zero_grad(set_to_none=False)
+                own = batch[batch[:, 1] % world == rank]
+                for part in own.split(args.micro_batch_size) if len(own) else ():
+                    losses, metrics = losses_of(args, task, pairs, part[:, 0], part[:, 1] // world, rows)
+                    (losses.sum() / len(batch)).backward()
+                    sums += torch.stack([v.detach().double().sum() for v in (losses, *metrics.values())])
+                for p in parameters:
+                    all_sum(p.grad)
+                norms.append(float(nn.utils.clip_grad_norm_(parameters, args.clip)))
+                if not math.isfinite(norms[-1]):
+                    raise FloatingPointError(f"round {round}: gradient norm {norms[-1]}; the weights were not "
+                                             "touched. Lower --lr or --beta, or use --precision fp32")
+                optimizer.step()
+            updates += len(batches)
+
+            # ---- say it, keep it
+            scores = pairs.scores.double()
+            signalled = torch.tensor(float(stop.number), dtype=torch.float64, device=device)
+            *sums, score_sum, square_sum, number = all_sum(torch.stack(
+                [*sums, scores.sum(), scores.square().sum(), signalled])).tolist()
+            count = pairs.scores[:, :, 0].numel() * images
+            mean = score_sum / count
+            record = {"step": round, "updates": updates, "score": mean,
+                      "score_sd": max(0.0, square_sum / count - mean**2)**0.5, "pairs": len(found),
+                      "kept": len(found) / kept.numel()}
+            record |= {name: total / len(found) if len(found) else None for name, total in zip(METRICS, sums)}
+            record |= {"grad_norm": sum(norms) / len(norms) if norms else None, "lr": lr,
+                       "seconds": time.perf_counter() - begun}
+            if rank == 0:
+                stepdpo.append(out / "metrics.jsonl", record)
+            screen.show(record)
+            if not math.isfinite(mean):
+                raise FloatingPointError(f"round {round}: the preference scores are not numbers ({mean})")
+            due = args.checkpoint_every and (round + 1) % args.checkpoint_every == 0
+            if round + 1 < args.rounds and updates and (number or due):
+                stepdpo.save_checkpoint(out / "checkpoint", round + 1, trained, optimizer, rank)
+            if number and round + 1 < args.rounds:
+                say(f"stopped after round {round}; the same command continues from here")
+                return 128 + (stop.number or signal.SIGTERM)
+    if watch is not None:
+        watch(args.rounds)
+    return 0
+
+
+def losses_of(args, task, pairs: Pairs, at, which, rows):
+    """(losses, metrics), each (n,), of the pairs that steps `at` (n,) of trajectories `which` (n,) left. Where
+    the two sides share x_t, one network call gives the Gaussian of both."""
+    t, x_t, x_prev = pairs.t[at], pairs.x_t[at, which], pairs.x_prev[at, which]     # (n,) (n, S, *D) (n, 2, *D)
+    sides = x_t.shape[1]
+    times, prompts = t.repeat_interleave(sides), rows[which].repeat_interleave(sides)
+
+    def step_logps(network):                                                        # -> (2, n)
+        output = task.predict(network, x_t.flatten(0, 1), times, prompts).view_as(x_t)
+        _, mean, sigma = task.sampler.step(x_t, output, t)
+        mean, sigma = (v.expand(-1, 2, *v.shape[2:]).flatten(0, 1) for v in (mean, sigma))
+        return log_density(x_prev.flatten(0, 1), mean, sigma).view(-1, 2).T
+
+    with torch.no_grad():
+        ref_logps = step_logps(task.reference)
+    policy_logps = step_logps(task.policy)
+    if args.loss == "paper":
+        return paper_loss(*policy_logps, *ref_logps, args.beta)
+    dimensions = x_prev[0, 0].numel()
+    return released_loss(*policy_logps / dimensions, *ref_logps / dimensions, args.beta, args.eps)
+
+
+def in_parts(function, args, *tensors):
+    """function, without gradient, on --micro_batch_size rows of the tensors at a time."""
+    with torch.no_grad():
+        return torch.cat([function(*part) for part in zip(*(t.split(args.micro_batch_size) for t in tensors))])
+
+
+def prompt_of(seed: int, place: int, prompts: int) -> int:
+    """Which of the prompts comes at a place of the endless sequence: they are shuffled anew each time all have
+    had their turn."""
+    turn, at = divmod(place, prompts)
+    return int(torch.randperm(prompts, generator=generator_of(seed, turn, "prompts"))[at])
+
+
+class Trained:
+    """What of a network is trained, for `stepdpo.save_checkpoint`."""
+
+    def __init__(self, network: nn.Module):
+        self.network = network
+
+    def named_parameters(self):
+        return [(name, p) for name, p in self.network.named_parameters() if p.requires_grad]
+
+
+def restore(out: Path, trained: Trained, optimizer) -> tuple[int, int]:
+    """(rounds, updates) that the newest checkpoint holds."""
+    done = stepdpo.load_checkpoint(out / "checkpoint", trained, optimizer)
+    if stepdpo.processes()[0] == 0:
+        stepdpo.keep_lines(out / "metrics.jsonl", done)
+    barrier()
+    if done == 0:
+        return 0, 0
+    with stepdpo.reading(out / "metrics.jsonl"):
+        updates = json.loads((out / "metrics.jsonl").read_text().splitlines()[done - 1])["updates"]
+    for _, p in trained.named_parameters():             # AdamW counts updates, a checkpoint rounds
+        optimizer.state[p]["step"].fill_(updates)
+    return done, updates
+
+
+class Screen:
+    """A line a round in short runs, one every 5 seconds in long ones."""
+    COLUMNS = {"step": ("round", "d"), "updates": ("updates", "d"), "score": ("score", ".4f"), "pairs": ("pairs", "d"),
+               "kept": ("kept", ".1%"), "loss": ("loss", ".4f"), "accuracy": ("accuracy", ".1%"),
+               "margin": ("margin", ".4f"), "clipped": ("clipped", ".1%"), "grad_norm": ("grad norm", ".3g"),
+               "lr": ("lr", ".2e")}
+
+    def __init__(self, total: int, done: int):
+        self.total, self.done, self.begun, self.spoke = total, done, time.perf_counter(), -math.inf
+
+    def show(self, record: dict):
+        now, step = time.perf_counter(), record["step"]
+        if self.total > 30 and step not in (self.done, self.total - 1) and now - self.spoke < 5:
+            return
+        if self.spoke == -math.inf:
+            say("".join(f"{title:>10}" for title, _ in self.COLUMNS.values()) + "  time left")
+        self.spoke = now
+        cells = ["-" if record[name] is None else format(record[name], form)
+                 for name, (_, form) in self.COLUMNS.items()]
+        left = (now - self.begun) / (step + 1 - self.done) * (self.total - step - 1)
+        say("".join(f"{cell:>10}" for cell in cells) + f"  {timedelta(seconds=round(left))}")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# the embedded task: drawn shapes, and a reward that can be measured exactly
+
+SIZE, KINDS = 16, ("disc", "square", "diamond")
+
+
+def draw_shapes(kinds, g: torch.Generator):
+    """One picture for each of `kinds` (N,): (N, 3, 16, 16) in [-1, 1]. A shape stands in one of four quarters,
+    has any hue, and is striped: every other column is darker by a share that is drawn too."""
+    n = len(kinds)
+    quarter = torch.randint(2, (n, 2), generator=g)
+    y, x = (4 + 7 * quarter + 2 * torch.rand(n, 2, generator=g) - 1).T                      # its centre
+    hue, contrast = torch.rand(n, generator=g), torch.rand(n, generator=g)
+    columns = torch.arange(SIZE)
+    dy, dx = (columns - y[:, None]).abs()[:, :, None], (columns - x[:, None]).abs()[:, None]
+    distance = torch.stack([(dx**2 + dy**2).sqrt(), torch.maximum(dx, dy) + 0.4, 0.8 * (dx + dy)], 1)
+    inside = (3.5 - distance[torch.arange(n), kinds]).clamp(0, 1)                           # (N, 16, 16)
+    inside = inside * (1 - contrast[:, None, None] * (columns % 2))
+    rgb = 0.5 + 0.5 * torch.cos(2 * math.pi * (hue[:, None] - torch.arange(3) / 3))         # sums to 1.5
+    return 2 * inside[:, None] * rgb[:, :, None, None] - 1
+
+
+def brightness(pictures):
+    """(N, 3, 16, 16) in [-1, 1] -> (N, 16, 16) from 0."""
+    return ((pictures + 1) / 2).mean(1).clamp(min=0)
+
+
+def layout(pictures):
+    """(N,) in [0, 1]: how high the shape stands; 1 in the upper quarters, 0 in the lower."""
+    light = (brightness(pictures) - 0.05).clamp(min=0)
+    y = (light.sum(2) * torch.arange(SIZE, device=light.device)).sum(1) / (light.sum((1, 2)) + 1e-3)
+    return ((11 - y) / 7).clamp(0, 1)
+
+
+def detail(pictures):
+    """(N,) in [0, 1]: contrast of the stripes, (bright - dark) / (bright + dark) columns."""
+    light = brightness(pictures)
+    bright, dark = light[:, :, 0::2].sum((1, 2)), light[:, :, 1::2].sum((1, 2))
+    return ((bright - dark) / (bright + dark + 1)).clamp(min=0)
+
+
+class Block(nn.Module):
+    """Two convolutions, between them a norm whose scale and shift depend on (t, kind): adaptive, and at first
+    the identity, as in the authors' preference model."""
+
+    def __init__(self, channels: int, out: int, width: int):
+        super().__init__()
+        self.norm_in, self.conv_in = nn.GroupNorm(8, channels), nn.Conv2d(channels, out, 3, padding=1)
+        self.norm_out, self.conv_out = nn.GroupNorm(8, out), nn.Conv2d(out, out, 3, padding=1)
+        self.adapt = nn.Linear(width, 2 * out)
+        self.skip = nn.Conv2d(channels, out, 1) if channels != out else nn.Identity()
+        nn.init.zeros_(self.adapt.weight)
+        nn.init.zeros_(self.adapt.bias)
+
+    def forward(self, x, condition):
+        h = self.conv_in(F.silu(self.norm_in(x)))
+        scale, shift = self.adapt(condition)[:, :, None, None].chunk(2, 1)
+        return self.skip(x) + self.conv_out(F.silu(self.norm_out(h) * (1 + scale) + shift))
+
+
+class Condition(nn.Module):
+    """(t, kind) -> (N, width). blind: t is not told (the control of the experiment)."""
+
+    def __init__(self, width: int, blind: bool = False):
+        super().__init__()
+        self.blind, self.kind = blind, nn.Embedding(len(KINDS), width)
+        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        frequencies = torch.exp(-math.log(1e4) * torch.arange(width // 2) / (width // 2))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, t, kinds):
+        angles = (t * (not self.blind)).float()[:, None] * self.frequencies
+        return F.silu(self.time(torch.cat([angles.cos(), angles.sin()], 1)) + self.kind(kinds))
+
+
+class Denoiser(nn.Module):
+    """(x_t, t, kind) -> the noise in x_t, (N, 3, 16, 16). A small U-Net over squares of 2 x 2 pixels."""
+
+    def __init__(self, channels: int = 48, width: int = 64):
+        super().__init__()
+        self.condition, self.inner = Condition(width), nn.ModuleList(Block(channels, channels, width) for _ in "ab")
+        self.first, self.down = nn.Conv2d(12, channels, 3, padding=1), Block(channels, channels, width)
+        self.shrink, self.up = nn.Conv2d(channels, channels, 3, 2, 1), Block(2 * channels, channels, width)
+        self.last = nn.Sequential(nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, 12, 3, padding=1))
+
+    def forward(self, x, t, kinds):
+        condition = self.condition(t, kinds)
+        fine = self.down(self.first(F.pixel_unshuffle(x, 2)), condition)            # (N, channels, 8, 8)
+        coarse = self.shrink(fine)                                                  # (N, channels, 4, 4)
+        for block in self.inner:
+            coarse = block(coarse, condition)
+        both = torch.cat([F.interpolate(coarse, scale_factor=2.0), fine], 1)
+        return F.pixel_shuffle(self.last(self.up(both, condition)), 2)
+
+
+class PreferenceModel(nn.Module):
+    """(predicted x_0, t, kind) -> a score, (N,)."""
+
+    def __init__(self, channels: int = 32, width: int = 64, blind: bool = False):
+        super().__init__()
+        self.condition = Condition(width, blind)
+        self.first, self.fine = nn.Conv2d(12, channels, 3, padding=1), Block(channels, channels, width)
+        self.shrink, self.coarse = nn.Conv2d(channels, channels, 3, 2, 1), Block(channels, channels, width)
+        self.last = nn.Linear(16 * channels, 1)
+
+    def forward(self, x_0, t, kinds):
+        condition = self.condition(t, kinds)
+        fine = self.fine(self.first(F.pixel_unshuffle(x_0, 2)), condition)
+        return self.last(self.coarse(self.shrink(fine), condition).flatten(1)).squeeze(1)
+
+
+def alpha_bars(device=None):
+    """(1000,): Stable Diffusion's noise schedule, `scaled_linear`, which the embedded task uses too."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float32)**2
+    return (1 - betas).cumprod(0).to(device)
+
+
+def evenly(steps: int, eta: float = 1.0, device=None) -> Sampler:
+    """`steps` timesteps of 1000, as Stable Diffusion takes them: 951, 901, ..., 1 for 20."""
+    timesteps = [1 + i * (1000 // steps) for i in reversed(range(steps))]
+    return Sampler(alpha_bars(device), timesteps, eta)
+
+
+TASTE = 0.1     # of the drawn judge: P(a is preferred to b) = sigmoid((reward a - reward b) / TASTE)
+
+
+def fit(network: nn.Module, loss: Callable, updates: int, peak: float, what: str) -> nn.Module:
+    """Train from scratch: loss(update) gives a scalar."""
+    optimizer = torch.optim.AdamW(network.parameters(), lr=peak, weight_decay=0.0)
+    begun = time.perf_counter()
+    for update in range(updates):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(update, updates, peak, 0.05, "cosine")
+        value = loss(update)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        if update % max(1, updates // 5) == 0 or update == updates - 1:
+            print(f"{what}: update {update:>5} of {updates}, loss {value.item():.4f}, "
+                  f"{time.perf_counter() - begun:.0f} s", flush=True)
+    return network.requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Size:
+    base: int = 1500            # updates of the diffusion model
+    preference: int = 500       # updates of the preference model
+    batch: int = 64             # pictures an update, and pairs
+
+
+class Shapes:
+    """The embedded task. Networks are made in `folder`, each written whole, or found there."""
+    prompts, shape = len(KINDS), (3, SIZE, SIZE)
+
+    def __init__(self, folder: Path, seed: int, *, size: Size = Size(), steps: int = 20, eta: float = 1.0,
+                 device=torch.device("cpu"), blind: bool = False):
+        self.device, self.sampler, self.size, self.seed = device, evenly(steps, eta, device), size, seed
+        self.reference = self.made(folder / "base.safetensors", Denoiser, self.denoising_loss,
+                                   size.base, 3e-3, "diffusion model")
+        name, make = ("blind", lambda: PreferenceModel(blind=True)) if blind else ("preference", PreferenceModel)
+        self.scorer = self.made(folder / f"{name}.safetensors", make, self.preference_loss,
+                                size.preference, 2e-3, f"{name} model")
+        self.policy = copy.deepcopy(self.reference).requires_grad_(True)
+
+    def made(self, path: Path, make: Callable, loss: Callable, updates: int, peak: float, what: str) -> nn.Module:
+        if stepdpo.processes()[0] == 0 and not path.exists():
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                network = make().to(self.device)
+            fit(network, lambda update: loss(network, generator_of(self.seed, what, update)), updates, peak, what)
+            with written(path) as aside:
+                save_file(network.state_dict(), aside)
+        barrier()
+        network = make().to(self.device)
+        with stepdpo.reading(path):
+            network.load_state_dict(load_file(path, device=str(self.device)))
+        return network.requires_grad_(False)
+
+    def pictures(self, g: torch.Generator):
+        kinds = torch.randint(len(KINDS), (self.size.batch,), generator=g)
+        return draw_shapes(kinds, g).to(self.device), kinds.to(self.device)
+
+    def noising(self, g: torch.Generator):
+        t = torch.randint(1000, (self.size.batch,), generator=g).to(self.device)
+        return t, torch.randn(self.size.batch, *self.shape, generator=g).to(self.device)
+
+    def denoising_loss(self, network, g: torch.Generator):
+        (pictures, kinds), (t, noise) = self.pictures(g), self.noising(g)
+        alpha_bar = self.sampler.alpha_bar[t].view(-1, 1, 1, 1)
+        return F.mse_loss(network(alpha_bar.sqrt() * pictures + (1 - alpha_bar).sqrt() * noise, t, kinds), noise)
+
+    def preference_loss(self, network, g: torch.Generator):
+        """Two pictures of one kind, a judge with the true reward and an unsteady hand, the same t and noise."""
+        (a, kinds), (t, noise) = self.pictures(g), self.noising(g)
+        b = draw_shapes(kinds.cpu(), g).to(self.device)
+        prefers_a = torch.rand(len(t), generator=g).to(self.device) < ((reward(a) - reward(b)) / TASTE).sigmoid()
+        predict = lambda x_t, t: self.predict(self.reference, x_t, t, kinds)
+        of_a, of_b = (network(as_seen_at(x, t, noise, predict, self.sampler), t, kinds) for x in (a, b))
+        winner, loser = torch.where(prefers_a, of_a, of_b), torch.where(prefers_a, of_b, of_a)
+        return preference_loss(winner, loser, torch.ones_like(winner))
+
+    def predict(self, network, x_t, t, kinds):
+        return network(x_t, t, kinds)
+
+    def score(self, x_0, kinds, t: int):
+        return self.scorer(x_0, torch.full_like(kinds, t), kinds)
+
+    @torch.no_grad()
+    def sample(self, network, count: int, key) -> torch.Tensor:
+        """(count, 3, 16, 16): pictures of all kinds in turn, from noise that depends on the key alone."""
+        steps, kinds = len(self.sampler.timesteps), torch.arange(count, device=self.device) % len(KINDS)
+        noise = draw_noise((key,), list(range(count)), self.shape, self.device, steps=steps, first_steps=steps,
+                           inner_steps=1, candidates=1)
+        x = noise.start
+        for t, z in zip(self.sampler.timesteps, noise.steps):
+            output = network(x, torch.full_like(kinds, t), kinds)
+            _, mean, sigma = self.sampler.step(x, output, t)
+            x = mean + sigma * z[0]
+        return x
+
+    def save(self, out: Path):
+        with written(out / "policy.safetensors") as aside:
+            save_file(self.policy.state_dict(), aside)
+        before, after = (self.sample(network, 192, "sheet") for network in (self.reference, self.policy))
+        contact_sheet(torch.stack([x[:72].view(6, 12, *self.shape) for x in (before, after)]), out / "sheet.png")
+        for name, x in (("before", before), ("after", after)):
+            say(f"{name}: detail {detail(x).mean():.3f}, layout {layout(x).mean():.3f} (192 pictures)")
+        say(f"{out / 'sheet.png'}: before on the left, after on the right, from the same noise")
+
+
+def reward(pictures):
+    return layout(pictures) + detail(pictures)
+
+
+def contact_sheet(pictures, path: Path, zoom: int = 4):
+    """A PNG of pictures (blocks, rows, columns, 3, H, W) in [-1, 1]: the blocks side by side."""
+    pixels = ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
+    pixels = pixels.repeat_interleave(zoom, 4).repeat_interleave(zoom, 5)
+    pixels = F.pad(pixels, (1, 1, 1, 1), value=70)                                  # a line around each
+    blocks = [block.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1) for block in pixels]
+    gap = torch.full((len(blocks[0]), 4 * zoom, 3), 255, dtype=torch.uint8)
+    image = torch.cat([part for block in blocks for part in (gap, block)][1:], 1)   # (height, width, 3)
+    height, width, _ = image.shape
+    lines = b"".join(b"\0" + line.numpy().tobytes() for line in image)             # 0: a line as it stands
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    with written(path) as aside:
+        aside.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+                          + chunk(b"IDAT", zlib.compress(lines, 9)) + chunk(b"IEND", b""))
