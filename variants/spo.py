@@ -43,6 +43,7 @@ import sys
 import time
 import zlib
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -160,7 +161,7 @@ class Noise(NamedTuple):
     """All that is random in a round of sampling."""
     start: torch.Tensor         # (B, *D)
     steps: list[torch.Tensor]   # of each step: (1, B, *D) before the candidates part, (K, B, *D) from there
-    go_on: torch.Tensor         # (comparisons - 1, B): candidates drawn uniformly
+    go_on: torch.Tensor         # (comparisons, B): candidates drawn uniformly
 
 
 class Pairs(NamedTuple):
@@ -240,7 +241,7 @@ def draw_noise(key: tuple, trajectories: list[int], shape: tuple, device, *, ste
         start.append(torch.randn(shape, generator=g))
         sequence.append([torch.randn(1 if i < first_steps else candidates, *shape, generator=g)
                          for i in range(steps)])
-        go_on.append(torch.randint(candidates, (comparisons - 1,), generator=g))
+        go_on.append(torch.randint(candidates, (comparisons,), generator=g))
     return Noise(torch.stack(start).to(device), [torch.stack(z, 1).to(device) for z in zip(*sequence)],
                  torch.stack(go_on, 1).to(device))
 
@@ -542,19 +543,22 @@ class Denoiser(nn.Module):
 
 
 class PreferenceModel(nn.Module):
-    """(predicted x_0, t, kind) -> a score, (N,)."""
+    """(predicted x_0, t, kind) -> a score, (N,): scale * cosine(picture's features at t, kind's features), as
+    in PickScore and CLIP. So a score is bounded, whatever the policy shows it."""
 
     def __init__(self, channels: int = 32, width: int = 64, blind: bool = False):
         super().__init__()
         self.condition = Condition(width, blind)
         self.first, self.fine = nn.Conv2d(12, channels, 3, padding=1), Block(channels, channels, width)
         self.shrink, self.coarse = nn.Conv2d(channels, channels, 3, 2, 1), Block(channels, channels, width)
-        self.last = nn.Linear(16 * channels, 1)
+        self.picture, self.kind = nn.Linear(16 * channels, 32), nn.Embedding(len(KINDS), 32)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
 
     def forward(self, x_0, t, kinds):
         condition = self.condition(t, kinds)
         fine = self.fine(self.first(F.pixel_unshuffle(x_0, 2)), condition)
-        return self.last(self.coarse(self.shrink(fine), condition).flatten(1)).squeeze(1)
+        features = self.picture(self.coarse(self.shrink(fine), condition).flatten(1))
+        return self.log_scale.exp() * F.cosine_similarity(features, self.kind(kinds))
 
 
 def alpha_bars(device=None):
@@ -616,8 +620,7 @@ class Shapes:
                 torch.manual_seed(self.seed)
                 network = make().to(self.device)
             fit(network, lambda update: loss(network, generator_of(self.seed, what, update)), updates, peak, what)
-            with written(path) as aside:
-                save_file(network.state_dict(), aside)
+            save_weights(network, path)
         barrier()
         network = make().to(self.device)
         with stepdpo.reading(path):
@@ -667,8 +670,7 @@ class Shapes:
         return x
 
     def save(self, out: Path):
-        with written(out / "policy.safetensors") as aside:
-            save_file(self.policy.state_dict(), aside)
+        save_weights(self.policy, out / "policy.safetensors")
         before, after = (self.sample(network, 192, "sheet") for network in (self.reference, self.policy))
         contact_sheet(torch.stack([x[:72].view(6, 12, *self.shape) for x in (before, after)]), out / "sheet.png")
         for name, x in (("before", before), ("after", after)):
@@ -676,7 +678,13 @@ class Shapes:
         say(f"{out / 'sheet.png'}: before on the left, after on the right, from the same noise")
 
 
+def save_weights(network: nn.Module, path: Path):
+    with written(path) as aside:
+        save_file(network.state_dict(), aside)
+
+
 def reward(pictures):
+    """(N,): what the drawn judge goes by."""
     return layout(pictures) + detail(pictures)
 
 
@@ -697,3 +705,79 @@ def contact_sheet(pictures, path: Path, zoom: int = 4):
     with written(path) as aside:
         aside.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
                           + chunk(b"IDAT", zlib.compress(lines, 9)) + chunk(b"IEND", b""))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# command line
+
+RELEASED = dict(candidates=4, inner_steps=1, threshold=0.3, lr=6e-5, prompts_per_round=40, batch_size=40,
+                weight_decay=1e-4, rounds=None, lora=4, micro_batch_size=8)
+DEFAULTS = {        # None: see `settle`
+    "shapes": RELEASED | dict(lr=1e-4, prompts_per_round=32, batch_size=64, rounds=40, lora=0,
+                              micro_batch_size=512),
+    "sd": RELEASED,
+    "sdxl": RELEASED | dict(candidates=2, inner_steps=4, threshold=0.4, lr=1e-5, prompts_per_round=8,
+                            batch_size=16, lora=64, micro_batch_size=2)}
+
+
+def arguments() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m variants.spo", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    of = lambda name: " / ".join(f"{defaults[name]:g}" for defaults in DEFAULTS.values())
+    p.epilog = ("Defaults that read a / b / c: embedded task / Stable Diffusion 1.5 / SDXL. After any interruption, "
+                "run the same command again.")
+    add = p.add_argument_group("what").add_argument
+    add("--out", required=True, type=Path, metavar="OUT", help="folder for the result, metrics.jsonl, run.json")
+    add("--seed", type=int, default=0, help="of all noise and of the prompts' order (default 0)")
+    add("--restart", action="store_true", help="begin anew where OUT holds an earlier run")
+
+    add = p.add_argument_group("method").add_argument
+    add("--loss", choices=("released", "paper"), default="released",
+        help="released: mean over dimensions, clipped; paper: sum, not clipped (default released)")
+    add("--beta", type=float, help="default 10; with --loss paper 10 / dimensions, which weighs a step alike")
+    add("--eps", type=float, default=0.1, help="released loss: half width of the clip (default 0.1)")
+    add("--threshold", type=float, help="least difference of the softmax of best and worst score (default "
+        f"{of('threshold')}; with --loss paper 0: only ties are left out)")
+    add("--candidates", type=int, metavar="K", help=f"drawn from each x_t (default {of('candidates')})")
+    add("--steps", type=int, default=20, help="of the sampler (default 20)")
+    add("--first_steps", type=int, default=4, help="of them without candidates (default 4: t <= 750 is trained)")
+    add("--inner_steps", type=int, metavar="J",
+        help=f"steps that one comparison judges: each candidate goes on alone (default {of('inner_steps')})")
+    add("--eta", type=float, default=1.0, help="share of DDPM's noise in a step (default 1)")
+
+    add = p.add_argument_group("optimisation").add_argument
+    add("--rounds", type=int, help="of sampling (default 40; with --pipeline 10 passes over the prompts)")
+    add("--prompts_per_round", type=int, metavar="B",
+        help=f"trajectories a round, over all processes (default {of('prompts_per_round')})")
+    add("--batch_size", type=int, help=f"pairs an update, over all processes (default {of('batch_size')})")
+    add("--lr", type=float, help=f"of AdamW (default {of('lr')})")
+    add("--warmup", type=float, default=0.0, help="share of the rounds in which lr rises (default 0)")
+    add("--schedule", choices=("linear", "cosine", "constant"), default="constant", help="default constant")
+    add("--weight_decay", type=float, help="default 1e-4")
+    add("--clip", type=float, default=1.0, help="largest gradient norm (default 1)")
+
+    add = p.add_argument_group("size and bookkeeping").add_argument
+    add("--micro_batch_size", type=int,
+        help=f"most pictures in one network call of a process (default {of('micro_batch_size')})")
+    add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    add("--checkpoint_every", type=int, default=10, metavar="ROUNDS", help="default 10; 0: never")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return p
+
+
+def settle(args, kind, shape, prompts):
+    """Fill in what depends on the task."""
+    if args.loss == "paper":
+        args.threshold = 0.0 if args.threshold is None else args.threshold
+    if args.beta is None:
+        args.beta = 10.0 / math.prod(shape) if args.loss == "paper" else 10.0
+    for name, value in DEFAULTS[kind].items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    if args.rounds is None:
+        args.rounds = math.ceil(10 * prompts / args.prompts_per_round)
+
+
+def main(argv=None) -> int:
+    args = arguments().parse_args(argv)
+    return 0
