@@ -55,7 +55,8 @@ from safetensors.torch import load_file, save_file
 
 import stepdpo
 from data import DataError, run_command
-from model import CheckpointError, choose_device, fingerprint, join_processes, leave_processes, locked, written
+from model import (CheckpointError, choose_device, fingerprint, join_processes, leave_processes, locked, read_json,
+                   sync, writing, written)
 from stepdpo import all_sum, barrier, dpo_loss, learning_rate, say
 
 
@@ -708,13 +709,161 @@ def contact_sheet(pictures, path: Path, zoom: int = 4):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# appendix: real pipelines
+
+KINDS_OF_PIPELINE = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+def optional(name: str):
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise DataError(f"--pipeline needs the package {name}, which is not installed: pip install {name}") from None
+
+
+def kind_of(folder: Path) -> tuple[str, tuple[int, int, int]]:
+    """(sd or sdxl, the shape of its latents) of a folder in the layout of diffusers."""
+    found = read_json(folder / "model_index.json").get("_class_name")
+    if found not in KINDS_OF_PIPELINE:
+        raise DataError(f"{folder / 'model_index.json'}: _class_name {found!r}; SPO here trains "
+                        f"{' and '.join(KINDS_OF_PIPELINE)}")
+    config = read_json(folder / "unet" / "config.json")
+    if config.get("in_channels") != config.get("out_channels"):
+        raise DataError(f"{folder / 'unet' / 'config.json'}: in_channels {config.get('in_channels')}, out_channels "
+                        f"{config.get('out_channels')}: not a network from text alone (inpainting?)")
+    return KINDS_OF_PIPELINE[found], (config["in_channels"], config["sample_size"], config["sample_size"])
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt a line."""
+    try:
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--prompts {path}: {error}; expected a UTF-8 text file, one prompt a line") from None
+    if not prompts:
+        raise DataError(f"--prompts {path}: holds no prompt; expected one a line")
+    return prompts
+
+
+def load_scorer(name: str) -> tuple[Callable, str]:
+    """(the function that MODULE:FUNCTION names, a hash of its module's source)."""
+    module, _, function = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = importlib.import_module(module)
+        return getattr(found, function), hashlib.sha256(Path(found.__file__).read_bytes()).hexdigest()
+    except (ImportError, AttributeError, ValueError) as error:
+        raise DataError(f"--scorer {name}: {error}; expected a MODULE:FUNCTION that can be imported from here") from None
+    finally:
+        sys.path.pop(0)
+
+
+class Pipeline:
+    """The UNet of a Stable Diffusion 1.5 or SDXL pipeline, trained whole or by LoRA on its attention. Text
+    encoders and VAE stay as they are.
+
+    Policy and reference both predict with classifier-free guidance, in sampling and in training alike: the
+    density that is trained is that of the sampler that will be used. The scorer sees pictures:
+    scorer(pictures (n, 3, H, W) fp32 in [0, 1], prompts (a list of n), t (an int)) -> (n,), with the scale of
+    its logits already in (for PickScore about 100 * cosine)."""
+
+    def __init__(self, args, shape: tuple, prompts: list[str], scorer: Callable, device: torch.device):
+        diffusers = optional("diffusers")
+        self.args, self.shape, self.texts, self.scorer, self.device = args, shape, prompts, scorer, device
+        self.prompts, self.encoded = len(prompts), {}
+        try:                                            # safetensors only: a pickle would be executed
+            pipe = diffusers.DiffusionPipeline.from_pretrained(args.pipeline, use_safetensors=True,
+                                                               local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{args.pipeline}: {str(error).splitlines()[0]}; expected a folder as diffusers' "
+                                  "save_pretrained writes it, with safetensors") from None
+        config = pipe.scheduler.config
+        if config.get("clip_sample") or config.get("thresholding"):
+            raise DataError(f"{args.pipeline / 'scheduler'}: clips the predicted x_0, which a latent does not want; "
+                            "set clip_sample and thresholding to false in scheduler_config.json")
+        scheduler = diffusers.DDIMScheduler.from_config(config, clip_sample=False)
+        scheduler.set_timesteps(args.steps)
+        self.sampler = Sampler(scheduler.alphas_cumprod.to(device), scheduler.timesteps.tolist(), args.eta,
+                               scheduler.config.prediction_type)
+        self.pipe, self.wide = pipe, "text_encoder_2" in pipe.components
+        for name in ("vae", "unet", "text_encoder", *["text_encoder_2"] * self.wide):
+            getattr(pipe, name).to(device, torch.float32).requires_grad_(False).eval()
+        self.policy, self.reference = pipe.unet, copy.deepcopy(pipe.unet)
+        if args.lora:
+            peft = optional("peft")
+            with torch.random.fork_rng(devices=[]):     # rank r, B = 0: at first the adapter changes nothing
+                torch.manual_seed(args.seed)
+                self.policy.add_adapter(peft.LoraConfig(r=args.lora, lora_alpha=args.lora, target_modules=ATTENTION,
+                                                        init_lora_weights="gaussian"))
+            self.policy.to(device)
+        else:
+            self.policy.requires_grad_(True)
+        if args.gradient_checkpointing:
+            self.policy.enable_gradient_checkpointing()
+
+    @torch.no_grad()
+    def conditions(self, rows) -> list[torch.Tensor]:
+        """What the UNet gets of prompts `rows` (n,), empty prompts first: hidden states (2n, L, C), and in
+        SDXL pooled ones (2n, C')."""
+        for row in set(rows.tolist()) - self.encoded.keys():
+            if len(self.encoded) >= 256:
+                self.encoded.clear()
+            found = self.pipe.encode_prompt(self.texts[row], device=self.device, num_images_per_prompt=1,
+                                            do_classifier_free_guidance=True)
+            self.encoded[row] = found                   # text, empty; in SDXL also pooled text, pooled empty
+        parts = [torch.cat(part) for part in zip(*(self.encoded[row] for row in rows.tolist()))]
+        return [torch.cat([empty, text]) for text, empty in zip(parts[::2], parts[1::2])]
+
+    def predict(self, network, x_t, t, rows):
+        """The network's guided output, (n, *D) fp32."""
+        hidden, *pooled = self.conditions(rows)
+        more = {}
+        if self.wide:                                   # original size, crop at 0, target size
+            pixels = [side * self.pipe.vae_scale_factor for side in self.shape[1:]]
+            times = torch.tensor([[*pixels, 0, 0, *pixels]], device=self.device, dtype=torch.float32)
+            more = {"added_cond_kwargs": {"text_embeds": pooled[0], "time_ids": times.expand(2 * len(x_t), -1)}}
+        with stepdpo.autocast(self.args.precision, self.device):
+            both = network(torch.cat([x_t, x_t]), torch.cat([t, t]), encoder_hidden_states=hidden, **more).sample
+        empty, text = both.float().chunk(2)
+        return empty + self.args.guidance * (text - empty)
+
+    @torch.no_grad()
+    def score(self, x_0, rows, t: int):
+        """Decoded in fp32: SDXL's VAE overflows in half precision."""
+        pictures = self.pipe.vae.decode(x_0 / self.pipe.vae.config.scaling_factor).sample
+        scores = self.scorer((pictures / 2 + 0.5).clamp(0, 1), [self.texts[row] for row in rows.tolist()], t)
+        if not isinstance(scores, torch.Tensor) or scores.shape != (len(x_0),):
+            raise DataError(f"--scorer {self.args.scorer} returned {getattr(scores, 'shape', type(scores).__name__)} "
+                            f"for {len(x_0)} pictures; expected a tensor of so many scores")
+        return scores.to(self.device, torch.float32)
+
+    def save(self, out: Path):
+        """OUT/lora for pipeline.load_lora_weights, or OUT/pipeline for DiffusionPipeline.from_pretrained."""
+        aside, final = out / "writing", out / ("lora" if self.args.lora else "pipeline")
+        shutil.rmtree(aside, ignore_errors=True)
+        with writing(final):
+            if self.args.lora:
+                convert = importlib.import_module("diffusers.utils").convert_state_dict_to_diffusers
+                weights = convert(optional("peft").get_peft_model_state_dict(self.policy))
+                self.pipe.save_lora_weights(aside, unet_lora_layers=weights)
+            else:
+                self.pipe.save_pretrained(aside, safe_serialization=True)
+            for path in aside.rglob("*.*"):
+                if path.is_file():
+                    sync(path)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(aside, final)
+        say(f"saved {final}")
+
+
+# ----------------------------------------------------------------------------------------------------------
 # command line
 
 RELEASED = dict(candidates=4, inner_steps=1, threshold=0.3, lr=6e-5, prompts_per_round=40, batch_size=40,
-                weight_decay=1e-4, rounds=None, lora=4, micro_batch_size=8)
-DEFAULTS = {        # None: see `settle`
-    "shapes": RELEASED | dict(lr=1e-4, prompts_per_round=32, batch_size=64, rounds=40, lora=0,
-                              micro_batch_size=512),
+                weight_decay=1e-4, micro_batch_size=8, lora=4, guidance=5.0, gradient_checkpointing=False)
+DEFAULTS = {
+    "shapes": RELEASED | dict(lr=1e-5, prompts_per_round=32, batch_size=64, micro_batch_size=512),
     "sd": RELEASED,
     "sdxl": RELEASED | dict(candidates=2, inner_steps=4, threshold=0.4, lr=1e-5, prompts_per_round=8,
                             batch_size=16, lora=64, micro_batch_size=2)}
@@ -731,6 +880,20 @@ def arguments() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of all noise and of the prompts' order (default 0)")
     add("--restart", action="store_true", help="begin anew where OUT holds an earlier run")
 
+    add = p.add_argument_group("real pipelines").add_argument
+    add("--pipeline", type=Path, metavar="FOLDER",
+        help="Stable Diffusion 1.5 or SDXL in the layout of diffusers (default: the embedded task)")
+    add("--prompts", type=Path, metavar="FILE", help="to train on, one a line")
+    add("--scorer", metavar="MODULE:FUNCTION",
+        help="preference model: (pictures (n, 3, H, W) in [0, 1], prompts, t) -> (n,) scores on the scale of logits")
+    add("--lora", type=int, metavar="RANK",
+        help="train adapters on the attention of this rank; 0 trains all weights (default 4 / 64)")
+    add("--guidance", type=float, help="scale of classifier-free guidance, in sampling and training (default 5)")
+    add("--precision", choices=("fp32", "bf16"),
+        help="of the UNet's arithmetic; trained weights are fp32 (default bf16 on CUDA, fp32 on CPU)")
+    add("--gradient_checkpointing", action="store_true", default=None,
+        help="recompute activations in the backward pass: more time, far less memory")
+
     add = p.add_argument_group("method").add_argument
     add("--loss", choices=("released", "paper"), default="released",
         help="released: mean over dimensions, clipped; paper: sum, not clipped (default released)")
@@ -746,7 +909,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--eta", type=float, default=1.0, help="share of DDPM's noise in a step (default 1)")
 
     add = p.add_argument_group("optimisation").add_argument
-    add("--rounds", type=int, help="of sampling (default 40; with --pipeline 10 passes over the prompts)")
+    add("--rounds", type=int, help="of sampling (default 20; with --pipeline 10 passes over the prompts)")
     add("--prompts_per_round", type=int, metavar="B",
         help=f"trajectories a round, over all processes (default {of('prompts_per_round')})")
     add("--batch_size", type=int, help=f"pairs an update, over all processes (default {of('batch_size')})")
@@ -765,19 +928,94 @@ def arguments() -> argparse.ArgumentParser:
     return p
 
 
-def settle(args, kind, shape, prompts):
-    """Fill in what depends on the task."""
+def settle(args, kind: str, shape: tuple, prompts: int):
+    """Fill in what depends on the task. DataError where a number cannot be meant."""
+    of_pipelines = ("prompts", "scorer", "lora", "guidance", "precision", "gradient_checkpointing")
+    for name in of_pipelines if kind == "shapes" else ():
+        if getattr(args, name) is not None:
+            raise DataError(f"--{name}: is of real pipelines; give --pipeline too, or leave it out")
     if args.loss == "paper":
         args.threshold = 0.0 if args.threshold is None else args.threshold
     if args.beta is None:
         args.beta = 10.0 / math.prod(shape) if args.loss == "paper" else 10.0
     for name, value in DEFAULTS[kind].items():
-        if getattr(args, name, None) is None:
+        if getattr(args, name) is None:
             setattr(args, name, value)
     if args.rounds is None:
-        args.rounds = math.ceil(10 * prompts / args.prompts_per_round)
+        args.rounds = 20 if kind == "shapes" else math.ceil(10 * prompts / args.prompts_per_round)
+    for name in ("beta", "lr", "clip", "rounds", "prompts_per_round", "batch_size", "micro_batch_size",
+                 "inner_steps"):
+        if not getattr(args, name) > 0:
+            raise DataError(f"--{name} is {getattr(args, name)}: expected a number above 0")
+    for name in ("seed", "lora", "weight_decay", "checkpoint_every"):
+        if not getattr(args, name) >= 0:
+            raise DataError(f"--{name} is {getattr(args, name)}: expected 0 or more")
+    for name, low, high in (("eta", 0, 1), ("eps", 0, 1)):
+        if not low < getattr(args, name) <= high:
+            raise DataError(f"--{name} is {getattr(args, name)}: expected a number above {low}, at most {high}"
+                            + ("; without noise a step has no density" if name == "eta" else ""))
+    if not (0 <= args.warmup <= 1 and 0 <= args.threshold < 1):
+        raise DataError(f"--warmup is {args.warmup}, --threshold {args.threshold}: expected shares from 0 to 1")
+    if args.candidates < 2:
+        raise DataError(f"--candidates is {args.candidates}: a pair needs 2")
+    if not 0 <= args.first_steps < args.steps <= 500:
+        raise DataError(f"--first_steps {args.first_steps} of --steps {args.steps}: expected 0 or more, and fewer "
+                        "than the steps, of which there are 500 at most")
+
+
+# What does not decide a run's numbers. (Of files the content is compared, not the name.)
+HARMLESS = ("out", "device", "pipeline", "prompts", "micro_batch_size", "checkpoint_every", "restart", "debug",
+            "gradient_checkpointing")
+
+
+def run(args) -> int:
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        args.restart = False                # torchrun --max-restarts started us again: go on
+    device, (rank, world) = choose_device(args.device), join_processes()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    kind, shape, content = "shapes", Shapes.shape, None
+    if args.pipeline is not None:
+        if args.prompts is None or args.scorer is None:
+            raise DataError("--pipeline needs --prompts FILE and --scorer MODULE:FUNCTION")
+        (kind, shape), prompts = kind_of(args.pipeline), read_prompts(args.prompts)
+        scorer, source = load_scorer(args.scorer)
+        if args.precision is None:
+            args.precision = "bf16" if device.type == "cuda" else "fp32"
+        parts = sorted(path for path in args.pipeline.iterdir() if path.is_dir())
+        content = {"pipeline": {part.name: fingerprint(part) for part in parts}, "prompts": prompts, "source": source}
+    settle(args, kind, shape, len(prompts) if content else Shapes.prompts)
+    if args.prompts_per_round < world:
+        raise DataError(f"--prompts_per_round {args.prompts_per_round}: each of {world} processes needs one")
+    stepdpo.check_out(args.out, argparse.Namespace(model=args.pipeline, reference=None))
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    identity = {name: value for name, value in vars(args).items() if name not in HARMLESS} | {"content": digest}
+    with locked(args.out):
+        stepdpo.same_everywhere("pipeline, prompts and settings", identity, device)
+        complete = torch.tensor(float(rank == 0 and stepdpo.prepare_out(args.out, args, identity)), device=device)
+        if all_sum(complete):
+            say(f"{args.out}: this run is complete; --restart would begin it anew")
+            return 0
+        if content:
+            task = Pipeline(args, shape, prompts, scorer, device)
+        else:
+            if rank == 0 and args.restart:
+                shutil.rmtree(args.out / "networks", ignore_errors=True)
+            task = Shapes(args.out / "networks", args.seed, steps=args.steps, eta=args.eta, device=device)
+        status = train(args, task, args.out)
+        if status == 0 and rank == 0:
+            task.save(args.out)
+            record = json.loads((args.out / "run.json").read_text())
+            stepdpo.write_json(args.out / "run.json", {**record, "finished": True})
+            shutil.rmtree(args.out / "checkpoint", ignore_errors=True)
+        barrier()
+        return status
 
 
 def main(argv=None) -> int:
     args = arguments().parse_args(argv)
-    return 0
+    return run_command(lambda: run(args), args.debug)
+
+
+if __name__ == "__main__":
+    sys.exit(leave_processes(main()))
