@@ -3,25 +3,25 @@
     L = -log sigmoid( beta [ log p/ref (x_w | x_t, c) - log p/ref (x_l | x_t, c) ] )              Eq. 4-5
 
 Step-DPO's idea for images: x_w and x_l are two candidates for x_{t-1}, drawn from one and the same x_t, so a
-pair says what this one denoising step did well or badly, not what the whole picture is like. p is the Gaussian
+pair says what this one denoising step did well or badly, not what the whole picture is like. p is the density
 of one step of stochastic DDIM, ref the network before training, c the prompt. A round of training:
 
- 1. The sampler's first steps as usual. Then, at every step, K candidates from the shared x_t (`sample_pairs`).
+ 1. The sampler's first steps as usual. Then, at every step, K candidates from a shared x_t (`sample_pairs`).
  2. A preference model that knows t scores each candidate's predicted x_0: the one that the NEXT network call
     gives, with that call's timestep (`choose_pair`: best against worst).
  3. Go on from a candidate drawn uniformly, so that the next x_t is a fair sample of the policy.
  4. Updates on the pairs, each used once; then a fresh round under the new policy.
 
-Two losses, by name. `paper`: as above; the log-density is a SUM over the dimensions of a latent, and no pair is
-left out. `released`: what the authors' code computes; the MEAN over dimensions, each side's ratio clipped to
-1 +- eps, pairs kept where the softmax of the two scores differs by more than a threshold. A beta of 10 there
-weighs a step like 10 / dimensions in `paper`. The loss begins at log 2 = 0.693, and with the mean it stays near
-there for long (three users took that for a fault): watch `score`, the preference score of fresh samples.
+Two losses, by name. `paper`: as above; the log-density is a SUM over the dimensions of a latent, and no pair
+is left out. `released`: what the authors' code computes; the MEAN over dimensions, each side's ratio clipped
+to 1 +- eps, pairs kept where the softmax of the two scores differs by more than a threshold. A beta of 10
+there weighs a step like 10 / dimensions in `paper`. The loss begins at log 2 = 0.693, and with the mean it
+stays near there for long (users took that for a fault): watch `score`, the preference score of fresh samples.
 
 What is whose, and how sure. The loss, K, best against worst, uniform continuation: the paper's text. Clip,
 threshold, mean, beta 10, learning rates: the released code, run; with --pipeline they are the defaults. The
-embedded task, its networks and its settings are ours: drawn shapes of 16 x 16 pixels, whose reward has a layout
-part (how high the shape stands) and a detail part (the contrast of its stripes), both measured exactly.
+embedded task, its networks and its settings are ours: drawn shapes of 16 x 16 pixels, whose reward has a
+layout part (how high the shape stands) and a detail part (the contrast of its stripes), measured exactly.
 
     python -m variants.spo --out OUT                                     embedded, minutes on one CPU core
     python -m variants.spo --out OUT --pipeline FOLDER --prompts prompts.txt --scorer my_scorer:score
@@ -55,8 +55,8 @@ from safetensors.torch import load_file, save_file
 
 import stepdpo
 from data import DataError, run_command
-from model import (CheckpointError, choose_device, fingerprint, join_processes, leave_processes, locked, read_json,
-                   sync, writing, written)
+from model import (CheckpointError, choose_device, fingerprint, join_processes, leave_processes, locked,
+                   read_json, sync, writing, written)
 from stepdpo import all_sum, barrier, dpo_loss, learning_rate, say
 
 
@@ -129,11 +129,11 @@ def released_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, 
     ranked wrong beyond the band costs 2.13 and teaches nothing: watch `clipped`, the share of such sides."""
     chosen_ratio = (policy_chosen_logps - ref_chosen_logps).exp()
     rejected_ratio = (policy_rejected_logps - ref_rejected_logps).exp()
-    outside = [((ratio < 1 - eps) | (ratio > 1 + eps)).to(ratio.dtype) for ratio in (chosen_ratio, rejected_ratio)]
+    clipped = sum(((ratio - 1).abs() > eps).to(ratio.dtype) / 2 for ratio in (chosen_ratio, rejected_ratio))
     chosen_rewards = beta * chosen_ratio.clamp(1 - eps, 1 + eps).log()
     rejected_rewards = beta * rejected_ratio.clamp(1 - eps, 1 + eps).log()
     losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
-    return losses, metrics_of(chosen_rewards, rejected_rewards, sum(outside) / 2)
+    return losses, metrics_of(chosen_rewards, rejected_rewards, clipped)
 
 
 def metrics_of(chosen_rewards, rejected_rewards, clipped):
@@ -183,8 +183,8 @@ def uniform(drawn, win, lose):
 @torch.no_grad()
 def sample_pairs(denoise: Callable, score: Callable, sampler: Sampler, noise: Noise, *, first_steps: int,
                  inner_steps: int = 1, threshold: float = 0.0, go_on: Callable = uniform) -> Pairs:
-    """One round of sampling. denoise(x (k, B, *D), t) gives the network's output, score(x_0 (K, B, *D), t) the
-    preference scores (K, B). Candidates part after `first_steps`, and are compared every `inner_steps`.
+    """One round of sampling. denoise(x (k, B, *D), t) gives the network's output, score(x_0 (K, B, *D), t)
+    the preference scores (K, B). Candidates part after `first_steps`, and are compared every `inner_steps`.
 
         steps            i = 0 .. first_steps - 1 |  first_steps  ...
         x_t, shape (k, B, *D)         k = 1       |  k = 1, + noise (K, B, *D)  ->  K candidates
@@ -197,9 +197,9 @@ def sample_pairs(denoise: Callable, score: Callable, sampler: Sampler, noise: No
         win, lose, kept = choose_pair(scores, threshold)
         all_scores.append(scores)
         for at, before, after in path:                              # the steps since the last comparison
-            shared = inner_steps == 1
-            sides = [pick(before, win)] if shared else [pick(before, win), pick(before, lose)]
-            done.append((at, torch.stack(sides, 1), torch.stack([pick(after, win), pick(after, lose)], 1), kept))
+            sides = [win] if inner_steps == 1 else [win, lose]      # x_t is shared, or each has its own
+            x_t = torch.stack([pick(before, side) for side in sides], 1)
+            done.append((at, x_t, torch.stack([pick(after, win), pick(after, lose)], 1), kept))
         path.clear()
         return win, lose
 
@@ -210,7 +210,7 @@ def sample_pairs(denoise: Callable, score: Callable, sampler: Sampler, noise: No
             chosen = go_on(noise.go_on[len(all_scores) - 1], win, lose)
             x, output = pick(x, chosen)[None], pick(output, chosen)[None]
         _, mean, sigma = sampler.step(x, output, t)
-        following = mean + sigma * noise.steps[i]                   # (1, B, *D) + (K, B, *D): from a shared x_t
+        following = mean + sigma * noise.steps[i]                   # (1, B, *D) + (K, B, *D): candidates
         if i >= first_steps:
             path.append((t, x.expand_as(following), following))
         x = following
@@ -231,7 +231,7 @@ def generator_of(*key) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
-def draw_noise(key: tuple, trajectories: list[int], shape: tuple, device, *, steps: int, first_steps: int,
+def draw_noise(key: tuple, trajectories, shape: tuple, device, *, steps: int, first_steps: int,
                inner_steps: int, candidates: int) -> Noise:
     """A trajectory's noise is a function of (key, its number in the round): however many processes share the
     round, they draw the same."""
@@ -281,9 +281,10 @@ def train(args, task, out: Path, *, collect: Callable = sample_pairs, watch: Cal
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
     done, updates = restore(out, trained, optimizer)
     images = args.prompts_per_round
-    say(f"SPO ({args.loss} loss): {sum(p.numel() for p in parameters):,} parameters on {world} x {device.type}; "
-        f"{args.rounds} rounds of {images} prompts, {args.candidates} candidates a step, {args.batch_size} pairs "
-        f"an update; lr {args.lr:g}, beta {args.beta:g}" + (f"; continuing after round {done - 1}" if done else ""))
+    count = sum(p.numel() for p in parameters)
+    say(f"SPO ({args.loss} loss): {count:,} trained parameters on {world} x {device.type}; "
+        f"{args.rounds} rounds of {images} prompts, {args.candidates} candidates a step, {args.batch_size} pairs an update; "
+        f"lr {args.lr:g}, beta {args.beta:g}" + (f"; continuing after round {done - 1}" if done else ""))
     screen, mine = Screen(args.rounds, done), list(range(rank, images, world))
     sampling = dict(first_steps=args.first_steps, inner_steps=args.inner_steps)
     for p in parameters:
@@ -306,7 +307,7 @@ def train(args, task, out: Path, *, collect: Callable = sample_pairs, watch: Cal
                 scorer = lambda *part: task.score(*part, t)
                 return in_parts(scorer, args, x_0.flatten(0, 1), rows.repeat(len(x_0))).view(x_0.shape[:2])
 
-            noise = draw_noise((args.seed, round), mine, task.shape, device, steps=len(task.sampler.timesteps),
+            noise = draw_noise((args.seed, round), mine, task.shape, device, steps=args.steps,
                                candidates=args.candidates, **sampling)
             pairs = collect(denoise, score, task.sampler, noise, threshold=args.threshold, **sampling)
             kept = torch.zeros(len(pairs.t), images, device=device)         # of all processes
@@ -331,8 +332,8 @@ def train(args, task, out: Path, *, collect: Callable = sample_pairs, watch: Cal
                     all_sum(p.grad)
                 norms.append(float(nn.utils.clip_grad_norm_(parameters, args.clip)))
                 if not math.isfinite(norms[-1]):
-                    raise FloatingPointError(f"round {round}: gradient norm {norms[-1]}; the weights were not "
-                                             "touched. Lower --lr or --beta, or use --precision fp32")
+                    raise FloatingPointError(f"round {round}: gradient norm {norms[-1]}; this update was not "
+                                             "made. Lower --lr or --beta, or use --precision fp32")
                 optimizer.step()
             updates += len(batches)
 
@@ -366,9 +367,10 @@ def train(args, task, out: Path, *, collect: Callable = sample_pairs, watch: Cal
 
 
 def losses_of(args, task, pairs: Pairs, at, which, rows):
-    """(losses, metrics), each (n,), of the pairs that steps `at` (n,) of trajectories `which` (n,) left. Where
-    the two sides share x_t, one network call gives the Gaussian of both."""
-    t, x_t, x_prev = pairs.t[at], pairs.x_t[at, which], pairs.x_prev[at, which]     # (n,) (n, S, *D) (n, 2, *D)
+    """(losses, metrics), each (n,), of the pairs that steps `at` (n,) of trajectories `which` (n,) left.
+    Where the two sides share x_t, one network call gives the mean and sigma of both."""
+    t = pairs.t[at]                                                                 # (n,)
+    x_t, x_prev = pairs.x_t[at, which], pairs.x_prev[at, which]                     # (n, S, *D), (n, 2, *D)
     sides = x_t.shape[1]
     times, prompts = t.repeat_interleave(sides), rows[which].repeat_interleave(sides)
 
@@ -389,13 +391,14 @@ def losses_of(args, task, pairs: Pairs, at, which, rows):
 
 def in_parts(function, args, *tensors):
     """function, without gradient, on --micro_batch_size rows of the tensors at a time."""
+    parts = zip(*(t.split(args.micro_batch_size) for t in tensors))
     with torch.no_grad():
-        return torch.cat([function(*part) for part in zip(*(t.split(args.micro_batch_size) for t in tensors))])
+        return torch.cat([function(*part) for part in parts])
 
 
 def prompt_of(seed: int, place: int, prompts: int) -> int:
-    """Which of the prompts comes at a place of the endless sequence: they are shuffled anew each time all have
-    had their turn."""
+    """Which of the prompts comes at a place of the endless sequence: they are shuffled anew each time all
+    have had their turn."""
     turn, at = divmod(place, prompts)
     return int(torch.randperm(prompts, generator=generator_of(seed, turn, "prompts"))[at])
 
@@ -427,10 +430,10 @@ def restore(out: Path, trained: Trained, optimizer) -> tuple[int, int]:
 
 class Screen:
     """A line a round in short runs, one every 5 seconds in long ones."""
-    COLUMNS = {"step": ("round", "d"), "updates": ("updates", "d"), "score": ("score", ".4f"), "pairs": ("pairs", "d"),
-               "kept": ("kept", ".1%"), "loss": ("loss", ".4f"), "accuracy": ("accuracy", ".1%"),
-               "margin": ("margin", ".4f"), "clipped": ("clipped", ".1%"), "grad_norm": ("grad norm", ".3g"),
-               "lr": ("lr", ".2e")}
+    COLUMNS = {"step": ("round", "d"), "updates": ("updates", "d"), "score": ("score", ".4f"),
+               "pairs": ("pairs", "d"), "kept": ("kept", ".1%"), "loss": ("loss", ".4f"),
+               "accuracy": ("accuracy", ".1%"), "margin": ("margin", ".4f"), "clipped": ("clipped", ".1%"),
+               "grad_norm": ("grad norm", ".3g"), "lr": ("lr", ".2e")}
 
     def __init__(self, total: int, done: int):
         self.total, self.done, self.begun, self.spoke = total, done, time.perf_counter(), -math.inf
@@ -455,8 +458,8 @@ SIZE, KINDS = 16, ("disc", "square", "diamond")
 
 
 def draw_shapes(kinds, g: torch.Generator):
-    """One picture for each of `kinds` (N,): (N, 3, 16, 16) in [-1, 1]. A shape stands in one of four quarters,
-    has any hue, and is striped: every other column is darker by a share that is drawn too."""
+    """One picture for each of `kinds` (N,): (N, 3, 16, 16) in [-1, 1]. A shape stands in one of four
+    quarters, has any hue, and is striped: every other column is darker by a share that is drawn too."""
     n = len(kinds)
     quarter = torch.randint(2, (n, 2), generator=g)
     y, x = (4 + 7 * quarter + 2 * torch.rand(n, 2, generator=g) - 1).T                      # its centre
@@ -528,7 +531,8 @@ class Denoiser(nn.Module):
 
     def __init__(self, channels: int = 48, width: int = 64):
         super().__init__()
-        self.condition, self.inner = Condition(width), nn.ModuleList(Block(channels, channels, width) for _ in "ab")
+        self.condition = Condition(width)
+        self.inner = nn.ModuleList([Block(channels, channels, width), Block(channels, channels, width)])
         self.first, self.down = nn.Conv2d(12, channels, 3, padding=1), Block(channels, channels, width)
         self.shrink, self.up = nn.Conv2d(channels, channels, 3, 2, 1), Block(2 * channels, channels, width)
         self.last = nn.Sequential(nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, 12, 3, padding=1))
@@ -596,8 +600,8 @@ def fit(network: nn.Module, loss: Callable, updates: int, peak: float, what: str
 
 @dataclass(frozen=True)
 class Size:
-    base: int = 1500            # updates of the diffusion model
-    preference: int = 500       # updates of the preference model
+    base: int = 1200            # updates of the diffusion model
+    preference: int = 300       # updates of the preference model
     batch: int = 64             # pictures an update, and pairs
 
 
@@ -610,17 +614,19 @@ class Shapes:
         self.device, self.sampler, self.size, self.seed = device, evenly(steps, eta, device), size, seed
         self.reference = self.made(folder / "base.safetensors", Denoiser, self.denoising_loss,
                                    size.base, 3e-3, "diffusion model")
-        name, make = ("blind", lambda: PreferenceModel(blind=True)) if blind else ("preference", PreferenceModel)
-        self.scorer = self.made(folder / f"{name}.safetensors", make, self.preference_loss,
-                                size.preference, 2e-3, f"{name} model")
+        name = "blind" if blind else "preference"
+        self.scorer = self.made(folder / f"{name}.safetensors", lambda: PreferenceModel(blind=blind),
+                                self.preference_loss, size.preference, 2e-3, f"{name} model")
         self.policy = copy.deepcopy(self.reference).requires_grad_(True)
 
-    def made(self, path: Path, make: Callable, loss: Callable, updates: int, peak: float, what: str) -> nn.Module:
+    def made(self, path: Path, make: Callable, loss: Callable, updates: int, peak: float, what: str):
+        """The network in `path`, which process 0 first trains where there is none."""
         if stepdpo.processes()[0] == 0 and not path.exists():
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed)
                 network = make().to(self.device)
-            fit(network, lambda update: loss(network, generator_of(self.seed, what, update)), updates, peak, what)
+            of_update = lambda update: loss(network, generator_of(self.seed, what, update))
+            fit(network, of_update, updates, peak, what)
             save_weights(network, path)
         barrier()
         network = make().to(self.device)
@@ -639,13 +645,15 @@ class Shapes:
     def denoising_loss(self, network, g: torch.Generator):
         (pictures, kinds), (t, noise) = self.pictures(g), self.noising(g)
         alpha_bar = self.sampler.alpha_bar[t].view(-1, 1, 1, 1)
-        return F.mse_loss(network(alpha_bar.sqrt() * pictures + (1 - alpha_bar).sqrt() * noise, t, kinds), noise)
+        x_t = alpha_bar.sqrt() * pictures + (1 - alpha_bar).sqrt() * noise
+        return F.mse_loss(network(x_t, t, kinds), noise)
 
     def preference_loss(self, network, g: torch.Generator):
-        """Two pictures of one kind, a judge with the true reward and an unsteady hand, the same t and noise."""
+        """Two pictures of one kind, the same t and noise; the judge knows the true reward, but errs."""
         (a, kinds), (t, noise) = self.pictures(g), self.noising(g)
         b = draw_shapes(kinds.cpu(), g).to(self.device)
-        prefers_a = torch.rand(len(t), generator=g).to(self.device) < ((reward(a) - reward(b)) / TASTE).sigmoid()
+        p = ((reward(a) - reward(b)) / TASTE).sigmoid()
+        prefers_a = torch.rand(len(t), generator=g).to(self.device) < p
         predict = lambda x_t, t: self.predict(self.reference, x_t, t, kinds)
         of_a, of_b = (network(as_seen_at(x, t, noise, predict, self.sampler), t, kinds) for x in (a, b))
         winner, loser = torch.where(prefers_a, of_a, of_b), torch.where(prefers_a, of_b, of_a)
@@ -661,7 +669,7 @@ class Shapes:
     def sample(self, network, count: int, key) -> torch.Tensor:
         """(count, 3, 16, 16): pictures of all kinds in turn, from noise that depends on the key alone."""
         steps, kinds = len(self.sampler.timesteps), torch.arange(count, device=self.device) % len(KINDS)
-        noise = draw_noise((key,), list(range(count)), self.shape, self.device, steps=steps, first_steps=steps,
+        noise = draw_noise((key,), range(count), self.shape, self.device, steps=steps, first_steps=steps,
                            inner_steps=1, candidates=1)
         x = noise.start
         for t, z in zip(self.sampler.timesteps, noise.steps):
@@ -673,7 +681,8 @@ class Shapes:
     def save(self, out: Path):
         save_weights(self.policy, out / "policy.safetensors")
         before, after = (self.sample(network, 192, "sheet") for network in (self.reference, self.policy))
-        contact_sheet(torch.stack([x[:72].view(6, 12, *self.shape) for x in (before, after)]), out / "sheet.png")
+        blocks = [x[:72].view(6, 12, *self.shape) for x in (before, after)]
+        contact_sheet(torch.stack(blocks), out / "sheet.png")
         for name, x in (("before", before), ("after", after)):
             say(f"{name}: detail {detail(x).mean():.3f}, layout {layout(x).mean():.3f} (192 pictures)")
         say(f"{out / 'sheet.png'}: before on the left, after on the right, from the same noise")
@@ -701,10 +710,12 @@ def contact_sheet(pictures, path: Path, zoom: int = 4):
     lines = b"".join(b"\0" + line.numpy().tobytes() for line in image)             # 0: a line as it stands
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        check = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
 
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)                  # 8 bits, RGB
     with written(path) as aside:
-        aside.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        aside.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
                           + chunk(b"IDAT", zlib.compress(lines, 9)) + chunk(b"IEND", b""))
 
 
@@ -719,7 +730,7 @@ def optional(name: str):
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise DataError(f"--pipeline needs the package {name}, which is not installed: pip install {name}") from None
+        raise DataError(f"--pipeline needs the package {name}: pip install {name}") from None
 
 
 def kind_of(folder: Path) -> tuple[str, tuple[int, int, int]]:
@@ -730,8 +741,8 @@ def kind_of(folder: Path) -> tuple[str, tuple[int, int, int]]:
                         f"{' and '.join(KINDS_OF_PIPELINE)}")
     config = read_json(folder / "unet" / "config.json")
     if config.get("in_channels") != config.get("out_channels"):
-        raise DataError(f"{folder / 'unet' / 'config.json'}: in_channels {config.get('in_channels')}, out_channels "
-                        f"{config.get('out_channels')}: not a network from text alone (inpainting?)")
+        raise DataError(f"{folder / 'unet' / 'config.json'}: in_channels {config.get('in_channels')} and "
+                        f"out_channels {config.get('out_channels')}; expected the same (text to image)")
     return KINDS_OF_PIPELINE[found], (config["in_channels"], config["sample_size"], config["sample_size"])
 
 
@@ -754,7 +765,8 @@ def load_scorer(name: str) -> tuple[Callable, str]:
         found = importlib.import_module(module)
         return getattr(found, function), hashlib.sha256(Path(found.__file__).read_bytes()).hexdigest()
     except (ImportError, AttributeError, ValueError) as error:
-        raise DataError(f"--scorer {name}: {error}; expected a MODULE:FUNCTION that can be imported from here") from None
+        raise DataError(f"--scorer {name}: {error}; expected a MODULE:FUNCTION that can be imported from "
+                        "here") from None
     finally:
         sys.path.pop(0)
 
@@ -776,12 +788,12 @@ class Pipeline:
             pipe = diffusers.DiffusionPipeline.from_pretrained(args.pipeline, use_safetensors=True,
                                                                local_files_only=True)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{args.pipeline}: {str(error).splitlines()[0]}; expected a folder as diffusers' "
-                                  "save_pretrained writes it, with safetensors") from None
+            raise CheckpointError(f"{args.pipeline}: {str(error).splitlines()[0]}; expected a folder as "
+                                  "diffusers' save_pretrained writes it, with safetensors") from None
         config = pipe.scheduler.config
         if config.get("clip_sample") or config.get("thresholding"):
-            raise DataError(f"{args.pipeline / 'scheduler'}: clips the predicted x_0, which a latent does not want; "
-                            "set clip_sample and thresholding to false in scheduler_config.json")
+            raise DataError(f"{args.pipeline}/scheduler/scheduler_config.json: clips the predicted x_0, which "
+                            "is wrong for latents; set clip_sample and thresholding to false")
         scheduler = diffusers.DDIMScheduler.from_config(config, clip_sample=False)
         scheduler.set_timesteps(args.steps)
         self.sampler = Sampler(scheduler.alphas_cumprod.to(device), scheduler.timesteps.tolist(), args.eta,
@@ -794,8 +806,8 @@ class Pipeline:
             peft = optional("peft")
             with torch.random.fork_rng(devices=[]):     # rank r, B = 0: at first the adapter changes nothing
                 torch.manual_seed(args.seed)
-                self.policy.add_adapter(peft.LoraConfig(r=args.lora, lora_alpha=args.lora, target_modules=ATTENTION,
-                                                        init_lora_weights="gaussian"))
+                self.policy.add_adapter(peft.LoraConfig(
+                    r=args.lora, lora_alpha=args.lora, target_modules=ATTENTION, init_lora_weights="gaussian"))
             self.policy.to(device)
         else:
             self.policy.requires_grad_(True)
@@ -821,10 +833,11 @@ class Pipeline:
         more = {}
         if self.wide:                                   # original size, crop at 0, target size
             pixels = [side * self.pipe.vae_scale_factor for side in self.shape[1:]]
-            times = torch.tensor([[*pixels, 0, 0, *pixels]], device=self.device, dtype=torch.float32)
-            more = {"added_cond_kwargs": {"text_embeds": pooled[0], "time_ids": times.expand(2 * len(x_t), -1)}}
+            sizes = torch.tensor([[*pixels, 0, 0, *pixels]], device=self.device, dtype=torch.float32)
+            sizes = sizes.expand(2 * len(x_t), -1)
+            more = {"added_cond_kwargs": {"text_embeds": pooled[0], "time_ids": sizes}}
         with stepdpo.autocast(self.args.precision, self.device):
-            both = network(torch.cat([x_t, x_t]), torch.cat([t, t]), encoder_hidden_states=hidden, **more).sample
+            both = network(torch.cat([x_t, x_t]), torch.cat([t, t]), hidden, **more).sample
         empty, text = both.float().chunk(2)
         return empty + self.args.guidance * (text - empty)
 
@@ -834,8 +847,9 @@ class Pipeline:
         pictures = self.pipe.vae.decode(x_0 / self.pipe.vae.config.scaling_factor).sample
         scores = self.scorer((pictures / 2 + 0.5).clamp(0, 1), [self.texts[row] for row in rows.tolist()], t)
         if not isinstance(scores, torch.Tensor) or scores.shape != (len(x_0),):
-            raise DataError(f"--scorer {self.args.scorer} returned {getattr(scores, 'shape', type(scores).__name__)} "
-                            f"for {len(x_0)} pictures; expected a tensor of so many scores")
+            found = getattr(scores, "shape", type(scores).__name__)
+            raise DataError(f"--scorer {self.args.scorer} returned {found} for {len(x_0)} pictures; expected "
+                            "a tensor of so many scores")
         return scores.to(self.device, torch.float32)
 
     def save(self, out: Path):
@@ -873,10 +887,11 @@ def arguments() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m variants.spo", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     of = lambda name: " / ".join(f"{defaults[name]:g}" for defaults in DEFAULTS.values())
-    p.epilog = ("Defaults that read a / b / c: embedded task / Stable Diffusion 1.5 / SDXL. After any interruption, "
-                "run the same command again.")
+    p.epilog = ("Defaults that read a / b / c: embedded task / Stable Diffusion 1.5 / SDXL. After any "
+                "interruption, run the same command again.")
     add = p.add_argument_group("what").add_argument
-    add("--out", required=True, type=Path, metavar="OUT", help="folder for the result, metrics.jsonl, run.json")
+    add("--out", required=True, type=Path, metavar="OUT",
+        help="folder for the result, metrics.jsonl and run.json")
     add("--seed", type=int, default=0, help="of all noise and of the prompts' order (default 0)")
     add("--restart", action="store_true", help="begin anew where OUT holds an earlier run")
 
@@ -885,10 +900,11 @@ def arguments() -> argparse.ArgumentParser:
         help="Stable Diffusion 1.5 or SDXL in the layout of diffusers (default: the embedded task)")
     add("--prompts", type=Path, metavar="FILE", help="to train on, one a line")
     add("--scorer", metavar="MODULE:FUNCTION",
-        help="preference model: (pictures (n, 3, H, W) in [0, 1], prompts, t) -> (n,) scores on the scale of logits")
+        help="preference model: (pictures (n, 3, H, W) in [0, 1], prompts, t) -> (n,) scores, as logits")
     add("--lora", type=int, metavar="RANK",
         help="train adapters on the attention of this rank; 0 trains all weights (default 4 / 64)")
-    add("--guidance", type=float, help="scale of classifier-free guidance, in sampling and training (default 5)")
+    add("--guidance", type=float,
+        help="scale of classifier-free guidance, in sampling and training (default 5)")
     add("--precision", choices=("fp32", "bf16"),
         help="of the UNet's arithmetic; trained weights are fp32 (default bf16 on CUDA, fp32 on CPU)")
     add("--gradient_checkpointing", action="store_true", default=None,
@@ -903,7 +919,8 @@ def arguments() -> argparse.ArgumentParser:
         f"{of('threshold')}; with --loss paper 0: only ties are left out)")
     add("--candidates", type=int, metavar="K", help=f"drawn from each x_t (default {of('candidates')})")
     add("--steps", type=int, default=20, help="of the sampler (default 20)")
-    add("--first_steps", type=int, default=4, help="of them without candidates (default 4: t <= 750 is trained)")
+    add("--first_steps", type=int, default=4,
+        help="of them without candidates, nor trained (default 4 of 20: t <= 751 is trained)")
     add("--inner_steps", type=int, metavar="J",
         help=f"steps that one comparison judges: each candidate goes on alone (default {of('inner_steps')})")
     add("--eta", type=float, default=1.0, help="share of DDPM's noise in a step (default 1)")
@@ -952,20 +969,19 @@ def settle(args, kind: str, shape: tuple, prompts: int):
             raise DataError(f"--{name} is {getattr(args, name)}: expected 0 or more")
     for name, low, high in (("eta", 0, 1), ("eps", 0, 1)):
         if not low < getattr(args, name) <= high:
-            raise DataError(f"--{name} is {getattr(args, name)}: expected a number above {low}, at most {high}"
-                            + ("; without noise a step has no density" if name == "eta" else ""))
+            raise DataError(f"--{name} is {getattr(args, name)}: expected above {low} and at most {high}")
     if not (0 <= args.warmup <= 1 and 0 <= args.threshold < 1):
-        raise DataError(f"--warmup is {args.warmup}, --threshold {args.threshold}: expected shares from 0 to 1")
+        raise DataError(f"--warmup is {args.warmup}, --threshold {args.threshold}: expected shares, 0 to 1")
     if args.candidates < 2:
         raise DataError(f"--candidates is {args.candidates}: a pair needs 2")
     if not 0 <= args.first_steps < args.steps <= 500:
-        raise DataError(f"--first_steps {args.first_steps} of --steps {args.steps}: expected 0 or more, and fewer "
-                        "than the steps, of which there are 500 at most")
+        raise DataError(f"--first_steps {args.first_steps} of --steps {args.steps}: expected 0 or more, and "
+                        "fewer than the steps; of these 500 at most")
 
 
 # What does not decide a run's numbers. (Of files the content is compared, not the name.)
-HARMLESS = ("out", "device", "pipeline", "prompts", "micro_batch_size", "checkpoint_every", "restart", "debug",
-            "gradient_checkpointing")
+HARMLESS = ("out", "device", "pipeline", "prompts", "micro_batch_size", "checkpoint_every", "restart",
+            "debug", "gradient_checkpointing")
 
 
 def run(args) -> int:
@@ -983,17 +999,19 @@ def run(args) -> int:
         if args.precision is None:
             args.precision = "bf16" if device.type == "cuda" else "fp32"
         parts = sorted(path for path in args.pipeline.iterdir() if path.is_dir())
-        content = {"pipeline": {part.name: fingerprint(part) for part in parts}, "prompts": prompts, "source": source}
+        content = {"pipeline": {part.name: fingerprint(part) for part in parts}, "prompts": prompts,
+                   "scorer": source}
     settle(args, kind, shape, len(prompts) if content else Shapes.prompts)
     if args.prompts_per_round < world:
         raise DataError(f"--prompts_per_round {args.prompts_per_round}: each of {world} processes needs one")
     stepdpo.check_out(args.out, argparse.Namespace(model=args.pipeline, reference=None))
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    identity = {name: value for name, value in vars(args).items() if name not in HARMLESS} | {"content": digest}
+    settings = {name: value for name, value in vars(args).items() if name not in HARMLESS}
+    identity = settings | {"content": digest}
     with locked(args.out):
         stepdpo.same_everywhere("pipeline, prompts and settings", identity, device)
-        complete = torch.tensor(float(rank == 0 and stepdpo.prepare_out(args.out, args, identity)), device=device)
-        if all_sum(complete):
+        complete = rank == 0 and stepdpo.prepare_out(args.out, args, identity)
+        if all_sum(torch.tensor(float(complete), device=device)):
             say(f"{args.out}: this run is complete; --restart would begin it anew")
             return 0
         if content:

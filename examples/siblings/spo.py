@@ -3,10 +3,10 @@ judge that does it?
 
     python -m examples.siblings --method spo --out DIR --seeds 0,1,2,3,4
 
-One seed: a small diffusion model and two preference models, one that knows the timestep and one that does not,
-are trained from scratch (variants/spo.py, "the embedded task"). All arms start from the same diffusion model and
-take the same number of rounds, pairs and updates, the same sampler, and (but for the control) the same
-preference model. What is reported is the true reward, which no arm has seen, on fresh noise.
+One seed: a small diffusion model and two preference models, one that knows the timestep and one that does
+not, are trained from scratch (variants/spo.py, "the embedded task"). All arms start from the same diffusion
+model and take the same number of rounds, pairs and updates, the same sampler, and (but for the control) the
+same preference model. What is reported is the true reward, which no arm has seen, on fresh noise.
 
 Settings were chosen on seeds 100 and 101; --dev draws the noise that pictures are scored on from another
 stream. """
@@ -35,7 +35,7 @@ class Plan:
     pairs: int = 256                # of each round, drawn from all that it gave
     batch: int = 64                 # pairs an update
     lr: float = 1e-5
-    pictures: int = 256             # that an arm is scored on
+    pictures: int = 192             # that an arm is scored on
     curve: tuple = (0, 2, 4, 8, 16) # rounds after which an arm is scored
     trajectories: int = 64          # for the two claims about labels
     completions: int = 3            # of each side of a pair
@@ -48,15 +48,15 @@ ARMS = {
     "base": Arm("before training", "Where all others start from."),
     "spo": Arm("SPO", "The paper's: pairs from a shared x_t, judged at t; goes on from a candidate drawn "
                "uniformly.", ("base", "trajectory")),
-    "trajectory": Arm("trajectory labels", "Diffusion-DPO's labels: best and worst of four whole trajectories, "
-                      "each step gets the label of the final picture.", ("base",)),
-    "trajectory_3": Arm("trajectory labels, 3 x lr", "The same with three times the learning rate: in case SPO's "
-                        "suits it badly.", ("base",)),
-    "winner": Arm("SPO, goes on from the winner", "The paper's ablation; there the worst (3.963 against 5.887).",
-                  ("spo",)),
+    "trajectory": Arm("trajectory labels", "Diffusion-DPO's labels: best and worst of four whole "
+                      "trajectories, each step gets the label of the final picture.", ("base",)),
+    "trajectory_3": Arm("trajectory labels, 3 x lr", "The same with three times the learning rate: in case "
+                        "SPO's suits it badly.", ("base",)),
+    "winner": Arm("SPO, goes on from the winner", "The paper's ablation; there the worst (3.963 against "
+                  "5.887).", ("spo",)),
     "loser": Arm("SPO, goes on from the loser", "The paper's ablation; there in between (5.338).", ("spo",)),
-    "blind": Arm("SPO, judge without t", "Control: a preference model trained alike that is not told t. As good "
-                 "as SPO would mean that being step-aware is not what helps.", ("spo",)),
+    "blind": Arm("SPO, judge without t", "Control: a preference model trained alike that is not told t. As "
+                 "good as SPO would mean that being step-aware is not what helps.", ("spo",)),
     "random": Arm("SPO, random labels", "Control: SPO's own pairs, a coin says which side won. Any gain here "
                   "would not come from preferences.", ("base",)),
 }
@@ -85,8 +85,8 @@ class Collect:
         g = spo.generator_of(self.seed, self.round, "experiment")
         if self.arm == "random":
             coin = torch.randint(2, pairs.kept.shape, generator=g).bool()
-            swapped = pairs.x_prev.flip(2)
-            pairs = pairs._replace(x_prev=torch.where(coin.view(*coin.shape, 1, 1, 1, 1), swapped, pairs.x_prev))
+            coin = coin.view(*coin.shape, 1, 1, 1, 1)
+            pairs = pairs._replace(x_prev=torch.where(coin, pairs.x_prev.flip(2), pairs.x_prev))
         order = torch.rand(pairs.kept.shape, generator=g) * pairs.kept          # those not kept: 0, the last
         least = order.flatten().sort(descending=True).values[self.plan.pairs - 1]
         return pairs._replace(kept=pairs.kept & (order >= least))
@@ -125,9 +125,10 @@ def train_arm(arm: str, tasks: dict, folder: Path, plan: Plan, seed: int, key: s
     curve = out / "eval.jsonl"
     if not (out / "policy.safetensors").exists():
         stepdpo.keep_lines(curve, 10**9)                    # a kill may have cut the last line
+        lr = plan.lr * (3 if arm == "trajectory_3" else 1)
         args = spo.arguments().parse_args(
             ["--out", str(out), "--seed", str(seed), "--threshold", "0", "--rounds", str(plan.rounds),
-             "--prompts_per_round", str(plan.prompts), "--batch_size", str(plan.batch), "--lr", str(plan.lr * (3 if arm == "trajectory_3" else 1))])
+             "--prompts_per_round", str(plan.prompts), "--batch_size", str(plan.batch), "--lr", str(lr)])
         spo.settle(args, "shapes", task.shape, task.prompts)
         collect = Collect(arm, task, plan, seed)
 
@@ -164,8 +165,9 @@ def measure(task: spo.Shapes, network, count: int, key: str) -> dict:
                            first_steps=len(steps), inner_steps=1, candidates=1)
     x, kl = noise.start, 0
     for t, z in zip(steps, noise.steps):
-        (_, mean, sigma), (_, ref_mean, _) = (task.sampler.step(x, net(x, torch.full_like(kinds, t), kinds), t)
-                                              for net in (network, task.reference))
+        times = torch.full_like(kinds, t)
+        _, mean, sigma = task.sampler.step(x, network(x, times, kinds), t)
+        _, ref_mean, _ = task.sampler.step(x, task.reference(x, times, kinds), t)
         kl = kl + ((mean - ref_mean)**2 / (2 * sigma**2)).flatten(1).sum(1)
         x = mean + sigma * z[0]
     shares = quarter_of(x).bincount(minlength=4) / count
@@ -208,8 +210,8 @@ def about_labels(tasks: dict, plan: Plan, seed: int, key: str) -> dict:
                                rows.repeat(len(x))).view_as(x)
     how = dict(first_steps=4, inner_steps=1)
     steps = task.sampler.timesteps
-    noise = spo.draw_noise((seed, key, "labels"), range(plan.trajectories), task.shape, task.device, steps=len(steps),
-                           candidates=4, **how)
+    noise = spo.draw_noise((seed, key, "labels"), range(plan.trajectories), task.shape, task.device,
+                           steps=len(steps), candidates=4, **how)
     ends = [spo.draw_noise((seed, key, "completion", i), range(plan.trajectories), task.shape, task.device,
                            steps=len(steps), candidates=1, first_steps=len(steps), inner_steps=1)
             for i in range(plan.completions)]
@@ -258,7 +260,8 @@ def about_labels(tasks: dict, plan: Plan, seed: int, key: str) -> dict:
 
 def run_seed(folder: Path, plan: Plan, seed: int, key: str) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
-    settings = json.loads(json.dumps({"plan": {**vars(plan), "networks": vars(plan.networks)}, "scored_on": key}))
+    sizes = {**vars(plan), "networks": vars(plan.networks)}
+    settings = json.loads(json.dumps({"plan": sizes, "scored_on": key}))
     kept = folder / "settings.json"
     if kept.exists() and json.loads(kept.read_text()) != settings:
         raise data.DataError(f"{folder}: holds an experiment with other settings (--quick, --dev, or another "
@@ -305,7 +308,8 @@ def table(runs: list[dict]) -> tuple[dict, str]:
                 comparisons.append(test)
                 half = test["half_interval_over_seeds"]
                 half = f" +- {half:.3f}" if half is not None else ""
-                said.append(f"{key} {test['difference']:+.3f}{half}{'' if test['holds'] else ' (within noise)'}")
+                verdict = "" if test["holds"] else " (within noise)"
+                said.append(f"{key} {test['difference']:+.3f}{half}{verdict}")
             lines.append(f"    against {ARMS[other].title}: {', '.join(said)}")
     return {"arms": summary, "comparisons": comparisons}, "\n".join(lines)
 
@@ -324,8 +328,8 @@ def curves(runs: list[dict], plan: Plan) -> str:
 
 
 def at_equal_kl(runs: list[dict]) -> str:
-    """Whether SPO is merely further away: its detail where its curve has the KL that trajectory labels end with.
-    (Between two points the curve is taken as straight.)"""
+    """Whether SPO is merely further away: its detail where its curve has the KL that trajectory labels end
+    with. (Between two points the curve is taken as straight.)"""
     lines = []
     for arm in ("trajectory", "trajectory_3"):
         gains = []
@@ -334,9 +338,12 @@ def at_equal_kl(runs: list[dict]) -> str:
             for before, after in zip(curve, curve[1:]):
                 if before["kl"] <= other["kl"] <= after["kl"]:
                     share = (other["kl"] - before["kl"]) / (after["kl"] - before["kl"])
-                    gains.append(before["detail"] + share * (after["detail"] - before["detail"]) - other["detail"])
+                    there = before["detail"] + share * (after["detail"] - before["detail"])
+                    gains.append(there - other["detail"])
                     break
-        said = f"{interval(gains, '+.3f')} ({len(gains)} of {len(runs)} seeds)" if gains else "the curves do not meet"
+        said = "the curves do not meet"
+        if gains:
+            said = f"{interval(gains, '+.3f')} ({len(gains)} of {len(runs)} seeds)"
         lines.append(f"detail of SPO at the KL where {ARMS[arm].title} end, against them: {said}")
     return "\n".join(lines)
 
@@ -355,10 +362,10 @@ def labels_table(runs: list[dict]) -> str:
         lines.append(f"{at[m]:>5}" + "".join(f"{cell:>18}" for cell in cells) + f"{order:>20}")
     apart = interval([run["two trajectories"]["moved"] for run in both], ".2f")
     return "\n".join(lines) + f"""
-moved: from one side's shape to the other's, once both are completed with the same noise; two whole trajectories
-are {apart} pixels apart. label right: the side that the judge prefers at t has the higher true reward at the end
-({len(both)} seeds; chance is 0.5). two trajectories: their order at t, by the judge, is that of their final
-true reward: what trajectory labels take for granted."""
+moved: from one side's shape to the other's, once both are completed with the same noise; two whole
+trajectories are {apart} pixels apart. label right: the side that the judge prefers at t has the higher true
+reward at the end, on average over completions; chance is 0.5. two trajectories: their order at t, by the
+judge, is that of their final true reward, which trajectory labels take for granted."""
 
 
 def run(args) -> int:
@@ -367,16 +374,16 @@ def run(args) -> int:
     plan, begun, key = QUICK if args.quick else Plan(), time.perf_counter(), "dev" if args.dev else "test"
     root = args.out / "spo"
     runs = [run_seed(root / f"seed{seed}", plan, seed, key) for seed in args.seeds]
-    seconds = time.perf_counter() - begun
+    seconds, seeds = time.perf_counter() - begun, ", ".join(map(str, args.seeds))
     summary, text = table(runs)
     extra = {"curves": curves(runs, plan), "equal_kl": at_equal_kl(runs), "labels": labels_table(runs)}
     print(f"""
-spo: {plan.pictures} pictures an arm from fresh {key} noise, true reward; seeds {', '.join(map(str, args.seeds))};
-{plan.rounds} rounds, {plan.pairs} pairs and {math.ceil(plan.pairs / plan.batch)} updates a round in every arm.
+spo: {plan.pictures} pictures an arm from fresh {key} noise, true reward; seeds {seeds}; {plan.rounds} rounds,
+{plan.pairs} pairs and {math.ceil(plan.pairs / plan.batch)} updates a round in every arm.
 Mean over the seeds +- half of the 95 % t interval.
 
-detail: contrast of the stripes, 0 to 1. layout: how high the shape stands, 0 to 1. quarters: effective number of
-quarters in use, at most 4. hues: spread of the colours, 0 to 1. KL: from the model before training, nats a
+detail: contrast of the stripes, 0 to 1. layout: how high the shape stands, 0 to 1. quarters: effective number
+of quarters in use, at most 4. hues: spread of the colours, 0 to 1. KL: from the model before training, nats a
 picture.
 
 {text}
