@@ -60,9 +60,9 @@ if __name__ == "__main__":      # python -P does not search a script's own folde
 
 import data
 from data import Batch, DataError, Example
-from model import (CheckpointError, Config, Llama, Tree, choose_device, fingerprint, join_processes,
-                   keep_freed_memory, leave_processes, locked, own_rows, read_json, resolve, sync, whole,
-                   writing, written)
+from model import (LORA_LAYERS, CheckpointError, Config, Llama, Tree, base_of, choose_device, fingerprint,
+                   home_of, join_processes, keep_freed_memory, leave_processes, locked, own_rows, read_json,
+                   resolve, sync, whole, writing, written)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -305,6 +305,7 @@ class Run:
     args: argparse.Namespace
     objective: object                       # a function like `preference_objective`
     order: object                           # see `main`; None for the shuffled order
+    before_update: object                   # see `main`; None in most methods
     out: Path
     rank: int
     world: int
@@ -316,6 +317,10 @@ class Run:
     reference: list[torch.Tensor] | None = None             # of each example, (tokens,); None without one
     held_out_reference: list[torch.Tensor] | None = None
 
+    def score(self, examples: list[Example]) -> torch.Tensor:
+        """(n, K) log-probs under the policy as it is now; all processes call it together."""
+        return score(self.policy, examples, precision=self.args.precision, what="policy", **self.how)
+
     @property
     def how(self) -> dict:
         """How a pass over examples is cut, for `score_tokens` and `data.epoch_plan`."""
@@ -323,8 +328,9 @@ class Run:
                 "micro_batch_tokens": self.args.micro_batch_tokens}
 
 
-def train(args, objective, encode, order) -> int:
-    """Train `args.model` on `args.data` (see `main`); returns the exit status.
+def train(args, objective, encode=data.encode_dataset, order=None, before_update=None) -> int:
+    """Train `args.model` on `args.data` (see `main`); returns the exit status. A variant of several stages
+    calls it for each, with a copy of the arguments that `parser` gave and `settle` has completed.
 
     The loss is the mean over the global batch of pairs (of answer tokens in SFT), however the batch is cut
     into micro-batches and processes."""
@@ -337,7 +343,7 @@ def train(args, objective, encode, order) -> int:
     out = Path(args.out)
     check_out(out, args)
     with locked(out):
-        run = open_run(args, objective, encode, order, out, rank, world, device)
+        run = open_run(args, objective, encode, order, before_update, out, rank, world, device)
         if run is None:
             say(f"{out}: this run is complete; --restart would begin it anew")
             return 0
@@ -353,7 +359,7 @@ def loop(run: Run) -> int:
     learner = run.policy.train()
     if replicated:
         learner = nn.parallel.DistributedDataParallel(learner, gradient_as_bucket_view=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), eps=1e-8,
+    optimizer = torch.optim.AdamW(trained(model).values(), lr=args.lr, betas=(0.9, 0.999), eps=1e-8,
                                   weight_decay=0.0, fused=True)
     done = load_checkpoint(out / "checkpoint", model, optimizer)
     per_epoch = math.ceil(len(run.examples) / args.batch_size)
@@ -375,6 +381,8 @@ def loop(run: Run) -> int:
             units = sum(run.examples[row].units for row in rows)            # the mean's denominator
             passes = equal_passes(batch_of_step, rank)
             begun = time.perf_counter()
+            if run.before_update is not None:
+                run.before_update([run.examples[row] for row in rows], run.score)
 
             # ---- one update
             lr = learning_rate(step, total, args.lr, args.warmup, args.schedule)
@@ -412,6 +420,11 @@ def loop(run: Run) -> int:
         evaluate(run, total)
     close_run(run)
     return 0
+
+
+def trained(model: Llama) -> dict[str, nn.Parameter]:
+    """What the optimizer holds, by name: every parameter, or with --lora the adapter's."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def forward(policy, run: Run, reference: list | None, rows: list[int], batch: Batch):
@@ -475,6 +488,8 @@ def evaluate(run: Run, step: int):
     """Held-out loss, margin and preference accuracy (Fig. 2 of the paper) after `step` updates: a line of
     eval.jsonl."""
     run.policy.eval()
+    if run.before_update is not None:
+        run.before_update(run.held_out, run.score)
     sums = Sums(run.device)
     plan = data.epoch_plan(run.held_out, batch_size=len(run.held_out), world_size=run.world,
                            order=range(len(run.held_out)), **run.how)
@@ -500,8 +515,7 @@ def plan_of_epoch(run: Run, epoch: int) -> list:
             with reading(kept):
                 order = json.loads(kept.read_text())
         else:
-            precision = run.args.precision
-            of_policy = lambda: score(run.policy, run.examples, precision=precision, what="order", **run.how)
+            of_policy = lambda: run.score(run.examples)
             order = [int(row) for row in run.order(epoch, run.examples, of_policy)]
             if sorted(order) != list(range(len(run.examples))):
                 raise DataError(f"order of epoch {epoch}: expected every row of {len(run.examples)} once")
@@ -527,10 +541,13 @@ class Screen:
     def opening(self, plan: list):
         run, args = self.run, self.run.args
         sharded = ", sharded" if args.shard and run.world > 1 else ""
-        parameters = sum(p.numel() for p in run.policy.model.parameters())
+        parameters = f"{sum(p.numel() for p in run.policy.model.parameters()):,} parameters"
+        if args.lora:
+            count = sum(p.numel() for p in trained(run.policy.model).values())
+            parameters = f"LoRA of rank {args.lora}, {count:,} of {parameters}"
         beta = f", beta {args.beta:g}" if args.beta is not None else ""
         continued = f"; continuing after step {self.done - 1}" if self.done else ""
-        say(f"{args.method}: {parameters:,} parameters on {run.world} x {run.device.type}{sharded}, "
+        say(f"{args.method}: {parameters} on {run.world} x {run.device.type}{sharded}, "
             f"{args.precision}; {len(run.examples):,} rows, batch {args.batch_size}, {self.total} steps "
             f"({args.epochs} epochs of {self.per_epoch}); lr {args.lr:g} {args.schedule}, "
             f"warmup {args.warmup:.0%}{beta}{continued}")
@@ -580,12 +597,15 @@ class StopSignal:
 # ----------------------------------------------------------------------------------------------------------
 # opening a run, and closing it
 
-def open_run(args, objective, encode, order, out: Path, rank: int, world: int, device) -> Run | None:
+def open_run(args, objective, encode, order, before_update, out: Path, rank: int, world: int,
+             device) -> Run | None:
     """Read rows and model, check that they belong together and that OUT is this run's; None if it is
     complete."""
     folder = resolve(args.model)
-    tokenizer = data.Tokenizer.from_pretrained(folder, system=args.system, template_args=args.template_args)
-    config = Config.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
+    tokenizer = data.Tokenizer.from_pretrained(folder, system=args.system, template_args=args.template_args,
+                                               base=args.base)
+    settings = home_of(folder, args.base) / "config.json"
+    config = Config.from_dict(read_json(settings), str(settings))
     max_length = min(args.max_length, config.max_position_embeddings)
 
     def read(source) -> list[Example]:
@@ -597,19 +617,21 @@ def open_run(args, objective, encode, order, out: Path, rank: int, world: int, d
 
     examples = read(args.data)
     held_out = read(args.eval_data) if args.eval_data else []
-    policy = load_policy(folder, args, world, device)
+    policy = load_policy(args.model, args, world, device, args.base)
     check_vocabulary(examples + held_out, policy.model, folder)
     if args.reference:
         check_reference(args.reference, policy.model, tokenizer)
     variant = objective not in OBJECTIVES.values() or encode is not data.encode_dataset or order is not None
     identity = identity_of(args, objective, folder, examples, held_out, variant)
-    identity |= {"encode": name_of(encode), "order": name_of(order)}
+    if variant:
+        identity |= {"encode": name_of(encode), "order": name_of(order)}
     same_everywhere("model, data and settings", identity, device)
     finished = torch.tensor(int(rank == 0 and prepare_out(out, args, identity)), device=device)
     if all_sum(finished):
         return None
     same_everywhere(f"{out}/checkpoint", sorted(p.name for p in (out / "checkpoint").glob("*")), device)
-    return Run(args, objective, order, out, rank, world, device, tokenizer, policy, examples, held_out)
+    return Run(args, objective, order, before_update, out, rank, world, device, tokenizer, policy, examples,
+               held_out)
 
 
 def find_reference(run: Run):
@@ -626,7 +648,7 @@ def find_reference(run: Run):
         return
     policy = run.policy
     if run.args.reference:
-        policy = load_policy(run.args.reference, run.args, run.world, run.device)
+        policy = load_policy(run.args.reference, run.args, run.world, run.device, trains=False)
     how = {"precision": run.args.precision, "what": "reference", **run.how}
     run.reference = score_tokens(policy, run.examples, **how)
     run.held_out_reference = score_tokens(policy, run.held_out, **how) if run.held_out else []
@@ -641,8 +663,8 @@ def split_like(flat: torch.Tensor, examples: list[Example]) -> list[torch.Tensor
 
 
 def close_run(run: Run):
-    """Write OUT as a checkpoint folder. A step teaches no end, so after Step-DPO no end token is added to its
-    config."""
+    """Write OUT as a checkpoint folder, with --lora as an adapter's. A step teaches no end, so after Step-DPO
+    no end token is added to its config."""
     args, out = run.args, run.out
     if run.rank == 0 or (args.shard and run.world > 1):
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.save_dtype]
@@ -658,9 +680,9 @@ def close_run(run: Run):
 
 # What does not decide a run's numbers. (Of files the content is compared, not the name; how a batch is cut
 # changes sums in their last bits only.)
-HARMLESS = ("out", "model", "reference", "data", "eval_data", "device", "micro_batch_size",
-            "micro_batch_tokens", "gradient_checkpointing", "compile", "shard", "checkpoint_every",
-            "eval_every", "save_dtype", "restart", "debug")
+HARMLESS = ("out", "model", "base", "reference", "data", "eval_data", "default_lr", "device",
+            "micro_batch_size", "micro_batch_tokens", "gradient_checkpointing", "compile", "shard",
+            "checkpoint_every", "eval_every", "save_dtype", "restart", "debug")
 
 
 def identity_of(args, objective, folder: Path, examples: list, held_out: list, variant: bool) -> dict:
@@ -678,7 +700,8 @@ def identity_of(args, objective, folder: Path, examples: list, held_out: list, v
 
     settings = {name: value for name, value in vars(args).items() if name not in HARMLESS}
     identity = {**settings, "objective": name_of(objective),
-                "model": fingerprint(folder), "data": content(examples), "eval_data": content(held_out),
+                "model": fingerprint(folder, args.base),
+                "data": content(examples), "eval_data": content(held_out),
                 "reference": args.reference and fingerprint(resolve(args.reference))}
     return json.loads(json.dumps(identity, default=str))                # as run.json will give it back
 
@@ -694,12 +717,16 @@ def check_out(out: Path, args):
         raise DataError(f"{nearest}: is a file; --out is a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise DataError(f"{nearest}: is not writable; choose another --out, or repair its permissions")
-    of_a_model = [out / "config.json", out / "metrics.jsonl", out / "checkpoint", *out.glob("*.safetensors")]
+    of_a_model = [out / "config.json", out / "adapter_config.json", out / "metrics.jsonl", out / "checkpoint",
+                  *out.glob("*.safetensors")]
     if not (out / "run.json").exists() and (found := next((p for p in of_a_model if p.exists()), None)):
         raise DataError(f"{out}: holds {found.name} and no run.json of an earlier run; choose another --out")
-    if any(source and Path(source).exists() and out.exists() and out.samefile(source)
-           for source in (args.model, args.reference)):
-        raise DataError(f"{out}: --model or --reference is read from it; choose another --out")
+    for source, base in ((args.model, args.base), (args.reference, None)):
+        if source and Path(source).is_dir() and out.exists():
+            names = source, base_of(Path(source), base)
+            if any(Path(name).exists() and out.samefile(name) for name in names):
+                raise DataError(f"{out}: --model, its base or --reference is read from it; choose another "
+                                "--out")
 
 
 def prepare_out(out: Path, args, identity: dict) -> bool:
@@ -745,7 +772,7 @@ def check_reference(source: str, model: Llama, tokenizer: data.Tokenizer):
     if Llama.skeleton(source).config.vocab_size < model.config.vocab_size:
         raise CheckpointError(f"--reference {source}: its vocabulary is smaller than the model's "
                               f"({model.config.vocab_size})")
-    if (resolve(source) / "tokenizer.json").is_file():
+    if Llama.skeleton(source).file("tokenizer.json").is_file():
         theirs = data.Tokenizer.from_pretrained(resolve(source)).backend.get_vocab()
         for token, number in sorted(tokenizer.backend.get_vocab().items()):
             if theirs.get(token, number) != number:
@@ -800,7 +827,7 @@ def equal_passes(plan: list, rank: int) -> list[tuple[list[int], float]]:
     return [(rows, 1.0) for rows in plan[rank]] + [(any_row, 0.0)] * idle
 
 
-def load_policy(source, args, world: int, device: torch.device) -> Policy:
+def load_policy(source, args, world: int, device: torch.device, base=None, trains: bool = True) -> Policy:
     """The policy of a checkpoint: whole on every process, or with --shard cut by rows over all of them
     (torch's FSDP2; ZeRO-3, Rajbhandari et al. 2020).
 
@@ -808,8 +835,17 @@ def load_policy(source, args, world: int, device: torch.device) -> Policy:
     reads only that from the files. A block's weights are gathered when it is about to run, forward or
     backward, and dropped right after; gradients leave as a sum that is scattered the same way. What runs
     outside the blocks (embedding, last norm, lm_head) is the root's, so `Policy.forward` finds lm_head.weight
-    whole."""
-    policy = Policy(Llama.skeleton(source))
+    whole.
+
+    With --lora an adapter is trained, and the weights are frozen: in bf16 arithmetic they stay in the dtype
+    in which they are stored (else fp32), and an adapter stays beside them."""
+    model = Llama.skeleton(source, base)
+    as_stored = args.lora and args.precision == "bf16"
+    if args.lora and trains:
+        adapt(model, args)
+    elif as_stored and model.adapter:
+        model.add_lora(*model.adapter.kind)
+    policy = Policy(model)
     if args.shard and world > 1:
         # With --precision bf16 the weights are gathered in bf16: matrices would be cast by autocast anyway,
         # embedding and norms are rounded in sharded runs only. As in an unsharded run, the residual stream
@@ -821,13 +857,30 @@ def load_policy(source, args, world: int, device: torch.device) -> Policy:
         for block in policy.model.model.layers:
             fully_shard(block, **how)
         fully_shard(policy, **how)
-        policy.model.model.embed_tokens.register_forward_hook(lambda module, ids, x: x.float())
-    policy.model.read_weights(device=device)
+    model.model.embed_tokens.register_forward_hook(lambda module, ids, x: x.float())
+    model.read_weights(None if as_stored else torch.float32, device, args.seed)
     if args.compile:        # attention is one kernel already, and around it every batch has another shape
         for block in policy.model.model.layers:
             for part in (block.input_layernorm, block.post_attention_layernorm, block.mlp):
                 part.compile(dynamic=True)
     return policy
+
+
+def adapt(model: Llama, args):
+    """The skeleton of a policy under --lora: with a new adapter, or with the one that it came as, which is
+    then trained on. (On top of a merged one, OUT would be an adapter of a model that is stored nowhere.)"""
+    kind, theirs = (args.lora, args.lora_alpha, LORA_LAYERS), model.adapter
+    if theirs is not None and theirs.kind != kind:
+        raise CheckpointError(f"--model {args.model}: a LoRA adapter of rank {theirs.rank}, alpha "
+                              f"{theirs.alpha:g}, on {' '.join(theirs.layers)}; --lora trains on with one of "
+                              f"its own rank {args.lora} and alpha {args.lora_alpha:g} on all layers of a "
+                              f"block: name its numbers, or merge it first (python model.py merge "
+                              f"{args.model} --out FOLDER)")
+    if args.lora > model.config.hidden_size:
+        raise DataError(f"--lora {args.lora}: a rank above the model's hidden_size "
+                        f"{model.config.hidden_size} has more to train than the weights: leave --lora out, "
+                        "or lower it")
+    model.add_lora(*kind)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -886,7 +939,7 @@ def save_checkpoint(folder: Path, step: int, model: Llama, optimizer: torch.opti
         shutil.rmtree(aside, ignore_errors=True)
     barrier()
     files: dict[str, dict] = {}
-    for k, p in model.named_parameters():
+    for k, p in trained(model).items():
         if rank == 0 or isinstance(p, DTensor):
             layer = k.split(".")[2] if k.startswith("model.layers.") else "rest"
             files.setdefault(f"model-{rank:05d}-{layer}", {})[k] = p
@@ -932,7 +985,7 @@ def load_checkpoint(folder: Path, model: Llama, optimizer: torch.optim.Optimizer
             raise CheckpointError(f"{found[-1]}: is damaged ({begin} of {len(t)} rows of {key}); begin anew "
                                   "with --restart")
 
-    for k, p in model.named_parameters():
+    for k, p in trained(model).items():
         restore(k, p)
         moments = {kind: torch.zeros_like(p, requires_grad=False) for kind in ("exp_avg", "exp_avg_sq")}
         for kind, t in moments.items():
@@ -944,10 +997,11 @@ def load_checkpoint(folder: Path, model: Llama, optimizer: torch.optim.Optimizer
 # ----------------------------------------------------------------------------------------------------------
 # command line
 
-PREFERENCE = dict(lr=5e-7, epochs=8, batch_size=128, warmup=0.10, schedule="cosine")
+PREFERENCE = dict(lr=5e-7, epochs=8, batch_size=128, warmup=0.10, schedule="cosine", beta=0.4,
+                  max_length=1024)
 DEFAULTS = {        # the paper's settings for 7B models (appendix)
-    "sft": dict(lr=5e-6, epochs=3, batch_size=256, warmup=0.03, schedule="linear"), "dpo": PREFERENCE,
-    "stepdpo": PREFERENCE}
+    "sft": dict(lr=5e-6, epochs=3, batch_size=256, warmup=0.03, schedule="linear", max_length=1024),
+    "dpo": PREFERENCE, "stepdpo": PREFERENCE}
 METHODS = {         # title, rows that it takes
     "sft": ("supervised fine-tuning on whole (chosen) answers",
             "rows with prompt, response; or with the columns of Math-Step-DPO-10K"),
@@ -957,26 +1011,30 @@ METHODS = {         # title, rows that it takes
                 "rows with prompt, initial_reason_steps, chosen, rejected")}
 
 
-def parser(options=None, manual: str | None = None) -> argparse.ArgumentParser:
-    """The command line. A variant adds its `options`, and its own text as `manual`."""
+def parser(options=None, manual: str | None = None, defaults: dict | None = None) -> argparse.ArgumentParser:
+    """The command line. A variant adds its `options`, its own text as `manual`, and the settings of its paper
+    as `defaults`."""
     top = argparse.ArgumentParser(
         prog=None if manual else "stepdpo.py", formatter_class=argparse.RawDescriptionHelpFormatter,
         description=manual or "Train a Llama / Qwen / Mistral checkpoint with SFT, DPO or Step-DPO.",
         epilog="One method's options: METHOD --help, as in: python stepdpo.py stepdpo --help")
     methods = top.add_subparsers(dest="method", required=True, metavar="{sft,dpo,stepdpo}")
     for method, (title, rows) in METHODS.items():
-        about = (f"{title[0].upper()}{title[1:]}. Writes OUT as a Hugging Face checkpoint folder. After any "
-                 "interruption (Ctrl-C, kill, power cut), run the same command again.")
-        add_options(methods.add_parser(method, help=title, description=about), method, rows, options)
+        about = (f"{title[0].upper()}{title[1:]}. Writes OUT as a Hugging Face checkpoint folder, or with "
+                 "--lora as a PEFT adapter's. After any interruption (Ctrl-C, kill, power cut), run the same "
+                 "command again.")
+        own = DEFAULTS[method] | (defaults or {})
+        add_options(methods.add_parser(method, help=title, description=about), method, rows, options, own)
     return top
 
 
-def add_options(p: argparse.ArgumentParser, method: str, rows: str, options):
-    d, preference = DEFAULTS[method], method != "sft"
+def add_options(p: argparse.ArgumentParser, method: str, rows: str, options, d: dict):
+    preference, papers = method != "sft", d == DEFAULTS[method]         # papers: not a variant's own settings
     group = p.add_argument_group("what")
     add = group.add_argument
     add("--model", required=True, metavar="FOLDER",
-        help="checkpoint folder in Hugging Face layout, or a hub id; in DPO also the reference")
+        help="checkpoint folder in Hugging Face layout, or a hub id; in DPO also the reference. A LoRA "
+             "adapter's folder is one too: with --lora it is trained on, without it is merged first")
     add("--data", required=True, metavar="FILE", help=f".jsonl, .json, .parquet or a hub dataset id: {rows}")
     add("--out", required=True, metavar="OUT",
         help="folder for the trained checkpoint, metrics.jsonl and run.json")
@@ -984,19 +1042,29 @@ def add_options(p: argparse.ArgumentParser, method: str, rows: str, options):
         help="how a question becomes a prompt; chat (default): the checkpoint's own template; raw: the text "
              "as it stands")
     data.add_chat_options(group)
-    add("--seed", type=int, default=0, help="of the order of the rows (default 0)")
+    add("--seed", type=int, default=0,
+        help="of the order of the rows, and of a new --lora adapter (default 0)")
     add("--restart", action="store_true", help="begin anew where OUT holds an earlier run")
 
     add = p.add_argument_group("optimisation (defaults: the paper's, for 7B models)").add_argument
-    larger = "4" if preference else "2"
-    add("--epochs", type=int, default=d["epochs"],
-        help=f"default {d['epochs']}; the paper takes {larger} above 30B")
+    larger = f"; the paper takes {4 if preference else 2} above 30B" if papers else ""
+    add("--epochs", type=int, default=d["epochs"], help=f"default {d['epochs']}{larger}")
     add("--batch_size", type=int, default=d["batch_size"],
         help=f"rows an update, over all processes (default {d['batch_size']})")
     add("--group_by_prompt", action="store_true",
         help="shuffle problems instead of rows, so that rows of one problem meet in an update and share more "
              "of their computation; such batches are more correlated than shuffled rows")
-    add("--lr", type=float, default=d["lr"], help=f"peak learning rate of AdamW (default {d['lr']:g})")
+    add("--lora", type=int, metavar="R",
+        help="train a LoRA adapter of rank R beside all linear layers of the blocks, and nothing else: the "
+             "weights are frozen, and take 2 bytes each where --precision and the checkpoint are bf16, else "
+             "4. OUT is the adapter, as PEFT has it; python model.py merge makes a checkpoint of it")
+    add("--lora_alpha", type=float, metavar="A",
+        help="the adapter counts A / R times (default 2 R, as in LLaMA-Factory, and in TRL with its 32 for "
+             "rank 16; PEFT by itself takes 8, whatever R)")
+    add("--lr", type=float,
+        help=f"peak learning rate of AdamW (default {d['lr']:g}; with --lora ten times that, "
+             f"{10 * d['lr']:g})")
+    p.set_defaults(default_lr=d["lr"])
     add("--warmup", type=float, default=d["warmup"],
         help=f"share of the updates in which lr rises (default {d['warmup']:g})")
     add("--schedule", choices=("linear", "cosine", "constant"), default=d["schedule"],
@@ -1005,22 +1073,24 @@ def add_options(p: argparse.ArgumentParser, method: str, rows: str, options):
         help="largest gradient norm (default 1.0: the trainer of the authors' code; the paper does not say)")
     add("--max_steps", type=int, help="end after so many updates (the schedule then ends there too)")
     if preference:
-        add("--beta", type=float, default=0.4,
-            help="weight of the log-ratio (default 0.4; the paper takes 0.5 for 72B)")
+        larger = "; the paper takes 0.5 for 72B" if papers else ""
+        add("--beta", type=float, default=d["beta"],
+            help=f"weight of the log-ratio (default {d['beta']:g}{larger})")
         add("--reference", metavar="FOLDER",
             help="another checkpoint as reference; by default it is the policy at step 0")
     else:
         p.set_defaults(beta=None, reference=None)
 
     add = p.add_argument_group("size and speed").add_argument
-    add("--max_length", type=int, default=1024,
-        help="tokens of prompt and answer; longer rows are dropped, never cut (default 1024: the paper's)")
+    add("--max_length", type=int, default=d["max_length"],
+        help="tokens of prompt and answer; longer rows are dropped, never cut (default "
+             f"{d['max_length']}: the paper's)")
     add("--micro_batch_size", type=int,
         help="most rows in one forward pass of a process (default: as many as --micro_batch_tokens takes)")
     add("--micro_batch_tokens", type=int, default=8192,
         help="most tokens in one forward pass of a process, a longer row apart (default 8192)")
     add("--precision", choices=("fp32", "bf16"),
-        help="of the arithmetic; weights are fp32 either way (default bf16 on CUDA, fp32 on CPU)")
+        help="of the arithmetic; what is trained is fp32 either way (default bf16 on CUDA, fp32 on CPU)")
     add("--gradient_checkpointing", action="store_true",
         help="recompute activations in the backward pass: a third more time, far less memory")
     add("--compile", action="store_true",
@@ -1044,10 +1114,19 @@ def add_options(p: argparse.ArgumentParser, method: str, rows: str, options):
         options(p.add_argument_group("of this variant"))
 
 
-def check_arguments(args):
-    """DataError where a number cannot be meant."""
-    above_0 = ("epochs", "batch_size", "lr", "beta", "micro_batch_size", "micro_batch_tokens", "max_length",
-               "max_steps", "clip")
+def settle(args):
+    """Fill in what depends on the machine; DataError where a number cannot be meant."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        args.restart = False            # torchrun --max-restarts started us again: go on
+    if args.precision is None:
+        on_gpu = torch.cuda.is_available() and not (args.device or "").startswith("cpu")
+        args.precision = "bf16" if on_gpu else "fp32"
+    if args.lr is None:                 # ten times: "LoRA Without Regret" (Thinking Machines 2025)
+        args.lr = args.default_lr * (10 if args.lora else 1)
+    if args.lora_alpha is None and args.lora:
+        args.lora_alpha = 2.0 * args.lora
+    above_0 = ("epochs", "batch_size", "lr", "lora", "lora_alpha", "beta", "micro_batch_size",
+               "micro_batch_tokens", "max_length", "max_steps", "clip")
     for name in above_0:
         value = getattr(args, name)
         finite = value is None or math.isfinite(value) or name == "clip"            # --clip inf: no clipping
@@ -1056,12 +1135,15 @@ def check_arguments(args):
     for name in ("eval_every", "checkpoint_every", "seed"):
         if getattr(args, name) < 0:
             raise DataError(f"--{name} is {getattr(args, name)}: expected 0 or more")
+    if args.lora_alpha is not None and args.lora is None:
+        raise DataError(f"--lora_alpha {args.lora_alpha:g}: is the weight of a LoRA adapter; give its rank "
+                        "with --lora R, or leave it out")
     if not 0 <= args.warmup <= 1:
         raise DataError(f"--warmup is {args.warmup}: expected a share from 0 to 1")
 
 
 def main(argv: list[str] | None = None, objective=None, *, options=None, encode=data.encode_dataset,
-         order=None) -> int:
+         order=None, before_update=None, defaults: dict | None = None) -> int:
     """The command line; returns the exit status. A variant is a call of this with any of
 
     objective   (token_logps, ref_token_logps, batch, args) -> losses, metrics: see `preference_objective`.
@@ -1070,22 +1152,20 @@ def main(argv: list[str] | None = None, objective=None, *, options=None, encode=
                 and among what a continued run must have the same.
     encode      (source, tokenizer, method, prompt style, max_length) -> (examples, report): other rows.
     order       (epoch, examples, score) -> row indices, each once: in which order an epoch takes the rows.
-                score() gives (n, K) log-probs under the policy as it then is."""
+                score() gives (n, K) log-probs under the policy as it then is.
+    before_update (examples, score): called before every update, with the whole global batch, for numbers that
+                no micro-batch knows. score(examples) gives (n, K) log-probs under the policy.
+    defaults    other defaults of lr, epochs, batch_size, warmup, schedule, beta or max_length."""
     manual = None
     if objective is not None or options is not None or encode is not data.encode_dataset or order is not None:
         own = next(hook for hook in (objective, options, order, encode) if hook is not None)
         manual = inspect.getdoc(inspect.getmodule(own)) or "a variant of stepdpo.py"
-    args = parser(options, manual).parse_args(argv)
+    args = parser(options, manual, defaults).parse_args(argv)
 
     def run() -> int:
-        check_arguments(args)
-        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-            args.restart = False            # torchrun --max-restarts started us again: go on
-        if args.precision is None:
-            on_gpu = torch.cuda.is_available() and not (args.device or "").startswith("cpu")
-            args.precision = "bf16" if on_gpu else "fp32"
+        settle(args)
         try:
-            return train(args, objective or OBJECTIVES[args.method], encode, order)
+            return train(args, objective or OBJECTIVES[args.method], encode, order, before_update)
         except RuntimeError as e:
             if args.compile and "Inductor" in type(e).__name__ and not args.debug:
                 raise DataError(f"--compile: torch.compile fails here ({str(e).splitlines()[0]}); leave it "

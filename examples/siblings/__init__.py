@@ -1,11 +1,12 @@
-"""Each sibling's claim on the embedded task of examples/arithmetic.py, beside its baselines and the control that
-would refute it.
+"""Each sibling's claim on the embedded task of examples/arithmetic.py, beside its baselines and the control
+that would refute it.
 
     python -m examples.siblings --method NAME --out DIR --seeds 0,1,2,3,4
 
 A file here is one method's experiment: its arms, and `run(args)`. All arms of a seed start from the same SFT
-model and the same pool of attempts as the first command's, take equally many pairs and updates, and answer the
-same held-out problems. This file holds what the experiments share: the bench of one seed, and the table. """
+model and the same pool of attempts as the first command's, take equally many pairs and updates, and answer
+the same held-out problems. This file holds what the experiments share: the bench of one seed, and the
+table. """
 import json
 import platform
 import shlex
@@ -57,8 +58,8 @@ class Bench:
         data.write_rows(self.folder / name, rows)
         return self.quoted(name)[0]
 
-    def train(self, arm: str, method: str, file: str, *, program: str = "stepdpo.py", model: str | None = None,
-              how: str | None = None) -> str:
+    def train(self, arm: str, method: str, file: str, *, program: str = "stepdpo.py",
+              model: str | None = None, how: str | None = None) -> str:
         """Train `arm` and return its folder, ready for a command line."""
         out = self.quoted(arm)[0]
         command(f"{program} {method} --model {model or self.sft} --data {file} --out {out} "
@@ -111,14 +112,15 @@ def write_problems(bench: Bench):
         raise data.DataError(f"{bench.folder}: holds an experiment with other settings (--quick, --dev, or "
                              "another version); choose another --out")
     problems = arithmetic.problems_of(bench.scored, bench.size.test, bench.size, bench.seed)
-    bench.write("scored.jsonl", [{"id": f"{bench.scored}-{i}", "question": p.question(),
-                                  "answer": str(arithmetic.solve(p)[-1][-1])} for i, p in enumerate(problems)])
+    rows = [{"id": f"{bench.scored}-{i}", "question": problem.question(),
+             "answer": str(arithmetic.solve(problem)[-1][-1])} for i, problem in enumerate(problems)]
+    bench.write("scored.jsonl", rows)
     stepdpo.write_json(kept, settings)
 
 
 def without_verdicts(found: dict) -> dict:
-    arms = {arm: {k: v for k, v in figures.items() if k != "verdicts"} for arm, figures in found["arms"].items()}
-    return {**found, "arms": arms}
+    return {**found, "arms": {arm: {name: value for name, value in figures.items() if name != "verdicts"}
+                              for arm, figures in found["arms"].items()}}
 
 
 def table(arms: dict[str, Arm], runs: list[dict], columns: dict[str, tuple[str, str]]) -> tuple[dict, str]:
