@@ -282,9 +282,10 @@ def train(args, task, out: Path, *, collect: Callable = sample_pairs, watch: Cal
     done, updates = restore(out, trained, optimizer)
     images = args.prompts_per_round
     count = sum(p.numel() for p in parameters)
+    continued = f"; continuing after round {done - 1}" if done else ""
     say(f"SPO ({args.loss} loss): {count:,} trained parameters on {world} x {device.type}; "
-        f"{args.rounds} rounds of {images} prompts, {args.candidates} candidates a step, {args.batch_size} pairs an update; "
-        f"lr {args.lr:g}, beta {args.beta:g}" + (f"; continuing after round {done - 1}" if done else ""))
+        f"{args.rounds} rounds of {images} prompts, {args.candidates} candidates a step, "
+        f"{args.batch_size} pairs an update; lr {args.lr:g}, beta {args.beta:g}{continued}")
     screen, mine = Screen(args.rounds, done), list(range(rank, images, world))
     sampling = dict(first_steps=args.first_steps, inner_steps=args.inner_steps)
     for p in parameters:
@@ -310,6 +311,8 @@ def train(args, task, out: Path, *, collect: Callable = sample_pairs, watch: Cal
             noise = draw_noise((args.seed, round), mine, task.shape, device, steps=args.steps,
                                candidates=args.candidates, **sampling)
             pairs = collect(denoise, score, task.sampler, noise, threshold=args.threshold, **sampling)
+            if not pairs.scores.isfinite().all():
+                raise FloatingPointError(f"round {round}: the preference scores are not numbers")
             kept = torch.zeros(len(pairs.t), images, device=device)         # of all processes
             kept[:, mine] = pairs.kept.to(kept.dtype)
             found = all_sum(kept).nonzero()                                 # (N, 2): step, trajectory
@@ -353,8 +356,6 @@ def train(args, task, out: Path, *, collect: Callable = sample_pairs, watch: Cal
             if rank == 0:
                 stepdpo.append(out / "metrics.jsonl", record)
             screen.show(record)
-            if not math.isfinite(mean):
-                raise FloatingPointError(f"round {round}: the preference scores are not numbers ({mean})")
             due = args.checkpoint_every and (round + 1) % args.checkpoint_every == 0
             if round + 1 < args.rounds and updates and (number or due):
                 stepdpo.save_checkpoint(out / "checkpoint", round + 1, trained, optimizer, rank)
@@ -600,8 +601,8 @@ def fit(network: nn.Module, loss: Callable, updates: int, peak: float, what: str
 
 @dataclass(frozen=True)
 class Size:
-    base: int = 1200            # updates of the diffusion model
-    preference: int = 300       # updates of the preference model
+    base: int = 800             # updates of the diffusion model
+    preference: int = 250       # updates of the preference model
     batch: int = 64             # pictures an update, and pairs
 
 
@@ -792,8 +793,8 @@ class Pipeline:
                                   "diffusers' save_pretrained writes it, with safetensors") from None
         config = pipe.scheduler.config
         if config.get("clip_sample") or config.get("thresholding"):
-            raise DataError(f"{args.pipeline}/scheduler/scheduler_config.json: clips the predicted x_0, which "
-                            "is wrong for latents; set clip_sample and thresholding to false")
+            raise DataError(f"{args.pipeline}/scheduler/scheduler_config.json: clips the predicted x_0, "
+                            "which is wrong for latents; set clip_sample and thresholding to false")
         scheduler = diffusers.DDIMScheduler.from_config(config, clip_sample=False)
         scheduler.set_timesteps(args.steps)
         self.sampler = Sampler(scheduler.alphas_cumprod.to(device), scheduler.timesteps.tolist(), args.eta,
@@ -806,8 +807,9 @@ class Pipeline:
             peft = optional("peft")
             with torch.random.fork_rng(devices=[]):     # rank r, B = 0: at first the adapter changes nothing
                 torch.manual_seed(args.seed)
-                self.policy.add_adapter(peft.LoraConfig(
-                    r=args.lora, lora_alpha=args.lora, target_modules=ATTENTION, init_lora_weights="gaussian"))
+                lora = peft.LoraConfig(r=args.lora, lora_alpha=args.lora, target_modules=ATTENTION,
+                                       init_lora_weights="gaussian")
+                self.policy.add_adapter(lora)
             self.policy.to(device)
         else:
             self.policy.requires_grad_(True)
@@ -877,7 +879,7 @@ class Pipeline:
 RELEASED = dict(candidates=4, inner_steps=1, threshold=0.3, lr=6e-5, prompts_per_round=40, batch_size=40,
                 weight_decay=1e-4, micro_batch_size=8, lora=4, guidance=5.0, gradient_checkpointing=False)
 DEFAULTS = {
-    "shapes": RELEASED | dict(lr=1e-5, prompts_per_round=32, batch_size=64, micro_batch_size=512),
+    "shapes": RELEASED | dict(lr=2e-5, prompts_per_round=24, batch_size=64, micro_batch_size=512),
     "sd": RELEASED,
     "sdxl": RELEASED | dict(candidates=2, inner_steps=4, threshold=0.4, lr=1e-5, prompts_per_round=8,
                             batch_size=16, lora=64, micro_batch_size=2)}
@@ -1004,7 +1006,7 @@ def run(args) -> int:
     settle(args, kind, shape, len(prompts) if content else Shapes.prompts)
     if args.prompts_per_round < world:
         raise DataError(f"--prompts_per_round {args.prompts_per_round}: each of {world} processes needs one")
-    stepdpo.check_out(args.out, argparse.Namespace(model=args.pipeline, reference=None))
+    stepdpo.check_out(args.out, argparse.Namespace(model=args.pipeline, base=None, reference=None))
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     settings = {name: value for name, value in vars(args).items() if name not in HARMLESS}
     identity = settings | {"content": digest}

@@ -30,15 +30,15 @@ from variants import spo
 class Plan:
     """How much of everything."""
     networks: spo.Size = spo.Size()
-    rounds: int = 16
-    prompts: int = 32               # trajectories a round
-    pairs: int = 256                # of each round, drawn from all that it gave
+    rounds: int = 10
+    prompts: int = 24               # trajectories a round
+    pairs: int = 192                # of each round, drawn from all that it gave
     batch: int = 64                 # pairs an update
-    lr: float = 1e-5
-    pictures: int = 192             # that an arm is scored on
-    curve: tuple = (0, 2, 4, 8, 16) # rounds after which an arm is scored
-    trajectories: int = 64          # for the two claims about labels
-    completions: int = 3            # of each side of a pair
+    lr: float = 2e-5
+    pictures: int = 128             # that an arm is scored on
+    curve: tuple = (0, 1, 2, 5, 10) # rounds after which an arm is scored
+    trajectories: int = 48          # for the two claims about labels
+    completions: int = 2            # of each side of a pair
 
 
 QUICK = Plan(spo.Size(base=40, preference=20, batch=16), rounds=2, prompts=4, pairs=16, batch=8, pictures=24,
@@ -47,7 +47,7 @@ QUICK = Plan(spo.Size(base=40, preference=20, batch=16), rounds=2, prompts=4, pa
 ARMS = {
     "base": Arm("before training", "Where all others start from."),
     "spo": Arm("SPO", "The paper's: pairs from a shared x_t, judged at t; goes on from a candidate drawn "
-               "uniformly.", ("base", "trajectory")),
+               "uniformly.", ("base", "trajectory", "trajectory_3")),
     "trajectory": Arm("trajectory labels", "Diffusion-DPO's labels: best and worst of four whole "
                       "trajectories, each step gets the label of the final picture.", ("base",)),
     "trajectory_3": Arm("trajectory labels, 3 x lr", "The same with three times the learning rate: in case "
