@@ -282,7 +282,7 @@ def test_a_killed_command_goes_on_to_the_same_bits(networks, tmp_path, processes
     processes.run(*command(networks, tmp_path / "whole"))
     wanted = load_file(tmp_path / "whole" / "policy.safetensors")
     argv = command(networks, tmp_path / "out", "--checkpoint_every", "1")
-    for before in (12, 30, 50):
+    for before in (30, 12, 20):
         processes.start(argv, 1, watched=tmp_path / "out", kill={"before": before, "rank": 0, "all": True})
         assert processes.wait() == [-signal.SIGKILL], processes.log.read_text()
         assert not (tmp_path / "out" / "policy.safetensors").exists()
@@ -326,3 +326,256 @@ def test_scores_that_are_no_numbers_end_the_run(networks, tmp_path):
     with pytest.raises(FloatingPointError, match="the preference scores are not numbers"):
         spo.train(settings(tmp_path), task, tmp_path)
     assert same_weights(before, task.policy.state_dict())
+
+
+# ---------------------------------------------------------------------------------------------------------- real pipelines
+
+PROMPTS = ["a red disc", "a blue square", "stripes, stripes"]
+SCORER = """
+import torch
+seen = []
+
+def score(pictures, prompts, t):
+    seen.append((tuple(pictures.shape), pictures.min().item(), pictures.max().item(), prompts, t))
+    return 30 * pictures.mean((1, 2, 3)) + 3 * pictures.std((1, 2, 3))
+"""
+
+
+def clip_tokenizer(folder: Path):
+    """One token a letter, in CLIP's format."""
+    from transformers import CLIPTokenizer
+    letters = [chr(code) for code in range(33, 127)]
+    vocab = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocab)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
+
+
+def make_pipeline(folder: Path, wide: bool):
+    """A random pipeline of diffusers' own classes, in the shape of Stable Diffusion 1.5 or (wide) SDXL: latents of 4 x 8 x 8."""
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    torch.manual_seed(0)
+    tokenizer = clip_tokenizer(folder.parent / f"tokenizer_{folder.name}")
+    text = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                          max_position_embeddings=16, projection_dim=16, eos_token_id=tokenizer.eos_token_id)
+    more = dict(addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 16,
+                cross_attention_dim=32) if wide else dict(cross_attention_dim=16)
+    parts = dict(
+        unet=diffusers.UNet2DConditionModel(
+            sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+            attention_head_dim=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), **more),
+        vae=diffusers.AutoencoderKL(
+            block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+            layers_per_block=1, norm_num_groups=4, latent_channels=4, sample_size=16),
+        scheduler=diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                                          set_alpha_to_one=False, steps_offset=1),
+        text_encoder=CLIPTextModel(text), tokenizer=tokenizer)
+    if wide:
+        pipe = diffusers.StableDiffusionXLPipeline(**parts, text_encoder_2=CLIPTextModelWithProjection(text), tokenizer_2=tokenizer)
+    else:
+        pipe = diffusers.StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory):
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    pytest.importorskip("peft", reason="peft is not installed")
+    folder = tmp_path_factory.mktemp("pipelines")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    (folder / "tiny_scorer.py").write_text(SCORER)
+    return {name: make_pipeline(folder / name, name == "sdxl") for name in ("sd", "sdxl")}
+
+
+@pytest.fixture
+def scorer(pipelines, monkeypatch):
+    """Where `tiny_scorer:score` can be imported from."""
+    monkeypatch.syspath_prepend(str(pipelines["sd"].parent))
+
+
+def pipeline_argv(pipelines, name, out, *more) -> list[str]:
+    folder = pipelines[name]
+    return ["--out", str(out), "--pipeline", str(folder), "--prompts", str(folder.parent / "prompts.txt"), "--scorer", "tiny_scorer:score",
+            "--prompts_per_round", "3", "--steps", "5", "--first_steps", "2", "--threshold", "0", "--lr", "1e-3", "--rounds", "2",
+            "--device", "cpu", *more]
+
+
+def open_pipeline(pipelines, name, *more):
+    args = spo.arguments().parse_args(pipeline_argv(pipelines, name, "nowhere", "--precision", "fp32", *more))
+    kind, shape = spo.kind_of(pipelines[name])
+    spo.settle(args, kind, shape, len(PROMPTS))
+    return spo.Pipeline(args, shape, PROMPTS, spo.load_scorer("tiny_scorer:score")[0], torch.device("cpu"))
+
+
+def test_densities_are_those_of_diffusers_scheduler():
+    """Timesteps, mean and sigma of every step of 20, and the density of what it draws, for both kinds of prediction, against
+    DDIMScheduler and torch.distributions: to 1e-6. The embedded task's schedule is Stable Diffusion's."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    g = spo.generator_of("densities")
+    for predicts in ("epsilon", "v_prediction", "sample"):
+        theirs = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                                         set_alpha_to_one=False, steps_offset=1, prediction_type=predicts)
+        theirs.set_timesteps(20)
+        ours = spo.evenly(20)
+        ours.predicts = predicts
+        assert ours.timesteps == theirs.timesteps.tolist()
+        torch.testing.assert_close(ours.alpha_bar, theirs.alphas_cumprod, atol=1e-6, rtol=0)
+        for t in ours.timesteps:
+            x, output, z = torch.randn(3, 2, 4, 4, 4, generator=g)
+            step = lambda noise: theirs.step(output, t, x, eta=1.0, variance_noise=noise)
+            wanted_mean, drawn = step(torch.zeros_like(z)).prev_sample, step(z).prev_sample
+            x_0, mean, sigma = ours.step(x, output, t)
+            near = dict(atol=1e-6 * max(1, x_0.abs().max().item()), rtol=0)     # x_0 is up to 20 at t = 951
+            torch.testing.assert_close(x_0, step(z).pred_original_sample, **near)
+            torch.testing.assert_close(mean, wanted_mean, **near)
+            torch.testing.assert_close(mean + sigma * z, drawn, **near)
+            wanted = torch.distributions.Normal(mean.double(), theirs._get_variance(t, t - 50).double().sqrt()).log_prob(drawn.double())
+            logps = spo.log_density(drawn.double(), mean.double(), sigma.double())
+            torch.testing.assert_close(logps, wanted.flatten(1).sum(1), atol=1e-6 * z[0].numel(), rtol=0)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_sampling_is_that_of_diffusers_pipeline(pipelines, scorer, name):
+    """From the same noise, with guidance 5 and eta 1, our sampler ends in the latents that the pipeline's own call ends in: text
+    encoders, guidance, SDXL's sizes and every step."""
+    import diffusers
+    task = open_pipeline(pipelines, name, "--guidance", "5")
+    g = torch.Generator().manual_seed(1)
+    start = torch.randn(2, 4, 8, 8, generator=g)
+    wanted = diffusers.DiffusionPipeline.from_pretrained(pipelines[name])(
+        PROMPTS[:2], latents=start, num_inference_steps=5, guidance_scale=5.0, eta=1.0, output_type="latent",
+        generator=torch.Generator().manual_seed(2)).images
+    x, rows, g = start, torch.tensor([0, 1]), torch.Generator().manual_seed(2)
+    for t in task.sampler.timesteps:
+        with torch.no_grad():
+            output = task.predict(task.policy, x, torch.full((2,), t), rows)
+        _, mean, sigma = task.sampler.step(x, output, t)
+        x = mean + sigma * torch.randn(x.shape, generator=g)
+    torch.testing.assert_close(x, wanted, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_lora_trains_the_attention_alone_and_diffusers_loads_it(pipelines, scorer, tmp_path, name, capsys):
+    """The first loss is log 2; base weights, text encoder and VAE stay as they were; the saved adapter gives diffusers' pipeline the
+    policy's predictions, which are no longer the reference's. The defaults are the released code's for this kind."""
+    import diffusers
+    out = tmp_path / "out"
+    assert spo.main(pipeline_argv(pipelines, name, out)) == 0
+    said, rank = capsys.readouterr().out, {"sd": 4, "sdxl": 64}[name]
+    first, last = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-7) and last["updates"] == 2 and str(out / "lora") in said
+    settings = json.loads((out / "run.json").read_text())["settings"]
+    assert (settings["lora"], settings["candidates"], settings["inner_steps"]) == {"sd": (4, 4, 1), "sdxl": (64, 2, 4)}[name]
+    weights = load_file(out / "lora" / "pytorch_lora_weights.safetensors")
+    assert all("lora" in k and any(part in k for part in (".to_q.", ".to_k.", ".to_v.", ".to_out.0.")) for k in weights)
+    assert {min(w.shape) for w in weights.values()} <= {rank, 8, 16, 32} and any(rank in w.shape for w in weights.values())
+
+    pipe = diffusers.DiffusionPipeline.from_pretrained(pipelines[name])
+    task = open_pipeline(pipelines, name, "--lora", "0")
+    x, t, rows = torch.randn(2, 4, 8, 8), torch.tensor([501, 1]), torch.tensor([0, 2])
+    before = task.predict(pipe.unet, x, t, rows)
+    torch.testing.assert_close(before, task.predict(task.reference, x, t, rows))
+    pipe.load_lora_weights(out / "lora")
+    after = task.predict(pipe.unet, x, t, rows)
+    assert (after - before).abs().max() > 1e-5
+
+
+def test_what_lora_leaves_alone(pipelines, scorer, tmp_path):
+    """In one process: after a round the adapters have moved, and no other tensor of the policy, of the reference or of the text
+    encoder has; what was saved and loaded again predicts what the policy does."""
+    import diffusers
+    task = open_pipeline(pipelines, "sd")
+    frozen = {k: v.clone() for k, v in task.policy.state_dict().items() if "lora" not in k}
+    others = {k: v.clone() for part in (task.reference, task.pipe.text_encoder, task.pipe.vae) for k, v in part.state_dict().items()}
+    assert spo.train(task.args, task, tmp_path) == 0
+    assert all(torch.equal(v, task.policy.state_dict()[k]) for k, v in frozen.items())
+    assert same_weights(others, {k: v for part in (task.reference, task.pipe.text_encoder, task.pipe.vae) for k, v in part.state_dict().items()})
+    task.save(tmp_path)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(pipelines["sd"])
+    pipe.load_lora_weights(tmp_path / "lora")
+    x, t, rows = torch.randn(2, 4, 8, 8), torch.tensor([501, 1]), torch.tensor([0, 2])
+    with torch.no_grad():
+        policy, reference, loaded = (task.predict(network, x, t, rows) for network in (task.policy, task.reference, pipe.unet))
+    torch.testing.assert_close(loaded, policy, atol=1e-6, rtol=1e-5)
+    assert (policy - reference).abs().max() > 1e-4
+
+
+def test_full_training_saves_a_whole_pipeline(pipelines, scorer, tmp_path):
+    """--lora 0: OUT/pipeline is a pipeline whose UNet has moved in every matrix, and whose other parts have not; gradient
+    checkpointing changes no number."""
+    import diffusers
+    logs = []
+    for more in ((), ("--gradient_checkpointing",)):
+        out = tmp_path / f"out{len(more)}"
+        assert spo.main(pipeline_argv(pipelines, "sd", out, "--lora", "0", *more)) == 0
+        logs.append([row["loss"] for row in lines(out)])
+    assert logs[0] == pytest.approx(logs[1], abs=1e-6)
+    before, after = (diffusers.DiffusionPipeline.from_pretrained(folder) for folder in (pipelines["sd"], tmp_path / "out0" / "pipeline"))
+    old, new = before.unet.state_dict(), after.unet.state_dict()
+    assert all(not torch.equal(old[k], new[k]) for k in old if k.endswith("weight") and old[k].ndim > 1)
+    for part in ("text_encoder", "vae"):
+        assert same_weights(getattr(before, part).state_dict(), getattr(after, part).state_dict())
+
+
+def test_the_scorer_gets_pictures_prompts_and_the_next_timestep(pipelines, scorer, tmp_path):
+    """Decoded pictures in [0, 1], the prompts that they were drawn for, and t of the call that predicted them (0: the picture)."""
+    import tiny_scorer
+    tiny_scorer.seen.clear()
+    assert spo.main(pipeline_argv(pipelines, "sd", tmp_path / "out", "--rounds", "1", "--micro_batch_size", "99")) == 0
+    assert [t for *_, t in tiny_scorer.seen] == [201, 1, 0]
+    for shape, low, high, prompts, _ in tiny_scorer.seen:
+        assert shape == (12, 3, 16, 16) and 0 <= low < high <= 1 and prompts == prompts[:3] * 4 and sorted(prompts[:3]) == sorted(PROMPTS)
+
+
+def test_a_pipelines_run_goes_on_to_the_same_bits(pipelines, scorer, tmp_path, capsys):
+    """Stopped after its first round; then continued with another micro-batch size; other prompts do not continue it."""
+    whole = pipeline_argv(pipelines, "sd", tmp_path / "whole")
+    assert spo.main(whole) == 0
+    argv = pipeline_argv(pipelines, "sd", tmp_path / "out")
+    import tiny_scorer
+    original = tiny_scorer.score
+
+    def stop(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_scorer, "score", stop)
+        patch.setattr(signal, "SIG_DFL", signal.SIG_IGN)            # the second of its signals would be a kill
+        assert spo.main(argv + ["--micro_batch_size", "99"]) == 130
+    other = tmp_path / "other.txt"
+    other.write_text("something else\n")
+    assert spo.main([*argv, "--prompts", str(other)]) == 2 and "content: " in capsys.readouterr().err
+    assert spo.main(argv) == 0 and "continuing after round 0" in capsys.readouterr().out
+    a, b = (load_file(tmp_path / name / "lora" / "pytorch_lora_weights.safetensors") for name in ("whole", "out"))
+    assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a) and a.keys() == b.keys()
+
+
+def test_pipelines_that_are_none_of_ours_get_one_line(pipelines, scorer, tmp_path, capsys):
+    """Another class, an inpainting UNet, a scheduler that clips, a scorer that returns something else, an empty file of prompts."""
+    import shutil
+    import tiny_scorer
+
+    def changed(file, **fields):
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        shutil.copytree(pipelines["sd"], tmp_path / "copy")
+        config = json.loads((tmp_path / "copy" / file).read_text())
+        (tmp_path / "copy" / file).write_text(json.dumps(config | fields))
+        return ["--pipeline", str(tmp_path / "copy")]
+
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    for more, said in ((lambda: changed("model_index.json", _class_name="FluxPipeline"), "_class_name 'FluxPipeline'"),
+                       (lambda: changed("unet/config.json", in_channels=9), "in_channels 9 and out_channels 4"),
+                       (lambda: changed("scheduler/scheduler_config.json", clip_sample=True), "clips the predicted x_0"),
+                       (lambda: ["--prompts", str(empty)], "holds no prompt"),
+                       (lambda: ["--scorer", "tiny_scorer:nothing"], "expected a MODULE:FUNCTION"),
+                       (lambda: ["--scorer", "tiny_scorer:wrong"], "expected a tensor of so many scores")):
+        tiny_scorer.wrong = lambda *args: 1.0
+        assert spo.main(pipeline_argv(pipelines, "sd", tmp_path / "out", "--restart", *more())) == 2
+        error = capsys.readouterr().err
+        assert said in error and len([line for line in error.splitlines() if line.startswith("error: ")]) == 1, error

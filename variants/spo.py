@@ -530,7 +530,7 @@ class Condition(nn.Module):
 class Denoiser(nn.Module):
     """(x_t, t, kind) -> the noise in x_t, (N, 3, 16, 16). A small U-Net over squares of 2 x 2 pixels."""
 
-    def __init__(self, channels: int = 48, width: int = 64):
+    def __init__(self, channels: int = 32, width: int = 64):
         super().__init__()
         self.condition = Condition(width)
         self.inner = nn.ModuleList([Block(channels, channels, width), Block(channels, channels, width)])
@@ -601,9 +601,9 @@ def fit(network: nn.Module, loss: Callable, updates: int, peak: float, what: str
 
 @dataclass(frozen=True)
 class Size:
-    base: int = 800             # updates of the diffusion model
-    preference: int = 250       # updates of the preference model
-    batch: int = 64             # pictures an update, and pairs
+    base: int = 700             # updates of the diffusion model
+    preference: int = 200       # updates of the preference model
+    batch: int = 64             # pictures an update, so half as many pairs
 
 
 class Shapes:
@@ -635,23 +635,22 @@ class Shapes:
             network.load_state_dict(load_file(path, device=str(self.device)))
         return network.requires_grad_(False)
 
-    def pictures(self, g: torch.Generator):
-        kinds = torch.randint(len(KINDS), (self.size.batch,), generator=g)
-        return draw_shapes(kinds, g).to(self.device), kinds.to(self.device)
-
-    def noising(self, g: torch.Generator):
-        t = torch.randint(1000, (self.size.batch,), generator=g).to(self.device)
-        return t, torch.randn(self.size.batch, *self.shape, generator=g).to(self.device)
+    def drawn(self, count: int, g: torch.Generator):
+        """(pictures, their kinds, t, noise) of `count` shapes."""
+        kinds = torch.randint(len(KINDS), (count,), generator=g)
+        pictures, t = draw_shapes(kinds, g), torch.randint(1000, (count,), generator=g)
+        noise = torch.randn(pictures.shape, generator=g)
+        return tuple(x.to(self.device) for x in (pictures, kinds, t, noise))
 
     def denoising_loss(self, network, g: torch.Generator):
-        (pictures, kinds), (t, noise) = self.pictures(g), self.noising(g)
+        pictures, kinds, t, noise = self.drawn(self.size.batch, g)
         alpha_bar = self.sampler.alpha_bar[t].view(-1, 1, 1, 1)
         x_t = alpha_bar.sqrt() * pictures + (1 - alpha_bar).sqrt() * noise
         return F.mse_loss(network(x_t, t, kinds), noise)
 
     def preference_loss(self, network, g: torch.Generator):
         """Two pictures of one kind, the same t and noise; the judge knows the true reward, but errs."""
-        (a, kinds), (t, noise) = self.pictures(g), self.noising(g)
+        a, kinds, t, noise = self.drawn(self.size.batch // 2, g)
         b = draw_shapes(kinds.cpu(), g).to(self.device)
         p = ((reward(a) - reward(b)) / TASTE).sigmoid()
         prefers_a = torch.rand(len(t), generator=g).to(self.device) < p
@@ -681,11 +680,11 @@ class Shapes:
 
     def save(self, out: Path):
         save_weights(self.policy, out / "policy.safetensors")
-        before, after = (self.sample(network, 192, "sheet") for network in (self.reference, self.policy))
-        blocks = [x[:72].view(6, 12, *self.shape) for x in (before, after)]
+        before, after = (self.sample(network, 72, "sheet") for network in (self.reference, self.policy))
+        blocks = [x.view(6, 12, *self.shape) for x in (before, after)]
         contact_sheet(torch.stack(blocks), out / "sheet.png")
         for name, x in (("before", before), ("after", after)):
-            say(f"{name}: detail {detail(x).mean():.3f}, layout {layout(x).mean():.3f} (192 pictures)")
+            say(f"{name}: detail {detail(x).mean():.3f}, layout {layout(x).mean():.3f} (72 pictures)")
         say(f"{out / 'sheet.png'}: before on the left, after on the right, from the same noise")
 
 
@@ -792,16 +791,16 @@ class Pipeline:
             raise CheckpointError(f"{args.pipeline}: {str(error).splitlines()[0]}; expected a folder as "
                                   "diffusers' save_pretrained writes it, with safetensors") from None
         config = pipe.scheduler.config
-        if config.get("clip_sample") or config.get("thresholding"):
-            raise DataError(f"{args.pipeline}/scheduler/scheduler_config.json: clips the predicted x_0, "
-                            "which is wrong for latents; set clip_sample and thresholding to false")
+        if config.get("thresholding"):
+            raise DataError(f"{args.pipeline}/scheduler/scheduler_config.json: thresholds the predicted x_0, "
+                            "which is wrong for latents; set thresholding to false")
         scheduler = diffusers.DDIMScheduler.from_config(config, clip_sample=False)
         scheduler.set_timesteps(args.steps)
         self.sampler = Sampler(scheduler.alphas_cumprod.to(device), scheduler.timesteps.tolist(), args.eta,
                                scheduler.config.prediction_type)
         self.pipe, self.wide = pipe, "text_encoder_2" in pipe.components
         for name in ("vae", "unet", "text_encoder", *["text_encoder_2"] * self.wide):
-            getattr(pipe, name).to(device, torch.float32).requires_grad_(False).eval()
+            getattr(pipe, name).to(device).requires_grad_(False).eval()
         self.policy, self.reference = pipe.unet, copy.deepcopy(pipe.unet)
         if args.lora:
             peft = optional("peft")
@@ -879,7 +878,7 @@ class Pipeline:
 RELEASED = dict(candidates=4, inner_steps=1, threshold=0.3, lr=6e-5, prompts_per_round=40, batch_size=40,
                 weight_decay=1e-4, micro_batch_size=8, lora=4, guidance=5.0, gradient_checkpointing=False)
 DEFAULTS = {
-    "shapes": RELEASED | dict(lr=2e-5, prompts_per_round=24, batch_size=64, micro_batch_size=512),
+    "shapes": RELEASED | dict(lr=2e-5, prompts_per_round=16, batch_size=64, micro_batch_size=512),
     "sd": RELEASED,
     "sdxl": RELEASED | dict(candidates=2, inner_steps=4, threshold=0.4, lr=1e-5, prompts_per_round=8,
                             batch_size=16, lora=64, micro_batch_size=2)}

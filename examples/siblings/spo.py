@@ -31,18 +31,18 @@ class Plan:
     """How much of everything."""
     networks: spo.Size = spo.Size()
     rounds: int = 10
-    prompts: int = 24               # trajectories a round
-    pairs: int = 192                # of each round, drawn from all that it gave
+    prompts: int = 16               # trajectories a round
+    pairs: int = 128                # of each round, drawn from all that it gave
     batch: int = 64                 # pairs an update
     lr: float = 2e-5
     pictures: int = 128             # that an arm is scored on
-    curve: tuple = (0, 1, 2, 5, 10) # rounds after which an arm is scored
+    curve: tuple = (2, 4, 7, 10)    # rounds after which an arm is scored
     trajectories: int = 48          # for the two claims about labels
     completions: int = 2            # of each side of a pair
 
 
 QUICK = Plan(spo.Size(base=40, preference=20, batch=16), rounds=2, prompts=4, pairs=16, batch=8, pictures=24,
-             curve=(0, 1, 2), trajectories=6, completions=1)
+             curve=(1, 2), trajectories=6, completions=1)
 
 ARMS = {
     "base": Arm("before training", "Where all others start from."),
@@ -116,8 +116,8 @@ def trajectory_pairs(denoise, score, sampler, noises: list, first_steps: int, th
                      torch.stack([sides(x) for x in after]), kept.expand(len(at), -1).clone(), scores[None])
 
 
-def train_arm(arm: str, tasks: dict, folder: Path, plan: Plan, seed: int, key: str) -> dict:
-    """Train one arm, scored on the way; the last line of its curve, and the whole curve."""
+def train_arm(arm: str, tasks: dict, folder: Path, plan: Plan, seed: int, key: str, base: dict) -> dict:
+    """Train one arm, scored on the way: what it ends with, and the whole curve, which begins at `base`."""
     task = tasks["blind" if arm == "blind" else "preference"]
     task.policy.load_state_dict(task.reference.state_dict())
     out = folder / arm
@@ -142,7 +142,7 @@ def train_arm(arm: str, tasks: dict, folder: Path, plan: Plan, seed: int, key: s
         if spo.train(args, task, out, collect=collect, watch=watch):
             raise KeyboardInterrupt
         spo.save_weights(task.policy, out / "policy.safetensors")
-    rows = data_rows(curve)
+    rows = [{"step": 0, **base}, *data_rows(curve)]
     return {**{k: v for k, v in rows[-1].items() if k != "step"}, "curve": rows}
 
 
@@ -272,9 +272,9 @@ def run_seed(folder: Path, plan: Plan, seed: int, key: str) -> dict:
     labels = folder / "labels.json"
     if not labels.exists():
         stepdpo.write_json(labels, about_labels(tasks, plan, seed, key))
-    arms = {"base": measure(tasks["preference"], tasks["preference"].reference, plan.pictures, key)}
-    arms |= {arm: train_arm(arm, tasks, folder, plan, seed, key) for arm in ARMS if arm != "base"}
-    return {"arms": arms, "labels": json.loads(labels.read_text())}
+    base = measure(tasks["preference"], tasks["preference"].reference, plan.pictures, key)
+    arms = {arm: train_arm(arm, tasks, folder, plan, seed, key, base) for arm in ARMS if arm != "base"}
+    return {"arms": {"base": base, **arms}, "labels": json.loads(labels.read_text())}
 
 
 def difference(runs: list[dict], a: str, b: str, name: str) -> dict:
