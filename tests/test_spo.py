@@ -282,7 +282,7 @@ def test_a_killed_command_goes_on_to_the_same_bits(networks, tmp_path, processes
     processes.run(*command(networks, tmp_path / "whole"))
     wanted = load_file(tmp_path / "whole" / "policy.safetensors")
     argv = command(networks, tmp_path / "out", "--checkpoint_every", "1")
-    for before in (30, 12, 20):
+    for before in (30, 20):
         processes.start(argv, 1, watched=tmp_path / "out", kill={"before": before, "rank": 0, "all": True})
         assert processes.wait() == [-signal.SIGKILL], processes.log.read_text()
         assert not (tmp_path / "out" / "policy.safetensors").exists()
@@ -330,7 +330,7 @@ def test_scores_that_are_no_numbers_end_the_run(networks, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------- real pipelines
 
-PROMPTS = ["a red disc", "a blue square", "stripes, stripes"]
+PROMPTS = ["a red disc", "a blue cube", "stripes"]
 SCORER = """
 import torch
 seen = []
@@ -472,7 +472,7 @@ def test_lora_trains_the_attention_alone_and_diffusers_loads_it(pipelines, score
     assert (settings["lora"], settings["candidates"], settings["inner_steps"]) == {"sd": (4, 4, 1), "sdxl": (64, 2, 4)}[name]
     weights = load_file(out / "lora" / "pytorch_lora_weights.safetensors")
     assert all("lora" in k and any(part in k for part in (".to_q.", ".to_k.", ".to_v.", ".to_out.0.")) for k in weights)
-    assert {min(w.shape) for w in weights.values()} <= {rank, 8, 16, 32} and any(rank in w.shape for w in weights.values())
+    assert {w.shape[0] for k, w in weights.items() if "lora.down" in k or "lora_A" in k} == {rank}
 
     pipe = diffusers.DiffusionPipeline.from_pretrained(pipelines[name])
     task = open_pipeline(pipelines, name, "--lora", "0")
@@ -489,6 +489,8 @@ def test_what_lora_leaves_alone(pipelines, scorer, tmp_path):
     encoder has; what was saved and loaded again predicts what the policy does."""
     import diffusers
     task = open_pipeline(pipelines, "sd")
+    trained = [k for k, p in task.policy.named_parameters() if p.requires_grad]
+    assert trained and all("lora" in k for k in trained)
     frozen = {k: v.clone() for k, v in task.policy.state_dict().items() if "lora" not in k}
     others = {k: v.clone() for part in (task.reference, task.pipe.text_encoder, task.pipe.vae) for k, v in part.state_dict().items()}
     assert spo.train(task.args, task, tmp_path) == 0
@@ -531,6 +533,15 @@ def test_the_scorer_gets_pictures_prompts_and_the_next_timestep(pipelines, score
         assert shape == (12, 3, 16, 16) and 0 <= low < high <= 1 and prompts == prompts[:3] * 4 and sorted(prompts[:3]) == sorted(PROMPTS)
 
 
+def test_weights_stored_in_half_precision_are_trained_in_fp32(pipelines, scorer, tmp_path):
+    """At lr 1e-5 an fp16 weight would not move."""
+    import diffusers
+    pipe = diffusers.DiffusionPipeline.from_pretrained(pipelines["sd"])
+    pipe.to(torch.float16).save_pretrained(tmp_path / "half")
+    task = open_pipeline({"sd": tmp_path / "half"}, "sd", "--lora", "0")
+    assert {p.dtype for part in (task.policy, task.reference, task.pipe.vae) for p in part.parameters()} == {torch.float32}
+
+
 def test_a_pipelines_run_goes_on_to_the_same_bits(pipelines, scorer, tmp_path, capsys):
     """Stopped after its first round; then continued with another micro-batch size; other prompts do not continue it."""
     whole = pipeline_argv(pipelines, "sd", tmp_path / "whole")
@@ -556,7 +567,7 @@ def test_a_pipelines_run_goes_on_to_the_same_bits(pipelines, scorer, tmp_path, c
 
 
 def test_pipelines_that_are_none_of_ours_get_one_line(pipelines, scorer, tmp_path, capsys):
-    """Another class, an inpainting UNet, a scheduler that clips, a scorer that returns something else, an empty file of prompts."""
+    """Another class, an inpainting UNet, a scheduler that thresholds, a scorer that returns something else, an empty file of prompts."""
     import shutil
     import tiny_scorer
 
@@ -571,7 +582,7 @@ def test_pipelines_that_are_none_of_ours_get_one_line(pipelines, scorer, tmp_pat
     empty.write_text("\n")
     for more, said in ((lambda: changed("model_index.json", _class_name="FluxPipeline"), "_class_name 'FluxPipeline'"),
                        (lambda: changed("unet/config.json", in_channels=9), "in_channels 9 and out_channels 4"),
-                       (lambda: changed("scheduler/scheduler_config.json", clip_sample=True), "clips the predicted x_0"),
+                       (lambda: changed("scheduler/scheduler_config.json", thresholding=True), "thresholds the predicted x_0"),
                        (lambda: ["--prompts", str(empty)], "holds no prompt"),
                        (lambda: ["--scorer", "tiny_scorer:nothing"], "expected a MODULE:FUNCTION"),
                        (lambda: ["--scorer", "tiny_scorer:wrong"], "expected a tensor of so many scores")):
