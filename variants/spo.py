@@ -55,8 +55,8 @@ from safetensors.torch import load_file, save_file
 
 import stepdpo
 from data import DataError, run_command
-from model import (CheckpointError, choose_device, fingerprint, join_processes, leave_processes, locked,
-                   read_json, sync, writing, written)
+from model import (CheckpointError, choose_device, fingerprint, join_processes, keep_freed_memory,
+                   leave_processes, locked, read_json, sync, writing, written)
 from stepdpo import all_sum, barrier, dpo_loss, learning_rate, say
 
 
@@ -275,64 +275,36 @@ def train(args, task, out: Path, *, collect: Callable = sample_pairs, watch: Cal
     networks, sampler, prompts and scorer. collect: another way to make a round's pairs. watch(round): called
     before each round and after the last."""
     rank, world = stepdpo.processes()
-    policy, reference, device = task.policy, task.reference, task.device
-    trained = Trained(policy)
+    trained = Trained(task.policy)
     parameters = [p for _, p in trained.named_parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
     done, updates = restore(out, trained, optimizer)
-    images = args.prompts_per_round
     count = sum(p.numel() for p in parameters)
     continued = f"; continuing after round {done - 1}" if done else ""
-    say(f"SPO ({args.loss} loss): {count:,} trained parameters on {world} x {device.type}; "
-        f"{args.rounds} rounds of {images} prompts, {args.candidates} candidates a step, "
+    say(f"SPO ({args.loss} loss): {count:,} trained parameters on {world} x {task.device.type}; "
+        f"{args.rounds} rounds of {args.prompts_per_round} prompts, {args.candidates} candidates a step, "
         f"{args.batch_size} pairs an update; lr {args.lr:g}, beta {args.beta:g}{continued}")
-    screen, mine = Screen(args.rounds, done), list(range(rank, images, world))
-    sampling = dict(first_steps=args.first_steps, inner_steps=args.inner_steps)
-    for p in parameters:
-        p.grad = torch.zeros_like(p)                # a process may have no pair of an update
+    screen = Screen(args.rounds, done)
     with stepdpo.StopSignal() as stop:
         for round in range(done, args.rounds):
             if watch is not None:
                 watch(round)
             begun = time.perf_counter()
-            rows = torch.tensor([prompt_of(args.seed, round * images + i, task.prompts) for i in mine],
-                                device=device)
 
-            # ---- a round of sampling: fresh pairs under the policy as it is now
-            def denoise(x, t):                                      # (k, B, *D) -> (k, B, *D)
-                times = torch.full((x.shape[0] * x.shape[1],), t, device=device)
-                predict = lambda *part: task.predict(policy, *part)
-                return in_parts(predict, args, x.flatten(0, 1), times, rows.repeat(len(x))).view_as(x)
-
-            def score(x_0, t):                                      # (K, B, *D) -> (K, B)
-                scorer = lambda *part: task.score(*part, t)
-                return in_parts(scorer, args, x_0.flatten(0, 1), rows.repeat(len(x_0))).view(x_0.shape[:2])
-
-            noise = draw_noise((args.seed, round), mine, task.shape, device, steps=args.steps,
-                               candidates=args.candidates, **sampling)
-            pairs = collect(denoise, score, task.sampler, noise, threshold=args.threshold, **sampling)
-            if not pairs.scores.isfinite().all():
-                raise FloatingPointError(f"round {round}: the preference scores are not numbers")
-            kept = torch.zeros(len(pairs.t), images, device=device)         # of all processes
-            kept[:, mine] = pairs.kept.to(kept.dtype)
-            found = all_sum(kept).nonzero()                                 # (N, 2): step, trajectory
-            order = torch.randperm(len(found), generator=generator_of(args.seed, round, "order")).to(device)
-            batches = found[order].tensor_split(math.ceil(len(found) / args.batch_size)) if len(found) else []
+            # ---- fresh pairs under the policy as it is now
+            mine = list(range(rank, args.prompts_per_round, world))
+            rows = [prompt_of(args.seed, round * args.prompts_per_round + i, task.prompts) for i in mine]
+            rows = torch.tensor(rows, device=task.device)
+            pairs = collect_pairs(args, task, round, mine, rows, collect)
+            batches, kept = shuffled(args, round, mine, pairs)
 
             # ---- updates: every pair once
             lr = learning_rate(round, args.rounds, args.lr, args.warmup, args.schedule)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            sums, norms = torch.zeros(len(METRICS), dtype=torch.float64, device=device), []
+            sums, norms = torch.zeros(len(METRICS), dtype=torch.float64, device=task.device), []
             for batch in batches:
-                optimizer.zero_grad(set_to_none=False)
-                own = batch[batch[:, 1] % world == rank]
-                for part in own.split(args.micro_batch_size) if len(own) else ():
-                    losses, metrics = losses_of(args, task, pairs, part[:, 0], part[:, 1] // world, rows)
-                    (losses.sum() / len(batch)).backward()
-                    sums += torch.stack([v.detach().double().sum() for v in (losses, *metrics.values())])
-                for p in parameters:
-                    all_sum(p.grad)
+                sums += backward(args, task, pairs, batch, rows, parameters)
                 norms.append(float(nn.utils.clip_grad_norm_(parameters, args.clip)))
                 if not math.isfinite(norms[-1]):
                     raise FloatingPointError(f"round {round}: gradient norm {norms[-1]}; this update was not "
@@ -341,30 +313,83 @@ def train(args, task, out: Path, *, collect: Callable = sample_pairs, watch: Cal
             updates += len(batches)
 
             # ---- say it, keep it
-            scores = pairs.scores.double()
-            signalled = torch.tensor(float(stop.number), dtype=torch.float64, device=device)
-            *sums, score_sum, square_sum, number = all_sum(torch.stack(
-                [*sums, scores.sum(), scores.square().sum(), signalled])).tolist()
-            count = pairs.scores[:, :, 0].numel() * images
-            mean = score_sum / count
-            record = {"step": round, "updates": updates, "score": mean,
-                      "score_sd": max(0.0, square_sum / count - mean**2)**0.5, "pairs": len(found),
-                      "kept": len(found) / kept.numel()}
-            record |= {name: total / len(found) if len(found) else None for name, total in zip(METRICS, sums)}
+            signalled = all_sum(torch.tensor(float(stop.number), device=task.device)) > 0
+            found, totals = sum(map(len, batches)), all_sum(sums).tolist()
+            score, score_sd = mean_and_sd(pairs.scores, args.prompts_per_round)
+            record = {"step": round, "updates": updates, "score": score, "score_sd": score_sd, "pairs": found,
+                      "kept": kept}
+            record |= {name: total / found if found else None for name, total in zip(METRICS, totals)}
             record |= {"grad_norm": sum(norms) / len(norms) if norms else None, "lr": lr,
                        "seconds": time.perf_counter() - begun}
             if rank == 0:
                 stepdpo.append(out / "metrics.jsonl", record)
             screen.show(record)
             due = args.checkpoint_every and (round + 1) % args.checkpoint_every == 0
-            if round + 1 < args.rounds and updates and (number or due):
-                stepdpo.save_checkpoint(out / "checkpoint", round + 1, trained, optimizer, rank)
-            if number and round + 1 < args.rounds:
-                say(f"stopped after round {round}; the same command continues from here")
-                return 128 + (stop.number or signal.SIGTERM)
+            if round + 1 < args.rounds and (signalled or due):
+                if updates:                         # before the first update there is nothing to keep
+                    stepdpo.save_checkpoint(out / "checkpoint", round + 1, trained, optimizer, rank)
+                if signalled:
+                    say(f"stopped after round {round}; the same command continues from here")
+                    return 128 + (stop.number or signal.SIGTERM)
     if watch is not None:
         watch(args.rounds)
     return 0
+
+
+def collect_pairs(args, task, round: int, mine: list[int], rows, collect: Callable) -> Pairs:
+    """This process's share of a round: trajectories `mine`, with prompts `rows` (B,)."""
+    def denoise(x, t):                                              # (k, B, *D) -> (k, B, *D)
+        times = torch.full((x.shape[0] * x.shape[1],), t, device=task.device)
+        predict = lambda *part: task.predict(task.policy, *part)
+        return in_parts(predict, args, x.flatten(0, 1), times, rows.repeat(len(x))).view_as(x)
+
+    def score(x_0, t):                                              # (K, B, *D) -> (K, B)
+        scorer = lambda *part: task.score(*part, t)
+        return in_parts(scorer, args, x_0.flatten(0, 1), rows.repeat(len(x_0))).view(x_0.shape[:2])
+
+    how = dict(first_steps=args.first_steps, inner_steps=args.inner_steps)
+    noise = draw_noise((args.seed, round), mine, task.shape, task.device, steps=args.steps,
+                       candidates=args.candidates, **how)
+    pairs = collect(denoise, score, task.sampler, noise, threshold=args.threshold, **how)
+    if not pairs.scores.isfinite().all():
+        raise FloatingPointError(f"round {round}: the preference scores are not all numbers")
+    return pairs
+
+
+def shuffled(args, round: int, mine: list[int], pairs: Pairs) -> tuple[list[torch.Tensor], float]:
+    """(the batches of a round, (n, 2) each: step and trajectory of its pairs; the share that was kept). The
+    same on every process, whichever of them holds a pair. Batches are equal but for one pair: a short one
+    would be a full step on few pairs."""
+    kept = torch.zeros(len(pairs.t), args.prompts_per_round, device=pairs.kept.device)
+    kept[:, mine] = pairs.kept.to(kept.dtype)
+    found = all_sum(kept).nonzero()                                 # (N, 2)
+    order = torch.randperm(len(found), generator=generator_of(args.seed, round, "order")).to(found.device)
+    batches = found[order].tensor_split(math.ceil(len(found) / args.batch_size)) if len(found) else []
+    return list(batches), len(found) / kept.numel()
+
+
+def backward(args, task, pairs: Pairs, batch, rows, parameters: list) -> torch.Tensor:
+    """The gradient of the mean loss over `batch` (n, 2), in every process; the sums of METRICS over the pairs
+    of this one."""
+    rank, world = stepdpo.processes()
+    sums = torch.zeros(len(METRICS), dtype=torch.float64, device=task.device)
+    for p in parameters:
+        p.grad = torch.zeros_like(p)                                # a process may hold none of the pairs
+    own = batch[batch[:, 1] % world == rank]
+    for part in own.split(args.micro_batch_size) if len(own) else ():
+        losses, metrics = losses_of(args, task, pairs, part[:, 0], part[:, 1] // world, rows)
+        (losses.sum() / len(batch)).backward()
+        sums += torch.stack([value.detach().double().sum() for value in (losses, *metrics.values())])
+    for p in parameters:
+        all_sum(p.grad)
+    return sums
+
+
+def mean_and_sd(scores, prompts: int) -> tuple[float, float]:
+    """Of the scores (comparisons, K, B) of all processes, which share `prompts` trajectories."""
+    scores, count = scores.double(), scores[:, :, 0].numel() * prompts
+    total, squares = all_sum(torch.stack([scores.sum(), scores.square().sum()])).tolist()
+    return total / count, max(0.0, squares / count - (total / count)**2)**0.5
 
 
 def losses_of(args, task, pairs: Pairs, at, which, rows):
@@ -968,9 +993,10 @@ def settle(args, kind: str, shape: tuple, prompts: int):
     for name in ("seed", "lora", "weight_decay", "checkpoint_every"):
         if not getattr(args, name) >= 0:
             raise DataError(f"--{name} is {getattr(args, name)}: expected 0 or more")
-    for name, low, high in (("eta", 0, 1), ("eps", 0, 1)):
-        if not low < getattr(args, name) <= high:
-            raise DataError(f"--{name} is {getattr(args, name)}: expected above {low} and at most {high}")
+    if not 0 < args.eta <= 1:
+        raise DataError(f"--eta is {args.eta}: expected above 0 (without noise a step has no density), up to 1")
+    if not 0 < args.eps < 1:
+        raise DataError(f"--eps is {args.eps}: expected between 0 and 1")
     if not (0 <= args.warmup <= 1 and 0 <= args.threshold < 1):
         raise DataError(f"--warmup is {args.warmup}, --threshold {args.threshold}: expected shares, 0 to 1")
     if args.candidates < 2:
@@ -988,6 +1014,7 @@ HARMLESS = ("out", "device", "pipeline", "prompts", "micro_batch_size", "checkpo
 def run(args) -> int:
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         args.restart = False                # torchrun --max-restarts started us again: go on
+    keep_freed_memory()
     device, (rank, world) = choose_device(args.device), join_processes()
     if device.type == "cuda":
         torch.cuda.set_device(device)
