@@ -4,6 +4,7 @@ The files are data alone: each says what goes in, what comes out and how exactly
 A case of kind K in file NAME.json is run by the function NAME_K below. Where released code slips, its file says what was intended, and that is what ours gives."""
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 import stepdpo
 from data import Example
 from model import average_checkpoints
-from variants import sacpo, scdpo, sdpo
+from variants import sacpo, scdpo, sdpo, spo
 
 FOLDER = Path(os.environ.get("SIBLING_CASES") or ROOT.parent / "shared" / "methods")
 
@@ -252,3 +253,76 @@ def scdpo_filter(given, wanted, tolerance):
         longest, tag = given["longest_block"][name], "<|execution|>" if given["has_execution_tag"][name] else ""
         steps[len(steps) // 2] = tag + "x" * (longest - len(tag))
         assert scdpo.garbled(steps) == dropped, name
+
+
+# ----------------------------------------------------------------------------------------------------------- SPO
+
+def doubles(value):
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def spo_loss(given, wanted, tolerance):
+    """The released loss, its clipped ratios and its gradients. Inside the band it is the paper's loss of the same numbers."""
+    names = ("policy_win", "policy_lose", "ref_win", "ref_lose")
+    logps = [doubles(given[name]).requires_grad_() for name in names]
+    losses, metrics = spo.released_loss(*logps, given["beta"], given["eps"])
+    assert losses.mean().item() == pytest.approx(wanted["loss"], abs=tolerance["loss"])
+    for side, name in (("win", "chosen_reward"), ("lose", "rejected_reward")):
+        ratio = (metrics[name] / given["beta"]).exp()
+        torch.testing.assert_close(ratio, doubles(wanted[f"ratio_{side}"]), atol=1e-10, rtol=0)
+    inside = metrics["clipped"] == 0
+    torch.testing.assert_close(losses[inside], spo.paper_loss(*logps, given["beta"])[0][inside], atol=1e-10, rtol=0)
+    losses.mean().backward()
+    for name, logp in zip(names[:2], logps):
+        torch.testing.assert_close(logp.grad, doubles(wanted[f"grad_{name}"]), atol=tolerance["gradients"], rtol=0)
+
+
+def spo_ddim_logprob(given, wanted, tolerance):
+    """One step's predicted x_0, mean, sigma and log-density, as a sum and as a mean, and the mean's gradient."""
+    output = doubles(given["model_output"]).requires_grad_()
+    x_0, mean, sigma = spo.ddim_step(doubles(given["x_t"]), output, doubles(given["alpha_bar_t"]), doubles(given["alpha_bar_prev"]),
+                                 given["eta"], given["prediction_type"])
+    for ours, name in ((x_0, "pred_x0"), (mean, "mean"), (sigma, "sigma")):
+        torch.testing.assert_close(ours.detach(), doubles(wanted[name]), atol=1e-8, rtol=0)
+    logps = spo.log_density(doubles(given["x_prev"]), mean, sigma)
+    torch.testing.assert_close(logps.detach(), doubles(wanted["logprob_sum_over_dims"]), atol=1e-6, rtol=0)
+    dimensions = output[0].numel()
+    torch.testing.assert_close(logps.detach() / dimensions, doubles(wanted["logprob_mean_over_dims"]), atol=1e-6, rtol=0)
+    (logps / dimensions).sum().backward()                           # the file's gradient is that of the means
+    torch.testing.assert_close(output.grad, doubles(wanted["grad_model_output_of_the_sum_over_batch"]), atol=1e-8, rtol=0)
+
+
+def spo_choose_pair(given, wanted, tolerance):
+    """Best against worst, and whether their softmax differs by more than the threshold."""
+    win, lose, kept = spo.choose_pair(doubles(given["scores_k_by_batch"]), given["threshold"])
+    assert (win.tolist(), lose.tolist(), kept.tolist()) == (wanted["win_index"], wanted["lose_index"], wanted["kept"])
+
+
+def spo_sampling_loop(given, wanted, tolerance):
+    """A round of sampling with recorded noise and continuations: which x_0 is scored when and with which t, and the pairs."""
+    a, b = map(float, re.fullmatch(r"eps\(x, t\) = (\S+) x \+ (\S+) t / 1000", given["model"]).groups())
+    c, d = map(float, re.fullmatch(r"-(\S+) \(x0_hat - (\S+)\)\^2", given["score"]).groups())
+    table = torch.full((1000,), torch.nan, dtype=torch.float64)
+    for t, alpha_bar in given["alpha_bar"].items():
+        table[int(t)] = alpha_bar
+    scored = []
+
+    def score(x_0, t):
+        scores = -c * (x_0.squeeze(-1) - d)**2
+        scored.append((t, scores))
+        return scores
+
+    steps = [doubles(z) for z in given["noise_in_order_of_use"]]
+    steps = [z if z.ndim == 3 else z[None] for z in steps]
+    noise = spo.Noise(doubles(given["x_T"])[:, None], steps, torch.tensor(given["continue_with_candidate"]))
+    pairs = spo.sample_pairs(lambda x, t: a * x + b * t / 1000, score, spo.Sampler(table, given["timesteps"], given["eta"]), noise,
+                         first_steps=given["normal_steps_first"], threshold=given["threshold"])
+    assert [t for t, _ in scored] == [one["t_given_to_scorer"] for one in wanted["scorings"]]
+    near = dict(atol=tolerance["sampling_loop"], rtol=0)
+    for (_, ours), theirs in zip(scored, wanted["scorings"]):
+        torch.testing.assert_close(ours, doubles(theirs["scores"]), **near)
+    found = pairs.kept.nonzero().tolist()
+    assert [(pairs.t[m].item(), b) for m, b in found] == [(pair["t"], pair["trajectory"]) for pair in wanted["pairs"]]
+    for (m, b), pair in zip(found, wanted["pairs"]):
+        torch.testing.assert_close(pairs.x_t[m, b].flatten(), doubles([pair["x_t"]]), **near)
+        torch.testing.assert_close(pairs.x_prev[m, b].flatten(), doubles([pair["x_win"], pair["x_lose"]]), **near)
