@@ -71,3 +71,17 @@ def test_line_counts_of_the_readme():
         assert abs(len((ROOT / name).read_text().splitlines()) - int(lines.replace(",", ""))) <= 10, name
         counted = sum(found.get(name, 0) for _, found in reading_path())
         assert abs(counted - int(to_read.replace(",", "") or 0)) <= 10, (name, counted)
+
+
+def test_the_siblings_page_points_where_it_says():
+    """Functions of variants/README.md stand at the lines it gives, files and tests that it names exist."""
+    page = (ROOT / "variants" / "README.md").read_text()
+    places = [(file, name, int(line)) for file, names in re.findall(r"`variants/(\w+\.py)`: ([^|]*)", page)
+              for name, line in re.findall(r"`(\w+)` \((\d+)\)", names)]
+    assert len(places) > 20
+    for file, name, line in places:
+        source = (ROOT / "variants" / file).read_text().splitlines()
+        assert re.match(rf"(def|class) {name}\b", source[line - 1]), (file, name, line)
+    tests = "".join(path.read_text() for path in ROOT.glob("tests/*.py"))
+    assert all(f"def {name}(" in tests for name in re.findall(r"`(test_\w+)`", page))
+    assert all((ROOT / "variants" / link).exists() for link in re.findall(r"\]\((?!http|#)([\w./-]+)\)", page))
