@@ -69,8 +69,8 @@ from tqdm import tqdm
 if __name__ == "__main__":      # python -P does not search a script's own folder
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from model import (CheckpointError, common_length, join_processes, lay_out, locked, read_json, resolve,
-                   strict_json, writing, written)
+from model import (CheckpointError, common_length, home_of, join_processes, lay_out, locked, read_json,
+                   resolve, strict_json, writing, written)
 
 
 class DataError(ValueError):
@@ -584,11 +584,15 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, system: str | None = None,
-                        template_args: dict | None = None) -> "Tokenizer":
+                        template_args: dict | None = None, base: str | Path | None = None) -> "Tokenizer":
         """Read tokenizer.json and what is there of tokenizer_config.json, special_tokens_map.json,
         config.json, generation_config.json and the chat template. DataError or CheckpointError where a
-        file is damaged or disagrees with another."""
+        file is damaged or disagrees with another. What the folder of a LoRA adapter lacks is its base
+        model's (`base`, or the one that it names)."""
         folder = Path(folder)
+        home = home_of(folder, base)
+        if not (folder / "tokenizer.json").is_file():
+            folder = home
         path, settings_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
         if not path.is_file():
             raise DataError(f"{folder}: tokenizer.json is not there; transformers makes it from a "
@@ -596,7 +600,8 @@ class Tokenizer:
         with _damage(path):
             backend = tokenizers.Tokenizer.from_file(str(path))
             opening = backend.encode("").ids            # what the post-processor puts around a text
-        config, generation = _settings(folder / "config.json"), _settings(folder / "generation_config.json")
+        config, generation = _settings(home / "config.json"), _settings(folder / "generation_config.json")
+        generation = generation or _settings(home / "generation_config.json")
         own = _settings(folder / "special_tokens_map.json") | _settings(settings_path)
         with _damage(settings_path):
             named = {key: value["content"] if isinstance(value, dict) else value
@@ -2471,8 +2476,9 @@ def show_training(args: argparse.Namespace, rows: list[tuple[str, dict]]) -> str
     columns, folder = rows[0][1], resolve(args.model)
     suggested = "stepdpo" if "initial_reason_steps" in columns else "dpo" if "rejected" in columns else "sft"
     method = args.method or suggested
-    tokenizer = Tokenizer.from_pretrained(folder, system=args.system, template_args=args.template_args)
-    limit = _settings(folder / "config.json").get("max_position_embeddings")
+    tokenizer = Tokenizer.from_pretrained(folder, system=args.system, template_args=args.template_args,
+                                          base=args.base)
+    limit = _settings(home_of(folder, args.base) / "config.json").get("max_position_embeddings")
     longest = min(args.max_length, limit) if type(limit) is int else args.max_length
     examples, report = encode_dataset(args.data, tokenizer, method, args.prompt, longest)
     kept = {example.where: example for example in examples}
@@ -2504,7 +2510,10 @@ def _object(text: str) -> dict:
 
 
 def add_chat_options(command: argparse.ArgumentParser) -> None:
-    """--system and --template_args, which `Tokenizer.from_pretrained` takes."""
+    """--base, --system and --template_args, which `Tokenizer.from_pretrained` takes."""
+    command.add_argument("--base", metavar="FOLDER",
+                         help="where --model is a LoRA adapter: its base model, if that is not where "
+                              "adapter_config.json says")
     command.add_argument("--system", metavar="TEXT",
                          help="system prompt of every chat that brings none (with --prompt chat)")
     command.add_argument("--template_args", type=_object, metavar="JSON",

@@ -361,21 +361,23 @@ class Sampler:
     dtype           "fp32" or "bf16"; by default bf16 on a GPU, fp32 on a CPU
     batch_size      samples that are computed together, all of one prompt at least
     system, template_args  for the chat template, as data.Tokenizer takes them
+    base            of a LoRA adapter, its base model, if that is not where the adapter says
 
     settings: all that decides what it says, for a journal.
     """
 
     def __init__(self, folder: str | Path, *, prompt: str = "chat", dtype: str | None = None,
                  device: str | None = None, batch_size: int = 64, system: str | None = None,
-                 template_args: dict | None = None):
+                 template_args: dict | None = None, base: str | Path | None = None):
         folder, device = resolve(folder), choose_device(device)
         dtype = dtype or ("fp32" if device.type == "cpu" else "bf16")
         self.prompt, self.batch_size = prompt, batch_size
-        self.tokenizer = Tokenizer.from_pretrained(folder, system=system, template_args=template_args)
+        self.tokenizer = Tokenizer.from_pretrained(folder, system=system, template_args=template_args,
+                                                   base=base)
         self.stop_ids = self.tokenizer.stop_ids(prompt)
         weights = torch.float32 if dtype == "fp32" else torch.bfloat16
-        self.model = Llama.from_pretrained(folder, weights, device)
-        self.settings = {"model": f"{folder.resolve().name} {fingerprint(folder)[:12]}", "dtype": dtype,
+        self.model = Llama.from_pretrained(folder, weights, device, base)
+        self.settings = {"model": f"{folder.resolve().name} {fingerprint(folder, base)[:12]}", "dtype": dtype,
                          "device": device.type, "prompt": prompt, "system": system,
                          "template_args": template_args}
 
@@ -470,14 +472,15 @@ class Remote:
     """
 
     def __init__(self, endpoint: str, api_model: str, *, model: str | None = None, prompt: str = "chat",
-                 concurrency: int = 32, system: str | None = None, template_args: dict | None = None):
+                 concurrency: int = 32, system: str | None = None, template_args: dict | None = None,
+                 base: str | Path | None = None):
         if prompt != "chat" and (system or template_args):
             raise DataError("--system and --template_args belong to the chat template; --prompt "
                             f"{prompt} has no place for them: choose --prompt chat")
         self.endpoint, self.prompt, self.concurrency = Endpoint(endpoint, api_model), prompt, concurrency
         of_chat = {"system": system, "template_args": template_args}
         self.settings = {"endpoint": self.endpoint.url, "api_model": api_model, "prompt": prompt} | of_chat
-        self.tokenizer = Tokenizer.from_pretrained(resolve(model), **of_chat) if model else None
+        self.tokenizer = Tokenizer.from_pretrained(resolve(model), base=base, **of_chat) if model else None
         self.alike = 0                           # samples just like the first of their prompt; -inf: not all
 
     def prepare(self, problem: Problem, text: str, cut: int | None = None) -> Prompt:
@@ -840,9 +843,11 @@ def evaluate(args: argparse.Namespace) -> int:
     items = read_file(args, bad)
     how = {"prompt": args.prompt, "system": args.system, "template_args": args.template_args}
     if args.endpoint:
-        sampler = Remote(args.endpoint, args.api_model, model=args.model, concurrency=args.concurrency, **how)
+        sampler = Remote(args.endpoint, args.api_model, model=args.model, base=args.base,
+                         concurrency=args.concurrency, **how)
     else:
-        sampler = Sampler(args.model, dtype=args.dtype, device=args.device, batch_size=args.batch_size, **how)
+        sampler = Sampler(args.model, dtype=args.dtype, device=args.device, batch_size=args.batch_size,
+                          base=args.base, **how)
     work = Work(args, sampler, bad, rank=rank, world=world)
 
     def sample(journal: Journal, rank: int, world: int) -> None:

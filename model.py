@@ -16,6 +16,7 @@ What a token may look at is not the model's business but an argument, `attend(la
 Shapes: B batch, T tokens of a row, N tokens of a flat row, C hidden size, H query heads, G key/value heads,
 D head size, V vocabulary.
 """
+import argparse
 import ctypes
 import hashlib
 import inspect
@@ -382,6 +383,36 @@ def for_products(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
+LORA_LAYERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+               "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")          # all linear layers of a block
+
+
+class LoRA(nn.Linear):
+    """A linear layer whose weight W (out, in) and bias b are frozen, and beside them a change of rank r that
+    is trained (Hu et al. 2021, arXiv 2106.09685, Eq. 3):
+
+        y = x W^T + b + (alpha / r) (x A^T) B^T                          A (r, in), B (out, r)
+
+    A is `lora_A.weight` and B `lora_B.weight`: PEFT's names."""
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float):
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        self.weight, self.bias = linear.weight, linear.bias
+        self.lora_A = nn.Linear(linear.in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, linear.out_features, bias=False)
+        self.scale = alpha / rank
+
+    def forward(self, x):
+        return super().forward(x) + self.lora_B(self.scale * self.lora_A(x))
+
+
+def new_lora(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """What A or B begins with. B = 0, so at step 0 the model is the one it was; A is uniform within 1 /
+    sqrt(in), PEFT's default."""
+    bound = shape[1] ** -0.5 if ".lora_A." in name else 0.0
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
 class Decoder(nn.Module):
     """Everything below the vocabulary; Hugging Face's keys call it `model.`"""
 
@@ -400,6 +431,11 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.source: Path | None = None       # the folder it came from, whose tokenizer is saved with it
+        self.home: Path | None = None         # the folder of its weights: of an adapter, its base model's
+        self.base: str | None = None          # the same as others would name it: an absolute path or a hub id
+        self.stored: dict[str, Stored] = {}   # where in the files its parameters are
+        self.adapter: Adapter | None = None   # where it came as a LoRA adapter of `base`
+        self.lora: tuple | None = None        # (rank, alpha, layers), where `add_lora` was called
         self.gradient_checkpointing = False   # recompute each block in the backward pass, to save memory
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -451,20 +487,28 @@ class Llama(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_id: str | os.PathLike, dtype: torch.dtype = torch.float32,
-                        device="cpu") -> "Llama":
+                        device="cpu", base: str | os.PathLike | None = None) -> "Llama":
         """Load a Hugging Face checkpoint: a folder, or a hub id when no such folder exists. Safetensors only,
         one file or a sharded index.
+
+        It may be a LoRA adapter, of the model that its adapter_config.json names or `base`. The adapter is
+        merged into the weights, or in half precision, which would round most of it away, kept beside them.
 
         Built on the meta device and filled tensor by tensor, so memory peaks at the model's own size and one
         tensor more. Raises CheckpointError listing every missing, unexpected or mis-shaped tensor by name,
         before any weight is read, and naming a tensor that holds NaN or infinity."""
-        return cls.skeleton(folder_or_hub_id).read_weights(dtype, device)
+        model = cls.skeleton(folder_or_hub_id, base)
+        if model.adapter and dtype.itemsize < 4:
+            model.add_lora(*model.adapter.kind)
+        return model.read_weights(dtype, device)
 
     @classmethod
-    def skeleton(cls, folder_or_hub_id: str | os.PathLike) -> "Llama":
+    def skeleton(cls, folder_or_hub_id: str | os.PathLike,
+                 base: str | os.PathLike | None = None) -> "Llama":
         """The first half of `from_pretrained`: the checked model on the meta device, without weights. What is
-        sharded now is read in shards."""
-        folder = resolve(folder_or_hub_id)
+        sharded now is read in shards; what is given `add_lora` now keeps an adapter apart."""
+        source = resolve(folder_or_hub_id)
+        folder = home_of(source, base)
         config = Config.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
         stored = weight_files(folder)
         if config.tie_word_embeddings and has_its_own_head(stored):
@@ -474,28 +518,71 @@ class Llama(nn.Module):
         with torch.device("meta"):
             model = cls(config)
         check_weights(folder, stored, dict(model.named_parameters()))    # a tied pair counts as the embedding
-        model.source = folder
+        model.stored, model.home = stored, folder
+        model.source = source if (source / "tokenizer.json").is_file() else folder
+        named = folder_or_hub_id if folder == source else base_of(source, base)
+        model.base = str(Path(named).absolute() if Path(named).is_dir() else named)
+        if folder != source:
+            model.adapter = read_adapter(source, model, any_base=base is not None)
+            model.stored = stored | model.adapter.stored
         return model
 
-    def read_weights(self, dtype: torch.dtype = torch.float32, device="cpu") -> "Llama":
+    def file(self, name: str) -> Path:
+        """Where a file of the tokenizer is, or is not. An adapter of others has none of its own for how to
+        generate: then it is the base model's."""
+        beside = name == "generation_config.json" and not (self.source / name).is_file()
+        return (self.home if beside else self.source) / name
+
+    def add_lora(self, rank: int, alpha: float, layers: Sequence[str] = LORA_LAYERS) -> "Llama":
+        """Freeze the model, and put a trained change of low rank beside these layers of every block. For a
+        skeleton: `read_weights` then fills in the adapter that it came as, or a new one."""
+        self.requires_grad_(False)
+        with torch.device("meta"):
+            for block in self.model.layers:
+                for name in layers:
+                    block.set_submodule(name, LoRA(block.get_submodule(name), rank, alpha))
+        self.lora = rank, alpha, tuple(layers)
+        return self
+
+    def read(self, name: str, dtype: torch.dtype | None = None, device="cpu", first: int = 0,
+             last: int | None = None) -> torch.Tensor:
+        """Rows `first` to `last` of a parameter from the files, in `dtype`: None for the file's own, of an
+        adapter fp32. What an adapter changes, and has no LoRA layer here, is merged: W + (alpha / r) B A."""
+        owner, _, leaf = name.rpartition(".")
+        if ".lora_" in name:
+            return read_tensor(self.stored[name].file, PEFT_PREFIX + name, dtype or torch.float32, device,
+                               first, last)
+        tensor = read_tensor(self.stored[name].file, name, dtype, device, first, last)
+        adapted = leaf == "weight" and f"{owner}.lora_A.weight" in self.stored
+        if adapted and not isinstance(self.get_submodule(owner), LoRA):
+            a = self.read(f"{owner}.lora_A.weight", tensor.dtype, device)
+            b = self.read(f"{owner}.lora_B.weight", tensor.dtype, device, first, last)
+            tensor += (self.adapter.alpha / self.adapter.rank) * (b @ a)
+        return tensor
+
+    def read_weights(self, dtype: torch.dtype | None = torch.float32, device="cpu",
+                     seed: int = 0) -> "Llama":
         """The second half of `from_pretrained`: of a parameter that FSDP has cut by rows over the processes,
-        this process reads its own rows only."""
-        stored = weight_files(self.source)
+        this process reads its own rows only. A new LoRA adapter is drawn from `seed`. dtype: see `read`."""
+        generator = torch.Generator().manual_seed(seed)
         for name, p in dict(self.named_parameters()).items():
             first, last = own_rows(p)
-            tensor = read_tensor(stored[name].file, name, dtype, device, first, last)
+            if name in self.stored:
+                tensor = self.read(name, dtype, device, first, last)
+            else:                                                        # every process draws the whole
+                tensor = new_lora(name, p.shape, generator)[first:last].to(device)
             if isinstance(p, DTensor):
                 tensor = DTensor.from_local(tensor, p.device_mesh, p.placements, run_check=False,
                                             shape=p.shape, stride=p.stride())
             owner, _, leaf = name.rpartition(".")
-            setattr(self.get_submodule(owner), leaf, nn.Parameter(tensor))
+            setattr(self.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=p.requires_grad))
         self.tie_weights()
         return self
 
     def save_pretrained(self, folder: str | os.PathLike, dtype: torch.dtype | None = None,
                         shard_bytes: int = 5 * 10**9, eos_ids: tuple[int, ...] = ()):
         """Write config.json, model.safetensors (an index and shards above 5 GB) and the tokenizer files of
-        the folder this model came from.
+        the folder this model came from; of a model with LoRA layers the adapter alone, as PEFT lays it out.
 
         config.json keeps every key it had, but for what would be wrong here (see `saved_settings`).
         `eos_ids`, with which the model learned to end, join its eos_token_id, so that others stop there too.
@@ -505,8 +592,12 @@ class Llama(nn.Module):
         folder = Path(folder)
         aside = folder / ".saving"
         params = {name: p.detach() for name, p in self.named_parameters()}
+        if self.lora:
+            params = {PEFT_PREFIX + name: p for name, p in params.items() if ".lora_" in name}
         dtype = dtype or next(iter(params.values())).dtype
         files = in_files({name: p.numel() * dtype.itemsize for name, p in params.items()}, shard_bytes)
+        if self.lora:
+            files = {"adapter_model.safetensors": list(params)}
         writer = all(p.device_mesh.get_rank() == 0 for p in params.values() if isinstance(p, DTensor))
         if writer:
             shutil.rmtree(aside, ignore_errors=True)
@@ -528,15 +619,17 @@ class Llama(nn.Module):
                 "metadata": {"total_size": sum(p.numel() for p in params.values()) * dtype.itemsize},
                 "weight_map": {name: filename for filename, names in files.items() for name in names}}
         for filename in TOKENIZER_FILES if self.source is not None else ():
-            if (self.source / filename).is_file():
-                shutil.copyfile(self.source / filename, aside / filename)
+            if self.file(filename).is_file():
+                shutil.copyfile(self.file(filename), aside / filename)
         for filename, value in settings.items():
             (aside / filename).write_text(json.dumps(value, indent=2) + "\n")
 
-        made = sorted(aside.iterdir(), key=lambda p: p.name == "config.json")
-        for stale in [*folder.glob("model*.safetensors"), *folder.glob("model.safetensors.index.json")]:
-            if stale.name not in {p.name for p in made}:
-                stale.unlink()
+        made = sorted(aside.iterdir(), key=lambda p: p.name in ("config.json", "adapter_config.json"))
+        for pattern in ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors",
+                        "config.json", "adapter_config.json", "adapter_base.json"):
+            for stale in folder.glob(pattern):
+                if stale.name not in {p.name for p in made}:
+                    stale.unlink()
         for path in made:
             sync(path)
             os.replace(path, folder / path.name)
@@ -680,22 +773,27 @@ def weight_files(folder: Path) -> dict[str, Stored]:
         raise CheckpointError(f"{folder}: neither {single.name} nor {index.name}{what_instead(folder)}")
     found = {}
     for path, names in placed.items():
-        try:
-            with safe_open(path, framework="pt") as f:
-                slices = {name: f.get_slice(name) for name in f.keys()}
-                here = {name: Stored(path, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
-        except (SafetensorError, OSError, ValueError) as e:
-            with open(path, "rb") as f:
-                pointer = f.read(23) == b"version https://git-lfs"
-            why = "holds a Git LFS pointer, not weights; run `git lfs pull` in its folder" if pointer \
-                else f"cannot be read as safetensors ({e}); download it again"
-            raise CheckpointError(f"{path}: {why}") from None
+        here = header_of(path)
         if names is not None and set(here) != names:
             odd = sorted(set(here) ^ names)[0]
             raise CheckpointError(f"{path}: {odd} is in the " + (
                 "index but not in the file" if odd in names else "file, where the index does not place it"))
         found |= here
     return found
+
+
+def header_of(path: Path) -> dict[str, Stored]:
+    """The tensors of one safetensors file, by name."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            slices = {name: f.get_slice(name) for name in f.keys()}
+            return {name: Stored(path, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+    except (SafetensorError, OSError, ValueError) as e:
+        with open(path, "rb") as f:
+            pointer = f.read(23) == b"version https://git-lfs"
+        why = "holds a Git LFS pointer, not weights; run `git lfs pull` in its folder" if pointer \
+            else f"cannot be read as safetensors ({e}); download it again"
+        raise CheckpointError(f"{path}: {why}") from None
 
 
 def shards_of(index: Path) -> dict[Path, set[str]]:
@@ -717,7 +815,8 @@ def what_instead(folder: Path) -> str:
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
         base = read_json(adapter).get("base_model_name_or_path")
-        return f"; this is a LoRA adapter of {base}: merge it into that model first, and give the result"
+        return f"; this is a LoRA adapter of {base}: merge it into that model first " \
+               f"(python model.py merge {folder} --out FOLDER), and give the result"
     remedies = {"*.gguf": "GGUF is for inference only: take the checkpoint in Hugging Face's layout"}
     if (folder / "config.json").is_file():
         pickle = "convert it to safetensors first, pickle is never read here"
@@ -820,6 +919,149 @@ def whole(p: torch.Tensor) -> torch.Tensor:
     return p.full_tensor() if isinstance(p, DTensor) else p
 
 
+# ---- LoRA adapters, as PEFT writes them: adapter_config.json and adapter_model.safetensors, without the base
+
+PEFT_PREFIX = "base_model.model."
+# Fields of adapter_config.json that are read here, or that change nothing once an adapter is trained. What is
+# set beside them (DoRA, rsLoRA, ranks of their own, trained biases or embeddings, whatever comes) is refused.
+LORA_FIELDS = ("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout",
+               "target_modules", "exclude_modules", "bias", "init_lora_weights", "inference_mode", "revision",
+               "auto_mapping", "megatron_core", "qalora_group_size", "peft_version", "loftq_config",
+               "eva_config", "ensure_weight_tying", "runtime_config")
+
+
+class Adapter(NamedTuple):
+    rank: int
+    alpha: float
+    layers: tuple[str, ...]       # of every block, in the order of LORA_LAYERS
+    stored: dict[str, Stored]     # its tensors, under our names
+
+    @property
+    def kind(self) -> tuple:
+        """What `Llama.add_lora` takes."""
+        return self.rank, self.alpha, self.layers
+
+
+def base_of(folder: Path, base: str | os.PathLike | None = None) -> str | os.PathLike:
+    """The folder or hub id of the weights: `folder` itself, or, where that is a LoRA adapter's, `base` or
+    what adapter_config.json names."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        if base is not None:
+            raise CheckpointError(f"{folder}: is no LoRA adapter, and has no base: leave --base out")
+        return folder
+    if twice := [*folder.glob("model*.safetensors")]:
+        raise CheckpointError(f"{folder}: holds {twice[0].name} and {path.name}, a model and an adapter; "
+                              "move away the one that is not meant")
+    named = base or read_json(path).get("base_model_name_or_path")
+    if not isinstance(named, (str, os.PathLike)) or not str(named):
+        raise CheckpointError(f"{path}: base_model_name_or_path is {named!r}: name the adapter's base model "
+                              "there, or with --base")
+    return named
+
+
+def home_of(folder: Path, base: str | os.PathLike | None = None) -> Path:
+    """The folder of `base_of`."""
+    named = base_of(folder, base)
+    try:
+        return resolve(named)
+    except CheckpointError as e:
+        raise CheckpointError(f"{folder}: the base model of this LoRA adapter is not there ({e}); correct "
+                              "base_model_name_or_path in its adapter_config.json, or name it with "
+                              "--base") from None
+
+
+def read_adapter(folder: Path, model: "Llama", any_base: bool) -> Adapter:
+    """The LoRA adapter in a folder, checked against the skeleton of its base model. Raises CheckpointError,
+    naming the field or tensor, for one that this file does not compute, that does not fit, or whose base has
+    other weights now than when it was trained (of ours, and unless `any_base`)."""
+    path, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    raw = read_json(path)
+    merge = "merge the adapter with PEFT (merge_and_unload), and give the result"
+
+    def refuse(field, why):
+        raise CheckpointError(f"{path}: {field} is {raw.get(field)!r:.100}: {why}")
+
+    if raw.get("peft_type") != "LORA":
+        refuse("peft_type", f"only LORA is computed here; {merge}")
+    for field, value in raw.items():
+        if value and field not in LORA_FIELDS:
+            refuse(field, f"only plain LoRA of linear layers is computed here; {merge}")
+    if raw.get("bias", "none") != "none":
+        refuse("bias", f"trained biases are not computed here; {merge}")
+    if raw.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
+        refuse("init_lora_weights", f"such an adapter begins by changing its base's weights; {merge}")
+    if raw.get("revision") not in (None, "main") and not any_base:
+        refuse("revision", "fetch this state of the base model, and name its folder with --base")
+    rank, alpha = raw.get("r"), raw.get("lora_alpha")
+    if type(rank) is not int or rank < 1:
+        refuse("r", "expected a whole number from 1 on")
+    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+        refuse("lora_alpha", "expected a number above 0")
+
+    if not file.is_file():
+        pickled = (folder / "adapter_model.bin").is_file()
+        why = "; adapter_model.bin is pickle, which is never read here: save it anew with PEFT" * pickled
+        raise CheckpointError(f"{file}: no such file{why}")
+    stored = {name.removeprefix(PEFT_PREFIX): at for name, at in header_of(file).items()}
+    layers = set()
+    for name in stored:
+        found = re.fullmatch(r"model\.layers\.\d+\.(\w+\.\w+)\.lora_[AB]\.weight", name)
+        if not found or found[1] not in LORA_LAYERS:
+            raise CheckpointError(f"{file}: {name}: only the linear layers of the blocks are adapted here "
+                                  f"({', '.join(LORA_LAYERS)}); {merge}")
+        layers.add(found[1])
+    in_order = tuple(layer for layer in LORA_LAYERS if layer in layers)
+    adapter = Adapter(rank, alpha, in_order or LORA_LAYERS, stored)      # (an empty file lacks them all)
+    with torch.device("meta"):
+        adapted = Llama(model.config).add_lora(*adapter.kind)
+    wanted = {name: tuple(p.shape) for name, p in adapted.named_parameters() if ".lora_" in name}
+    for name in sorted(wanted.keys() | stored.keys()):
+        ours, theirs = wanted.get(name), stored[name].shape if name in stored else None
+        if ours != theirs:
+            raise CheckpointError(f"{file}: {name} has the shape {theirs}, expected {ours} by r {rank} and "
+                                  f"its base model {model.base}: they do not belong together")
+    of_base = folder / "adapter_base.json"
+    if of_base.is_file() and read_json(of_base) != {"first_rows": first_rows(model.stored)} and not any_base:
+        raise CheckpointError(f"{folder}: its base model {model.base} has other weights than when this "
+                              "adapter was trained on it; name the right one with --base, or this one if you "
+                              "mean it all the same")
+    return adapter
+
+
+def first_rows(stored: dict[str, Stored]) -> str:
+    """A hash of the first row of every tensor of a model, without an adapter's. Kept beside an adapter, in
+    adapter_base.json, it tells whether its base's folder still holds the weights that it held, without
+    reading them all."""
+    digest = hashlib.sha256()
+    for name, at in sorted(stored.items()):
+        if ".lora_" not in name:
+            with safe_open(at.file, framework="pt") as f:
+                digest.update(name.encode() + f.get_slice(name)[:1].double().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def merge_adapter(adapter: str | os.PathLike, out: str | os.PathLike, dtype: torch.dtype = torch.float32,
+                  base: str | os.PathLike | None = None) -> tuple[int, int]:
+    """Write to `out` the checkpoint whose weights are W + (alpha / r) B A, summed in fp32, saved in `dtype`.
+    Returns of how many weights the adapter changes the value in `dtype`, and of how many it does not although
+    it moves them: by less than half the distance between two numbers of that dtype."""
+    model = Llama.from_pretrained(adapter, base=base)
+    if model.adapter is None:
+        raise CheckpointError(f"{adapter}: holds no adapter_config.json, so there is nothing to merge")
+    moved = lost = 0
+    for name in (name for name in model.stored if name.endswith(".lora_A.weight")):
+        weight = name.replace("lora_A.", "")
+        before = read_tensor(model.stored[weight].file, weight, torch.float32)
+        after = model.get_parameter(weight)
+        differs = before.to(dtype) != after.to(dtype)
+        moved += int(differs.sum())
+        lost += int((~differs & (before != after)).sum())
+    with writing(Path(out)):
+        model.save_pretrained(out, dtype)
+    return moved, lost
+
+
 def in_files(sizes: dict[str, int], most: int) -> dict[str, list[str]]:
     """File name -> the names of the tensors in it, in order; a file has at most `most` bytes, or one
     tensor."""
@@ -844,8 +1086,8 @@ def saved_settings(model: Llama, dtype: torch.dtype, eos_ids: Sequence[int]) -> 
                or {"torch_dtype": str(dtype).removeprefix("torch.")})
     settings = {"config.json": raw}
     for filename in ("generation_config.json", "tokenizer_config.json"):
-        if model.source is not None and (model.source / filename).is_file():
-            settings[filename] = read_json(model.source / filename)
+        if model.source is not None and model.file(filename).is_file():
+            settings[filename] = read_json(model.file(filename))
     if "auto_map" not in settings.get("tokenizer_config.json", {"auto_map"}):
         del settings["tokenizer_config.json"]                    # nothing to change: it is copied as it is
     for filename, values in settings.items():
@@ -855,6 +1097,18 @@ def saved_settings(model: Llama, dtype: torch.dtype, eos_ids: Sequence[int]) -> 
         known = [id for id in known if type(id) is int and 0 <= id < model.config.vocab_size]
         if filename != "tokenizer_config.json" and set(eos_ids) - set(known):
             values["eos_token_id"] = known + [id for id in eos_ids if id not in known]
+    if model.lora:
+        rank, alpha, layers = model.lora
+        ends = {key: raw[key] for key in ("bos_token_id", "eos_token_id") if raw.get(key) is not None}
+        settings.setdefault("generation_config.json", ends)      # where others look for the ends of texts
+        del settings["config.json"]                              # the base model's: an adapter has none
+        settings["adapter_config.json"] = {
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.base, "r": rank,
+            "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+            "target_modules": [layer.split(".")[1] for layer in layers], "bias": "none",
+            "lora_dropout": 0.0, "fan_in_fan_out": False, "init_lora_weights": True, "inference_mode": True,
+            "modules_to_save": None}
+        settings["adapter_base.json"] = {"first_rows": first_rows(model.stored)}
     return settings
 
 
@@ -883,14 +1137,14 @@ def average_checkpoints(folders: Sequence[str | os.PathLike], weights: Sequence[
         if vocabulary_of(other.source) != vocabulary:
             raise CheckpointError(f"{other.source}: its tokenizer.json numbers other tokens than that of "
                                   f"{model.source}: only models with one vocabulary can be averaged")
-    stored = [weight_files(m.source) for m in models]
-    dtype = FLOATS[stored[0]["model.norm.weight"].dtype]
-    for name, _ in model.named_parameters():
-        for files in stored:
-            dtype = torch.promote_types(dtype, FLOATS[files[name].dtype])
+    dtype = FLOATS[model.stored["model.norm.weight"].dtype]
+    counted = [name for name, _ in model.named_parameters()]
+    for m in models:
+        for name in [*counted, *(m.adapter.stored if m.adapter else ())]:
+            dtype = torch.promote_types(dtype, FLOATS[m.stored[name].dtype])
     for name, _ in list(model.named_parameters()):
         exact = torch.promote_types(dtype, torch.float32)
-        terms = [read_tensor(files[name].file, name, exact) * w for files, w in zip(stored, weights) if w]
+        terms = [m.read(name, exact) * w for m, w in zip(models, weights) if w]
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(sum(terms[1:], terms[0]).to(dtype)))
     model.tie_weights()
@@ -920,7 +1174,7 @@ def resolve(folder_or_hub_id: str | os.PathLike) -> Path:
     if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
         raise CheckpointError(f"{folder}: no such folder (and not a hub id of the form owner/name)")
     from huggingface_hub import snapshot_download
-    wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json"]
+    wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", "adapter_*.json"]
     try:      # a repository may hold the same weights once more, in its maker's own layout: not those
         return Path(snapshot_download(str(folder_or_hub_id), allow_patterns=[*wanted, *TOKENIZER_FILES],
                                       ignore_patterns=["*/*", "consolidated*"]))
@@ -929,11 +1183,15 @@ def resolve(folder_or_hub_id: str | os.PathLike) -> Path:
         raise CheckpointError(f"{folder}: no such folder, nor did the hub give it ({why})") from None
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint(folder: Path, base: str | os.PathLike | None = None) -> str:
     """sha256 of everything in a checkpoint's folder that decides what it computes: weights, config, tokenizer
-    and templates, names included."""
+    and templates, names included; of an adapter, its base model's too."""
     digest = hashlib.sha256()
-    files = [*folder.glob("*.safetensors"), *(folder / name for name in ("config.json", *TOKENIZER_FILES))]
+    home = home_of(folder, base)
+    if home != folder:
+        digest.update(fingerprint(home).encode())
+    settings = ("config.json", "adapter_config.json", *TOKENIZER_FILES)
+    files = [*folder.glob("*.safetensors"), *(folder / name for name in settings)]
     for path in sorted(files):
         if path.is_file():
             with open(path, "rb") as f:
@@ -1348,3 +1606,41 @@ def locked(out: Path):
             held.close()
 
 
+# ------------------------------------------------------------------------------------------------------------
+# command line
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="model.py", description="Work on checkpoints.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{merge}")
+    about = "Merge a LoRA adapter into its base model: a checkpoint folder that needs neither."
+    add = commands.add_parser("merge", help="LoRA adapter -> checkpoint", description=about).add_argument
+    add("adapter", metavar="ADAPTER", help="its folder or hub id, as stepdpo.py --lora or PEFT wrote it")
+    add("--out", required=True, metavar="FOLDER", help="a new folder for the merged checkpoint")
+    add("--save_dtype", choices=("fp32", "bf16"), default="fp32",
+        help="of its weights (default fp32; bf16 halves the files, but a weight that the adapter moves by "
+             "less than half the distance between two bf16 numbers stays what it was: it says how many do)")
+    add("--base", metavar="FOLDER", help="the base model, if it is not where adapter_config.json says")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """python model.py merge ADAPTER --out FOLDER; returns the exit status."""
+    args = arguments().parse_args(argv)
+    out, dtype = Path(args.out), {"fp32": torch.float32, "bf16": torch.bfloat16}[args.save_dtype]
+    try:
+        if held := [*out.glob("config.json"), *out.glob("adapter_config.json"), *out.glob("*.safetensors")]:
+            raise CheckpointError(f"{out}: holds {held[0].name} already; choose another --out")
+        with locked(out):
+            moved, lost = merge_adapter(args.adapter, out, dtype, args.base)
+    except (CheckpointError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    print(f"saved {out} in {args.save_dtype}: {moved:,} weights differ from the base model's")
+    if lost:
+        print(f"{lost:,} more ({lost / (moved + lost):.1%} of those that the adapter moves) moved by less "
+              f"than half the distance between two {args.save_dtype} numbers: they are as they were")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -60,9 +60,9 @@ if __name__ == "__main__":      # python -P does not search a script's own folde
 
 import data
 from data import Batch, DataError, Example
-from model import (CheckpointError, Config, Llama, Tree, choose_device, fingerprint, join_processes,
-                   keep_freed_memory, leave_processes, locked, own_rows, read_json, resolve, sync, whole,
-                   writing, written)
+from model import (LORA_LAYERS, CheckpointError, Config, Llama, Tree, base_of, choose_device, fingerprint,
+                   home_of, join_processes, keep_freed_memory, leave_processes, locked, own_rows, read_json,
+                   resolve, sync, whole, writing, written)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -359,7 +359,7 @@ def loop(run: Run) -> int:
     learner = run.policy.train()
     if replicated:
         learner = nn.parallel.DistributedDataParallel(learner, gradient_as_bucket_view=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), eps=1e-8,
+    optimizer = torch.optim.AdamW(trained(model).values(), lr=args.lr, betas=(0.9, 0.999), eps=1e-8,
                                   weight_decay=0.0, fused=True)
     done = load_checkpoint(out / "checkpoint", model, optimizer)
     per_epoch = math.ceil(len(run.examples) / args.batch_size)
@@ -420,6 +420,11 @@ def loop(run: Run) -> int:
         evaluate(run, total)
     close_run(run)
     return 0
+
+
+def trained(model: Llama) -> dict[str, nn.Parameter]:
+    """What the optimizer holds, by name: every parameter, or with --lora the adapter's."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def forward(policy, run: Run, reference: list | None, rows: list[int], batch: Batch):
@@ -536,10 +541,13 @@ class Screen:
     def opening(self, plan: list):
         run, args = self.run, self.run.args
         sharded = ", sharded" if args.shard and run.world > 1 else ""
-        parameters = sum(p.numel() for p in run.policy.model.parameters())
+        parameters = f"{sum(p.numel() for p in run.policy.model.parameters()):,} parameters"
+        if args.lora:
+            count = sum(p.numel() for p in trained(run.policy.model).values())
+            parameters = f"LoRA of rank {args.lora}, {count:,} of {parameters}"
         beta = f", beta {args.beta:g}" if args.beta is not None else ""
         continued = f"; continuing after step {self.done - 1}" if self.done else ""
-        say(f"{args.method}: {parameters:,} parameters on {run.world} x {run.device.type}{sharded}, "
+        say(f"{args.method}: {parameters} on {run.world} x {run.device.type}{sharded}, "
             f"{args.precision}; {len(run.examples):,} rows, batch {args.batch_size}, {self.total} steps "
             f"({args.epochs} epochs of {self.per_epoch}); lr {args.lr:g} {args.schedule}, "
             f"warmup {args.warmup:.0%}{beta}{continued}")
@@ -594,8 +602,10 @@ def open_run(args, objective, encode, order, before_update, out: Path, rank: int
     """Read rows and model, check that they belong together and that OUT is this run's; None if it is
     complete."""
     folder = resolve(args.model)
-    tokenizer = data.Tokenizer.from_pretrained(folder, system=args.system, template_args=args.template_args)
-    config = Config.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
+    tokenizer = data.Tokenizer.from_pretrained(folder, system=args.system, template_args=args.template_args,
+                                               base=args.base)
+    settings = home_of(folder, args.base) / "config.json"
+    config = Config.from_dict(read_json(settings), str(settings))
     max_length = min(args.max_length, config.max_position_embeddings)
 
     def read(source) -> list[Example]:
@@ -607,13 +617,14 @@ def open_run(args, objective, encode, order, before_update, out: Path, rank: int
 
     examples = read(args.data)
     held_out = read(args.eval_data) if args.eval_data else []
-    policy = load_policy(folder, args, world, device)
+    policy = load_policy(args.model, args, world, device, args.base)
     check_vocabulary(examples + held_out, policy.model, folder)
     if args.reference:
         check_reference(args.reference, policy.model, tokenizer)
     variant = objective not in OBJECTIVES.values() or encode is not data.encode_dataset or order is not None
     identity = identity_of(args, objective, folder, examples, held_out, variant)
-    identity |= {"encode": name_of(encode), "order": name_of(order)}
+    if variant:
+        identity |= {"encode": name_of(encode), "order": name_of(order)}
     same_everywhere("model, data and settings", identity, device)
     finished = torch.tensor(int(rank == 0 and prepare_out(out, args, identity)), device=device)
     if all_sum(finished):
@@ -637,7 +648,7 @@ def find_reference(run: Run):
         return
     policy = run.policy
     if run.args.reference:
-        policy = load_policy(run.args.reference, run.args, run.world, run.device)
+        policy = load_policy(run.args.reference, run.args, run.world, run.device, trains=False)
     how = {"precision": run.args.precision, "what": "reference", **run.how}
     run.reference = score_tokens(policy, run.examples, **how)
     run.held_out_reference = score_tokens(policy, run.held_out, **how) if run.held_out else []
@@ -652,8 +663,8 @@ def split_like(flat: torch.Tensor, examples: list[Example]) -> list[torch.Tensor
 
 
 def close_run(run: Run):
-    """Write OUT as a checkpoint folder. A step teaches no end, so after Step-DPO no end token is added to its
-    config."""
+    """Write OUT as a checkpoint folder, with --lora as an adapter's. A step teaches no end, so after Step-DPO
+    no end token is added to its config."""
     args, out = run.args, run.out
     if run.rank == 0 or (args.shard and run.world > 1):
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.save_dtype]
@@ -669,9 +680,9 @@ def close_run(run: Run):
 
 # What does not decide a run's numbers. (Of files the content is compared, not the name; how a batch is cut
 # changes sums in their last bits only.)
-HARMLESS = ("out", "model", "reference", "data", "eval_data", "device", "micro_batch_size",
-            "micro_batch_tokens", "gradient_checkpointing", "compile", "shard", "checkpoint_every",
-            "eval_every", "save_dtype", "restart", "debug")
+HARMLESS = ("out", "model", "base", "reference", "data", "eval_data", "default_lr", "device",
+            "micro_batch_size", "micro_batch_tokens", "gradient_checkpointing", "compile", "shard",
+            "checkpoint_every", "eval_every", "save_dtype", "restart", "debug")
 
 
 def identity_of(args, objective, folder: Path, examples: list, held_out: list, variant: bool) -> dict:
@@ -689,7 +700,8 @@ def identity_of(args, objective, folder: Path, examples: list, held_out: list, v
 
     settings = {name: value for name, value in vars(args).items() if name not in HARMLESS}
     identity = {**settings, "objective": name_of(objective),
-                "model": fingerprint(folder), "data": content(examples), "eval_data": content(held_out),
+                "model": fingerprint(folder, args.base),
+                "data": content(examples), "eval_data": content(held_out),
                 "reference": args.reference and fingerprint(resolve(args.reference))}
     return json.loads(json.dumps(identity, default=str))                # as run.json will give it back
 
@@ -705,12 +717,16 @@ def check_out(out: Path, args):
         raise DataError(f"{nearest}: is a file; --out is a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise DataError(f"{nearest}: is not writable; choose another --out, or repair its permissions")
-    of_a_model = [out / "config.json", out / "metrics.jsonl", out / "checkpoint", *out.glob("*.safetensors")]
+    of_a_model = [out / "config.json", out / "adapter_config.json", out / "metrics.jsonl", out / "checkpoint",
+                  *out.glob("*.safetensors")]
     if not (out / "run.json").exists() and (found := next((p for p in of_a_model if p.exists()), None)):
         raise DataError(f"{out}: holds {found.name} and no run.json of an earlier run; choose another --out")
-    if any(source and Path(source).exists() and out.exists() and out.samefile(source)
-           for source in (args.model, args.reference)):
-        raise DataError(f"{out}: --model or --reference is read from it; choose another --out")
+    for source, base in ((args.model, args.base), (args.reference, None)):
+        if source and Path(source).is_dir() and out.exists():
+            names = source, base_of(Path(source), base)
+            if any(Path(name).exists() and out.samefile(name) for name in names):
+                raise DataError(f"{out}: --model, its base or --reference is read from it; choose another "
+                                "--out")
 
 
 def prepare_out(out: Path, args, identity: dict) -> bool:
@@ -756,7 +772,7 @@ def check_reference(source: str, model: Llama, tokenizer: data.Tokenizer):
     if Llama.skeleton(source).config.vocab_size < model.config.vocab_size:
         raise CheckpointError(f"--reference {source}: its vocabulary is smaller than the model's "
                               f"({model.config.vocab_size})")
-    if (resolve(source) / "tokenizer.json").is_file():
+    if Llama.skeleton(source).file("tokenizer.json").is_file():
         theirs = data.Tokenizer.from_pretrained(resolve(source)).backend.get_vocab()
         for token, number in sorted(tokenizer.backend.get_vocab().items()):
             if theirs.get(token, number) != number:
@@ -811,7 +827,7 @@ def equal_passes(plan: list, rank: int) -> list[tuple[list[int], float]]:
     return [(rows, 1.0) for rows in plan[rank]] + [(any_row, 0.0)] * idle
 
 
-def load_policy(source, args, world: int, device: torch.device) -> Policy:
+def load_policy(source, args, world: int, device: torch.device, base=None, trains: bool = True) -> Policy:
     """The policy of a checkpoint: whole on every process, or with --shard cut by rows over all of them
     (torch's FSDP2; ZeRO-3, Rajbhandari et al. 2020).
 
@@ -819,8 +835,17 @@ def load_policy(source, args, world: int, device: torch.device) -> Policy:
     reads only that from the files. A block's weights are gathered when it is about to run, forward or
     backward, and dropped right after; gradients leave as a sum that is scattered the same way. What runs
     outside the blocks (embedding, last norm, lm_head) is the root's, so `Policy.forward` finds lm_head.weight
-    whole."""
-    policy = Policy(Llama.skeleton(source))
+    whole.
+
+    With --lora an adapter is trained, and the weights are frozen: in bf16 arithmetic they stay in the dtype
+    in which they are stored (else fp32), and an adapter stays beside them."""
+    model = Llama.skeleton(source, base)
+    as_stored = args.lora and args.precision == "bf16"
+    if args.lora and trains:
+        adapt(model, args)
+    elif as_stored and model.adapter:
+        model.add_lora(*model.adapter.kind)
+    policy = Policy(model)
     if args.shard and world > 1:
         # With --precision bf16 the weights are gathered in bf16: matrices would be cast by autocast anyway,
         # embedding and norms are rounded in sharded runs only. As in an unsharded run, the residual stream
@@ -832,13 +857,30 @@ def load_policy(source, args, world: int, device: torch.device) -> Policy:
         for block in policy.model.model.layers:
             fully_shard(block, **how)
         fully_shard(policy, **how)
-        policy.model.model.embed_tokens.register_forward_hook(lambda module, ids, x: x.float())
-    policy.model.read_weights(device=device)
+    model.model.embed_tokens.register_forward_hook(lambda module, ids, x: x.float())
+    model.read_weights(None if as_stored else torch.float32, device, args.seed)
     if args.compile:        # attention is one kernel already, and around it every batch has another shape
         for block in policy.model.model.layers:
             for part in (block.input_layernorm, block.post_attention_layernorm, block.mlp):
                 part.compile(dynamic=True)
     return policy
+
+
+def adapt(model: Llama, args):
+    """The skeleton of a policy under --lora: with a new adapter, or with the one that it came as, which is
+    then trained on. (On top of a merged one, OUT would be an adapter of a model that is stored nowhere.)"""
+    kind, theirs = (args.lora, args.lora_alpha, LORA_LAYERS), model.adapter
+    if theirs is not None and theirs.kind != kind:
+        raise CheckpointError(f"--model {args.model}: a LoRA adapter of rank {theirs.rank}, alpha "
+                              f"{theirs.alpha:g}, on {' '.join(theirs.layers)}; --lora trains on with one of "
+                              f"its own rank {args.lora} and alpha {args.lora_alpha:g} on all layers of a "
+                              f"block: name its numbers, or merge it first (python model.py merge "
+                              f"{args.model} --out FOLDER)")
+    if args.lora > model.config.hidden_size:
+        raise DataError(f"--lora {args.lora}: a rank above the model's hidden_size "
+                        f"{model.config.hidden_size} has more to train than the weights: leave --lora out, "
+                        "or lower it")
+    model.add_lora(*kind)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -897,7 +939,7 @@ def save_checkpoint(folder: Path, step: int, model: Llama, optimizer: torch.opti
         shutil.rmtree(aside, ignore_errors=True)
     barrier()
     files: dict[str, dict] = {}
-    for k, p in model.named_parameters():
+    for k, p in trained(model).items():
         if rank == 0 or isinstance(p, DTensor):
             layer = k.split(".")[2] if k.startswith("model.layers.") else "rest"
             files.setdefault(f"model-{rank:05d}-{layer}", {})[k] = p
@@ -943,7 +985,7 @@ def load_checkpoint(folder: Path, model: Llama, optimizer: torch.optim.Optimizer
             raise CheckpointError(f"{found[-1]}: is damaged ({begin} of {len(t)} rows of {key}); begin anew "
                                   "with --restart")
 
-    for k, p in model.named_parameters():
+    for k, p in trained(model).items():
         restore(k, p)
         moments = {kind: torch.zeros_like(p, requires_grad=False) for kind in ("exp_avg", "exp_avg_sq")}
         for kind, t in moments.items():
@@ -978,8 +1020,9 @@ def parser(options=None, manual: str | None = None, defaults: dict | None = None
         epilog="One method's options: METHOD --help, as in: python stepdpo.py stepdpo --help")
     methods = top.add_subparsers(dest="method", required=True, metavar="{sft,dpo,stepdpo}")
     for method, (title, rows) in METHODS.items():
-        about = (f"{title[0].upper()}{title[1:]}. Writes OUT as a Hugging Face checkpoint folder. After any "
-                 "interruption (Ctrl-C, kill, power cut), run the same command again.")
+        about = (f"{title[0].upper()}{title[1:]}. Writes OUT as a Hugging Face checkpoint folder, or with "
+                 "--lora as a PEFT adapter's. After any interruption (Ctrl-C, kill, power cut), run the same "
+                 "command again.")
         own = DEFAULTS[method] | (defaults or {})
         add_options(methods.add_parser(method, help=title, description=about), method, rows, options, own)
     return top
@@ -990,7 +1033,8 @@ def add_options(p: argparse.ArgumentParser, method: str, rows: str, options, d: 
     group = p.add_argument_group("what")
     add = group.add_argument
     add("--model", required=True, metavar="FOLDER",
-        help="checkpoint folder in Hugging Face layout, or a hub id; in DPO also the reference")
+        help="checkpoint folder in Hugging Face layout, or a hub id; in DPO also the reference. A LoRA "
+             "adapter's folder is one too: with --lora it is trained on, without it is merged first")
     add("--data", required=True, metavar="FILE", help=f".jsonl, .json, .parquet or a hub dataset id: {rows}")
     add("--out", required=True, metavar="OUT",
         help="folder for the trained checkpoint, metrics.jsonl and run.json")
@@ -998,7 +1042,8 @@ def add_options(p: argparse.ArgumentParser, method: str, rows: str, options, d: 
         help="how a question becomes a prompt; chat (default): the checkpoint's own template; raw: the text "
              "as it stands")
     data.add_chat_options(group)
-    add("--seed", type=int, default=0, help="of the order of the rows (default 0)")
+    add("--seed", type=int, default=0,
+        help="of the order of the rows, and of a new --lora adapter (default 0)")
     add("--restart", action="store_true", help="begin anew where OUT holds an earlier run")
 
     add = p.add_argument_group("optimisation (defaults: the paper's, for 7B models)").add_argument
@@ -1009,7 +1054,17 @@ def add_options(p: argparse.ArgumentParser, method: str, rows: str, options, d: 
     add("--group_by_prompt", action="store_true",
         help="shuffle problems instead of rows, so that rows of one problem meet in an update and share more "
              "of their computation; such batches are more correlated than shuffled rows")
-    add("--lr", type=float, default=d["lr"], help=f"peak learning rate of AdamW (default {d['lr']:g})")
+    add("--lora", type=int, metavar="R",
+        help="train a LoRA adapter of rank R beside all linear layers of the blocks, and nothing else: the "
+             "weights are frozen, and take 2 bytes each where --precision and the checkpoint are bf16, else "
+             "4. OUT is the adapter, as PEFT has it; python model.py merge makes a checkpoint of it")
+    add("--lora_alpha", type=float, metavar="A",
+        help="the adapter counts A / R times (default 2 R, as in LLaMA-Factory, and in TRL with its 32 for "
+             "rank 16; PEFT by itself takes 8, whatever R)")
+    add("--lr", type=float,
+        help=f"peak learning rate of AdamW (default {d['lr']:g}; with --lora ten times that, "
+             f"{10 * d['lr']:g})")
+    p.set_defaults(default_lr=d["lr"])
     add("--warmup", type=float, default=d["warmup"],
         help=f"share of the updates in which lr rises (default {d['warmup']:g})")
     add("--schedule", choices=("linear", "cosine", "constant"), default=d["schedule"],
@@ -1035,7 +1090,7 @@ def add_options(p: argparse.ArgumentParser, method: str, rows: str, options, d: 
     add("--micro_batch_tokens", type=int, default=8192,
         help="most tokens in one forward pass of a process, a longer row apart (default 8192)")
     add("--precision", choices=("fp32", "bf16"),
-        help="of the arithmetic; weights are fp32 either way (default bf16 on CUDA, fp32 on CPU)")
+        help="of the arithmetic; what is trained is fp32 either way (default bf16 on CUDA, fp32 on CPU)")
     add("--gradient_checkpointing", action="store_true",
         help="recompute activations in the backward pass: a third more time, far less memory")
     add("--compile", action="store_true",
@@ -1066,8 +1121,12 @@ def settle(args):
     if args.precision is None:
         on_gpu = torch.cuda.is_available() and not (args.device or "").startswith("cpu")
         args.precision = "bf16" if on_gpu else "fp32"
-    above_0 = ("epochs", "batch_size", "lr", "beta", "micro_batch_size", "micro_batch_tokens", "max_length",
-               "max_steps", "clip")
+    if args.lr is None:                 # ten times: "LoRA Without Regret" (Thinking Machines 2025)
+        args.lr = args.default_lr * (10 if args.lora else 1)
+    if args.lora_alpha is None and args.lora:
+        args.lora_alpha = 2.0 * args.lora
+    above_0 = ("epochs", "batch_size", "lr", "lora", "lora_alpha", "beta", "micro_batch_size",
+               "micro_batch_tokens", "max_length", "max_steps", "clip")
     for name in above_0:
         value = getattr(args, name)
         finite = value is None or math.isfinite(value) or name == "clip"            # --clip inf: no clipping
@@ -1076,6 +1135,9 @@ def settle(args):
     for name in ("eval_every", "checkpoint_every", "seed"):
         if getattr(args, name) < 0:
             raise DataError(f"--{name} is {getattr(args, name)}: expected 0 or more")
+    if args.lora_alpha is not None and args.lora is None:
+        raise DataError(f"--lora_alpha {args.lora_alpha:g}: is the weight of a LoRA adapter; give its rank "
+                        "with --lora R, or leave it out")
     if not 0 <= args.warmup <= 1:
         raise DataError(f"--warmup is {args.warmup}: expected a share from 0 to 1")
 

@@ -38,6 +38,7 @@ from pathlib import Path
 
 import tokenizers
 import torch
+from safetensors.torch import load_file
 
 import data
 import eval as evaluation
@@ -270,7 +271,10 @@ ARMS = {   # name -> title, method, file of pairs
     "dpo_rectified": ("DPO, rectified whole answers", "dpo", "pairs.jsonl"),
     "stepdpo": ("Step-DPO", "stepdpo", "pairs.jsonl"),
     "stepdpo_ood": ("Step-DPO, chosen steps re-worded", "stepdpo", "reworded.jsonl"),
+    "stepdpo_lora": ("Step-DPO, LoRA at 10 x the lr", "stepdpo", "pairs.jsonl"),                # with --lora
+    "stepdpo_lora_1x": ("Step-DPO, LoRA at the same lr", "stepdpo", "pairs.jsonl"),
 }
+LORA = {"stepdpo_lora": 10, "stepdpo_lora_1x": 1}            # arm -> how often the lr of full training
 SETS = ("test", "dev", "held-out", "held-out", "train", "train", "train", "train", "train", "train")
 
 
@@ -364,37 +368,42 @@ def training(size: Size, seed: int) -> str:
             f"--checkpoint_every 0 --seed {seed}")
 
 
-def run_seed(folder: Path, size: Size, seed: int, scored: str) -> dict:
+def run_seed(folder: Path, size: Size, seed: int, scored: str, lora: int | None = None) -> dict:
     """All stages under one seed. Returns what the table needs: each arm's verdicts, problem by problem, and
-    held-out figures."""
+    held-out figures. lora: the rank of the LoRA arms, without which they are left out."""
     count = make_pool(folder, size, seed, scored)
+    arms = [arm for arm in ARMS if lora or arm not in LORA]
     f = shlex.quote(str(folder))
     preference = f"{training(size, seed)} --beta {size.beta:g}"
     every = max(1, size.epochs * math.ceil(count / size.batch) // 8)
-    for arm, (_, method, pairs) in ARMS.items():
+    for arm in arms:
+        _, method, pairs = ARMS[arm]
         if method is None:
             continue
         how = preference
+        if arm in LORA:
+            how = f"{preference} --lora {lora} --lr {LORA[arm] * size.lr:g}"
         if method == "sft":
             how = f"{training(size, seed)} --warmup 0.1 --schedule cosine"
         if arm in ("stepdpo", "dpo"):                        # the two curves of Fig. 2
             how += f" --eval_data {f}/held_out_{pairs} --eval_every {every}"
         command(f"stepdpo.py {method} --model {f}/sft --data {f}/{pairs} --out {f}/{arm} {how}")
-    for arm in ARMS:
+    for arm in arms:
         command(f"eval.py --model {f}/{arm} --problems {f}/test.jsonl --out {f}/score_{arm}.jsonl {ANSWERS}")
 
     held_out = rows_of(folder / "held_out_pairs.jsonl")
     log_probs = lambda arm: stepdpo.log_probs(folder / arm, held_out, "stepdpo", "raw")         # (pairs, 2)
     before = log_probs("sft")
     found = {}
-    for arm in ARMS:
+    for arm in arms:
         rows = rows_of(folder / f"score_{arm}.jsonl")
         moved = log_probs(arm) - before                      # (pairs, 2): log pi/ref of s_win, s_lose
         margin = size.beta * (moved[:, 0] - moved[:, 1])
         found[arm] = {"verdicts": [row["correct"] for row in rows]} | ({} if arm == "sft" else {
             "margin": margin.mean().item(), "preference_accuracy": (margin > 0).float().mean().item(),
             "chosen_logps_change": moved[:, 0].mean().item(),
-            "rejected_logps_change": moved[:, 1].mean().item()})
+            "rejected_logps_change": moved[:, 1].mean().item(),
+            "seconds": sum(row["seconds"] for row in rows_of(folder / arm / "metrics.jsonl"))})
     return {"pairs": count, "held_out_pairs": len(held_out), "arms": found}
 
 
@@ -465,7 +474,8 @@ def in_words(test: dict, against: str) -> str:
 
 
 AGAINST = {"sft_chosen": ("sft",), "dpo": ("sft",), "dpo_rectified": ("sft", "dpo"),
-           "stepdpo": ("sft", "sft_chosen", "dpo", "dpo_rectified"), "stepdpo_ood": ("stepdpo",)}
+           "stepdpo": ("sft", "sft_chosen", "dpo", "dpo_rectified"), "stepdpo_ood": ("stepdpo",),
+           "stepdpo_lora": ("stepdpo",), "stepdpo_lora_1x": ("stepdpo",)}
 ABOUT = {
     "sft": "Where all others start from.",
     "sft_chosen": "The control: the same right answers, no preference; what it gains needs no DPO.",
@@ -476,6 +486,8 @@ ABOUT = {
     "stepdpo": "The paper's method: only the first wrong step and its replacement are judged "
                "(Eq. 2, Table 3).",
     "stepdpo_ood": "Chosen steps in words that the model would not use (Table 4): the paper finds less gain.",
+    "stepdpo_lora": "An adapter is trained instead of the weights, at the rate that --lora takes by default.",
+    "stepdpo_lora_1x": "The same adapter at the rate of full training.",
 }
 
 
@@ -485,6 +497,8 @@ def summarize(runs: list[dict]) -> tuple[dict, str]:
     lines = [f"{'':<36}{'accuracy':>8}  {'95 % interval':<14}{'margin':>8}{'pref. acc.':>11}"
              f"{'log p chosen':>13}{'rejected':>9}"]
     for arm, (title, method, _) in ARMS.items():
+        if arm not in runs[0]["arms"]:
+            continue
         verdicts = [v for run in runs for v in run["arms"][arm]["verdicts"]]
         mean, half = over_seeds([statistics.mean(run["arms"][arm]["verdicts"]) for run in runs])
         low, high = max(0.0, mean - (half or 0.0)), min(1.0, mean + (half or 0.0))
@@ -495,7 +509,8 @@ def summarize(runs: list[dict]) -> tuple[dict, str]:
                      "accuracy_per_seed": [statistics.mean(run["arms"][arm]["verdicts"]) for run in runs]}
         line = f"{title:<36}{mean:>8.1%}  {f'{low:.1%} .. {high:.1%}':<14}"
         if method:
-            for name in ("margin", "preference_accuracy", "chosen_logps_change", "rejected_logps_change"):
+            for name in ("margin", "preference_accuracy", "chosen_logps_change", "rejected_logps_change",
+                         "seconds"):
                 values = [run["arms"][arm][name] for run in runs]
                 arms[arm][name], arms[arm][f"{name}_per_seed"] = statistics.mean(values), values
             line += f"{arms[arm]['margin']:>8.3f}{arms[arm]['preference_accuracy']:>11.1%}" \
@@ -505,6 +520,17 @@ def summarize(runs: list[dict]) -> tuple[dict, str]:
             comparisons.append(compare(runs, arm, other))
             lines.append(f"    {in_words(comparisons[-1], ARMS[other][0])}")
     return {"arms": arms, "comparisons": comparisons}, "\n".join(lines)
+
+
+def cost_of_lora(folder: Path, arms: dict) -> str:
+    """What full training and LoRA hold in memory for what they train, and how long their updates took."""
+    sizes = [sum(w.numel() for w in load_file(path).values()) for path in
+             (folder / "sft" / "model.safetensors", folder / "stepdpo_lora" / "adapter_model.safetensors")]
+    weights, adapter = sizes
+    full, lora = (arms[arm]["seconds"] for arm in ("stepdpo", "stepdpo_lora"))
+    return (f"Weights, gradients and AdamW's moments: full {16 * weights:,} bytes ({weights:,} parameters), "
+            f"LoRA {4 * weights + 16 * adapter:,} ({adapter:,} are trained).\n"
+            f"Updates: full {full:.1f} s, LoRA {lora:.1f} s.")
 
 
 def before_and_after(folder: Path) -> str:
@@ -566,6 +592,9 @@ def main(argv: list[str] | None = None) -> int:
                        help="repeat everything under each, and test the arms in pairs")
     parser.add_argument("--quick", action="store_true",
                         help="everything small, under a minute: for a first look and tests")
+    parser.add_argument("--lora", type=int, metavar="R",
+                        help="two arms more: Step-DPO with LoRA of rank R, at 10 times the learning rate of "
+                             "the others and at the same")
     parser.add_argument("--dev", action="store_true",
                         help="score on development problems, on which all settings were chosen")
     args = parser.parse_args(argv)
@@ -581,7 +610,7 @@ def main(argv: list[str] | None = None) -> int:
     scored = "dev" if args.dev else "test"
     try:
         for seed in numbers:
-            runs.append(run_seed(args.out / f"seed{seed}", size, seed, scored))
+            runs.append(run_seed(args.out / f"seed{seed}", size, seed, scored, args.lora))
     except (data.DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -594,6 +623,8 @@ def main(argv: list[str] | None = None) -> int:
           f"{size.beta:g} in every arm. Interval: {interval}.\n"
           "Margin, preference accuracy and change of log p: on held-out step pairs.\n")
     print(table)
+    if args.lora:
+        print(f"\n{cost_of_lora(args.out / f'seed{numbers[0]}', summary['arms'])}")
     print(f"\nOne problem, before and after:\n\n{before_and_after(args.out / f'seed{numbers[0]}')}\n")
     draw([args.out / f"seed{seed}" for seed in numbers], args.out / "curves.png")
     stepdpo.write_json(args.out / "results.json", {

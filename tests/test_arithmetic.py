@@ -108,12 +108,15 @@ def test_the_whole_way_small_and_again(tmp_path, monkeypatch, capsys):
     """Every stage, every arm, results.json with its promised fields; the same command again computes nothing anew and says the same."""
     tiny = replace(QUICK, sft=6000, collect=80, held_out=60, pairs=16, epochs=1, test=20)
     monkeypatch.setattr(arithmetic, "QUICK", tiny)
-    argv = ["--out", str(tmp_path), "--quick", "--seed", "3"]
+    argv = ["--out", str(tmp_path), "--quick", "--seed", "3", "--lora", "4"]
     assert arithmetic.main(argv) == 0
+    assert "Weights, gradients and AdamW's moments: full" in capsys.readouterr().out
     first = json.loads((tmp_path / "results.json").read_text())
     for arm in ("sft", "sft_chosen", "dpo", "dpo_rectified", "stepdpo", "stepdpo_ood"):
         assert {"accuracy", "correct", "problems", "low", "high"} <= first["arms"][arm].keys()
         assert (tmp_path / "seed3" / arm / "model.safetensors").is_file()
+    for arm in ("stepdpo_lora", "stepdpo_lora_1x"):
+        assert (tmp_path / "seed3" / arm / "adapter_model.safetensors").is_file() and first["arms"][arm]["seconds"] > 0
     assert {"margin", "preference_accuracy"} <= first["arms"]["stepdpo"].keys()
     trained = (tmp_path / "seed3" / "stepdpo" / "model.safetensors").stat().st_mtime_ns
     capsys.readouterr()

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 MODULES = [f"{path.parent.name}.{path.stem}" for folder in ("examples", "variants")
            for path in sorted((ROOT / folder).glob("*.py")) if path.stem != "__init__"] + ["examples.siblings"]
-SCRIPTS = ["stepdpo.py", "stepdpo.py sft", "stepdpo.py dpo", "stepdpo.py stepdpo", "eval.py", "data.py", "data.py show",
+SCRIPTS = ["stepdpo.py", "stepdpo.py sft", "stepdpo.py dpo", "stepdpo.py stepdpo", "eval.py", "model.py merge", "data.py", "data.py show",
            "data.py localize", "data.py pairs", *(f"benchmarks/{path.name}" for path in sorted((ROOT / "benchmarks").glob("*.py"))
                                                   if path.name != "common.py")]
 
@@ -53,7 +53,7 @@ def parsers(parser: argparse.ArgumentParser):
                 yield from parsers(inner)
 
 
-@pytest.mark.parametrize("module, make", [("stepdpo", "parser"), ("data", "arguments"), ("eval", "arguments")])
+@pytest.mark.parametrize("module, make", [("stepdpo", "parser"), ("data", "arguments"), ("eval", "arguments"), ("model", "arguments")])
 def test_every_help_text_can_be_formatted(module, make):
     """Python 3.14 formats a help text when the option is defined: a lone percent sign would then end every command."""
     for parser in parsers(getattr(importlib.import_module(module), make)()):

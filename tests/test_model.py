@@ -604,12 +604,8 @@ def test_a_folder_that_is_no_checkpoint_is_told_what_it_is(tmp_path):
     found("params.json", "Hugging Face's layout")
     (folder / "x.Q4_K_M.gguf").write_bytes(b"GGUF")
     found("x.Q4_K_M.gguf", "inference only")
-    write_json(folder / "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "someone/base"})
-    found("a LoRA adapter of someone/base: merge it")
     write_json(folder / "config.json", tiny_config())
-    found("neither model.safetensors nor", "a LoRA adapter of someone/base: merge it")
-    for name in ("adapter_config.json", "x.Q4_K_M.gguf"):
-        (folder / name).unlink()
+    (folder / "x.Q4_K_M.gguf").unlink()
     tiny_model().save_pretrained(tmp_path / "b", shard_bytes=20000)
     for path in sorted((tmp_path / "b").glob("model-*"))[1:]:
         shutil.copy(path, folder)

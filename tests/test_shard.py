@@ -128,7 +128,7 @@ def memory(field):
 (rank, world), cpu = stepdpo.join_processes(), stepdpo.torch.device('cpu')
 if sys.platform == 'linux':
     stepdpo.keep_freed_memory()
-    args = Namespace(shard=True, precision='bf16', compile=False)
+    args = Namespace(shard=True, precision='bf16', compile=False, lora=None, seed=0)
     stepdpo.load_policy(work + '/model', args, world, cpu)         # a tiny one first, so that what the libraries take for themselves is not counted
     before = memory('VmRSS')
     policy = stepdpo.load_policy(work + '/large', args, world, cpu)

@@ -4,14 +4,20 @@ The files are data alone: each says what goes in, what comes out and how exactly
 A case of kind K in file NAME.json is run by the function NAME_K below. Where released code slips, its file says what was intended, and that is what ours gives."""
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, tiny_model
+from safetensors.torch import load_file
 
 import data
+import stepdpo
+from data import Example
+from model import average_checkpoints
+from variants import full_step_dpo, sacpo, sdpo
 
 FOLDER = Path(os.environ.get("SIBLING_CASES") or ROOT.parent / "shared" / "methods")
 
@@ -37,6 +43,184 @@ def test_numbers_of_released_code(name, case, tolerance):
     check(case["input"], case["output"], tolerance)
 
 
+# ---------------------------------------------------------------------------------------------------------- sDPO
+
+def close(found, wanted, within: float):
+    torch.testing.assert_close(torch.as_tensor(found, dtype=torch.float64), torch.tensor(wanted, dtype=torch.float64), atol=within, rtol=0)
+
+
+def gamma_of(logits: torch.Tensor, pairs: list) -> torch.Tensor:
+    """log pi(chosen | question) - log pi(rejected | question) of [question, chosen, rejected]s under a table of logits."""
+    x, w, l = torch.tensor(pairs).unbind(1)
+    logps = logits.log_softmax(-1)
+    return logps[x, w] - logps[x, l]
+
+
+def descend(start: torch.Tensor, reference: torch.Tensor, pairs: list, beta: float, lr: float, updates: int):
+    """(logits after full-batch gradient descent on stepdpo.dpo_loss, the losses on the way)."""
+    logits, losses = start.clone().requires_grad_(), []
+    x, w, l = torch.tensor(pairs).unbind(1)
+    ref = reference.log_softmax(-1)
+    for _ in range(updates):
+        logps = logits.log_softmax(-1)
+        loss = stepdpo.dpo_loss(logps[x, w], logps[x, l], ref[x, w], ref[x, l], beta)[0].mean()
+        losses.append(loss.item())
+        gradient, = torch.autograd.grad(loss, logits)
+        logits = (logits - lr * gradient).detach().requires_grad_()
+    logps = logits.log_softmax(-1)
+    losses.append(stepdpo.dpo_loss(logps[x, w], logps[x, l], ref[x, w], ref[x, l], beta)[0].mean().item())
+    return logits.detach(), losses
+
+
+def mean_kl(logits: torch.Tensor, start: torch.Tensor) -> float:
+    p, q = logits.log_softmax(-1), start.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).mean().item()
+
+
+def sdpo_chain(given, wanted, tolerance):
+    """Each stage from and against what the last one left; the same data at once, and at beta / T."""
+    within, T = tolerance["all"], len(given["stages"])
+    how = dict(beta=given["beta"], lr=given["learning_rate"], updates=given["updates_per_stage"])
+    S = torch.tensor(given["logits_S"], dtype=torch.float64)
+    chain, first, last = [S], [], []
+    for pairs in given["stages"]:
+        after, losses = descend(chain[-1], chain[-1], pairs, **how)
+        chain.append(after)
+        first.append(losses[0])
+        last.append(losses[-1])
+    final = given["stages"][-1]
+    close(first, wanted["first_loss_of_each_stage"], within)
+    close(torch.stack(chain[1:]), wanted["logits_after_each_stage"], within)
+    close(last, wanted["last_loss_of_each_stage"], within)
+    close([gamma_of(M, final).mean() for M in chain], wanted["mean_gamma_on_last_chunk_of_S_M1_.._MT"], within)
+    close([sdpo.reward_accuracy(gamma_of(M, final)) for M in chain], wanted["reward_accuracy_on_last_chunk"], within)
+    _, from_S = descend(S, chain[-2], final, **how)
+    close(from_S[0], wanted["first_loss_of_last_stage_if_target_begins_at_S"], within)
+    pool = [pair for pairs in given["stages"] for pair in pairs]
+    how["updates"] *= T
+    at_once, _ = descend(S, S, pool, **how)
+    close(at_once, wanted["logits_dpo_at_once"], within)
+    weaker, _ = descend(S, S, pool, **how | {"beta": given["beta"] / T})
+    found = {"sdpo": mean_kl(chain[-1], S), "dpo_at_once": mean_kl(at_once, S), "dpo_at_once_beta_over_T": mean_kl(weaker, S)}
+    for name, value in wanted["kl_to_S"].items():
+        close(found[name], value, within)
+
+
+def optimum(logps: torch.Tensor, reward: list, beta: float) -> torch.Tensor:
+    """log of pi* ~ pi exp(r / beta): what a stage ends in that reaches its optimum."""
+    return (logps + torch.tensor(reward, dtype=torch.float64) / beta).log_softmax(-1)
+
+
+def sdpo_telescope(given, wanted, tolerance):
+    """Chained optima multiply: two stages are one, at the betas' harmonic sum."""
+    S, within = torch.tensor(given["logits_S"], dtype=torch.float64).log_softmax(-1), tolerance["all"]
+    rewards, betas = (given["rewards"], given["betas"]) if "rewards" in given else ([given["reward"]] * 2, [given["beta"]] * 2)
+    stages = [S]
+    for reward, beta in zip(rewards, betas):
+        stages.append(optimum(stages[-1], reward, beta))
+    if "pi_after_each_stage" in wanted:
+        close(torch.stack(stages[1:]).exp(), wanted["pi_after_each_stage"], within)
+        joint = sum(torch.tensor(reward, dtype=torch.float64) / beta for reward, beta in zip(rewards, betas))
+        close((S + joint).softmax(-1), wanted["pi_joint"], within)
+    else:
+        close(stages[-1].exp(), wanted["pi_two_stages"], within)
+        close(optimum(S, rewards[0], betas[0] / 2).exp(), wanted["pi_half_beta"], within)
+
+
+def sdpo_easy_to_hard(given, wanted, tolerance):
+    """Sources by their reward accuracy under S, descending."""
+    S, names = torch.tensor(given["logits_S"], dtype=torch.float64), list(given["sources"])
+    accuracy = {name: sdpo.reward_accuracy(gamma_of(S, pairs)) for name, pairs in given["sources"].items()}
+    for name, value in wanted["reward_accuracy"].items():
+        close(accuracy[name], value, tolerance["all"])
+    assert [names[i] for i in sdpo.easy_first(list(accuracy.values()))] == wanted["order"]
+
+
+# --------------------------------------------------------------------------------------------------------- SACPO
+
+def sacpo_dpo(given, wanted, tolerance):
+    """A stage's loss is stepdpo.dpo_loss, at beta or beta / lambda."""
+    policy = [torch.tensor(given[f"policy_{side}"], dtype=torch.float64, requires_grad=True) for side in ("chosen", "rejected")]
+    ref = [torch.tensor(given[f"ref_{side}"], dtype=torch.float64) for side in ("chosen", "rejected")]
+    losses, chosen_rewards, rejected_rewards = stepdpo.dpo_loss(*policy, *ref, given["beta"])
+    gradients = torch.autograd.grad(losses.mean(), policy)
+    for found, name in zip((losses, chosen_rewards, rejected_rewards, *gradients), ("losses", "chosen_rewards", "rejected_rewards", "grad_policy_chosen",
+                                                                                    "grad_policy_rejected")):
+        close(found, wanted[name], tolerance["dpo"])
+
+
+def sacpo_kto(given, wanted, tolerance):
+    """KTO's losses and gradients; the KL estimate is of the mismatched answers, clamped at 0."""
+    tensor = lambda name: torch.tensor(given[name], dtype=torch.float64)
+    assert given["desirable_weight"] == 1
+    kl = sacpo.kl_estimate(tensor("policy_mismatched"), tensor("ref_mismatched"))
+    close(kl, wanted["kl_estimate"], tolerance["kto"])
+    good, bad = tensor("policy_desirable").requires_grad_(), tensor("policy_undesirable").requires_grad_()
+    desirable = torch.tensor([True] * len(good) + [False] * len(bad))
+    losses, _ = sacpo.kto_loss(torch.cat([good, bad]), torch.cat([tensor("ref_desirable"), tensor("ref_undesirable")]), desirable, kl, given["beta"],
+                               given["undesirable_weight"])
+    gradients = torch.autograd.grad(losses.mean(), (good, bad))
+    close(losses, wanted["losses_desirable_then_undesirable"], tolerance["kto"])
+    close(gradients[0], wanted["grad_desirable"], tolerance["kto"])
+    close(gradients[1], wanted["grad_undesirable"], tolerance["kto"])
+
+
+def sacpo_kl_pairs(given, wanted, tolerance):
+    """Rotation by one (what was intended), not the reversed batch of the release, which may give an answer to its own prompt."""
+    examples = [Example(f"row {i}", [np.array([10 + i, 50 + i])], 1, [np.zeros(1)]) for i in range(given["batch"])]
+    found = [int(example.sides[0][1]) - 50 for example in sacpo.mismatch(examples, None)]
+    assert found == wanted["rotation_by_one"]
+
+
+def sacpo_data(given, wanted, tolerance):
+    """PKU-SafeRLHF's columns as pairs and as single answers, for both metrics."""
+    for metric, name in (("helpful", "helpful"), ("safe", "safety")):
+        pairs = [sacpo.pair_of(row, metric, "row") for row in given["rows"]]
+        assert [[row["chosen"], row["rejected"]] for row in pairs] == wanted[f"dpo_{name}"]
+        single = [[answer["completion"], answer["label"]] for row in given["rows"] for answer in sacpo.labelled(row, metric, "row")]
+        if not single:
+            single = [[row[side], side == "chosen"] for row in pairs for side in ("chosen", "rejected")]
+        assert sorted(single) == sorted(wanted[f"kto_{name}"])
+
+
+def sacpo_merge(given, wanted, tolerance):
+    """theta(q) = q theta_2 + (1 - q) theta_1, in a corner of real checkpoints' embeddings; q = 0 and 1 to the bit."""
+    dtype = getattr(torch, given["dtype"])
+    with tempfile.TemporaryDirectory() as folder:
+        folders = [Path(folder) / name for name in ("stage2", "stage1", "merged")]
+        for path, name in zip(folders, ("theta_r_lambda_g", "theta_r")):
+            model = tiny_model().to(dtype)
+            corner = torch.tensor(given[name], dtype=dtype)
+            with torch.no_grad():
+                model.model.embed_tokens.weight[:corner.shape[0], :corner.shape[1]] = corner
+            model.save_pretrained(path)
+        average_checkpoints(folders[:2], [given["q"], 1 - given["q"]], folders[2])
+        merged = load_file(folders[2] / "model.safetensors")["model.embed_tokens.weight"][:corner.shape[0], :corner.shape[1]]
+    if dtype == torch.bfloat16 or given["q"] in (0, 1):
+        assert torch.equal(merged, torch.tensor(wanted["merged"], dtype=dtype))
+    else:
+        close(merged, wanted["merged"], tolerance["merge"])
+
+
+sacpo_merge_bf16 = sacpo_merge
+
+
+def sacpo_tabular_optimum(given, wanted, tolerance):
+    """Theorem 1: the second stage from and against the first ends where both rewards at once do, in either order."""
+    within, beta, lam = tolerance["tabular_optimum"], given["beta"], given["lambda"]
+    ref, r, g = (torch.tensor(given[name], dtype=torch.float64) for name in ("pi_ref", "reward", "safety"))
+    after = lambda logps, reward, beta: optimum(logps, reward.tolist(), beta)
+    pi_r = after(ref.log(), r, beta)
+    final, other = after(pi_r, g, beta / lam), after(after(ref.log(), g, beta / lam), r, beta)
+    close(pi_r.exp(), wanted["pi_r"], within)
+    close(final.exp(), wanted["pi_after_stage_2"], within)
+    close(after(ref.log(), r + lam * g, beta).exp(), wanted["joint"], within)
+    close(other.exp(), wanted["other_order"], within)
+    close((final.exp() * r).sum(-1), wanted["expected_reward"], within)
+    close((final.exp() * g).sum(-1), wanted["expected_safety"], within)
+    close((final.exp() * (final - ref.log())).sum(-1), wanted["kl_to_ref"], within)
+
+
 # ---------------------------------------------------------------------------------------------------------------- Full-Step-DPO
 
 def full_step_tokens(given):
@@ -51,9 +235,8 @@ def full_step_tokens(given):
 
 
 def full_step_surrogate(given, trained):
-    from variants.full_step_dpo import surrogate_loss
     policy, reference, response, weights, above, lengths = full_step_tokens(given)
-    losses = surrogate_loss(policy, reference, response, weights, above, given["beta"], given["kappa_token_rate"], given["tau_reward_temp"],
+    losses = full_step_dpo.surrogate_loss(policy, reference, response, weights, above, given["beta"], given["kappa_token_rate"], given["tau_reward_temp"],
                             trained(weights, response))
     return policy, losses, above, lengths
 

@@ -72,8 +72,9 @@ def chain(args) -> int:
             (args.model, args.data, first, args.beta, args.first, metrics[0]),
             (first, args.then or args.data, out, args.beta / args.lam, args.second, metrics[1])):
         of_stage = arguments_of_stage(args, model, source, folder, beta)
-        stepdpo.say(f"\n---- {loss.upper()} on {source} at beta {beta:g}, from and against {model} "
-                    f"(sha256 {fingerprint(resolve(model))[:12]}) -> {folder}")
+        sha256 = fingerprint(resolve(model))[:12]
+        stepdpo.say(f"\n---- {loss.upper()} on {source} at beta {beta:g}, from and against {model} (sha256 "
+                    f"{sha256}) -> {folder}")
         if loss == "dpo":
             status = stepdpo.train(of_stage, stepdpo.preference_objective, Pairs(metric).encode)
         else:
@@ -81,9 +82,10 @@ def chain(args) -> int:
             status = stepdpo.train(of_stage, kto.objective, kto.encode, before_update=kto.before_update)
         if status:
             return status
-    for q in args.merge if stepdpo.processes()[0] == 0 else ():
-        average_checkpoints([out, first], [q, 1 - q], out / f"q{q:g}")
-        stepdpo.say(f"saved {out / f'q{q:g}'}: {q:g} of {out}, {1 - q:g} of {first}")
+    if stepdpo.processes()[0] == 0:
+        for q in args.merge:
+            average_checkpoints([out, first], [q, 1 - q], out / f"q{q:g}")
+            print(f"saved {out / f'q{q:g}'}: {q:g} of {out}, {1 - q:g} of {first}", flush=True)
     stepdpo.barrier()
     return 0
 
@@ -101,8 +103,8 @@ def arguments_of_stage(args, model, source: str, out: Path, beta: float) -> argp
 # KTO
 
 def kto_loss(policy_logps, ref_logps, desirable, kl, beta, undesirable_weight=1.0):
-    """log-probs of answers (B,), desirable (B,) bool, kl a number: the batch's estimate of KL(pi || pi_ref) in
-    nats -> (losses, rewards), each (B,); the caller takes the mean. KTO, Eq. 8, with lambda_D = 1."""
+    """log-probs of answers (B,), desirable (B,) bool, kl a number: the batch's estimate of KL(pi || pi_ref),
+    in nats -> (losses, rewards), each (B,); the caller takes the mean. KTO, Eq. 8, with lambda_D = 1."""
     rewards = beta * (policy_logps - ref_logps)                                 # rho
     surprise = torch.where(desirable, rewards - beta * kl, beta * kl - rewards)
     weight = torch.where(desirable, 1.0, undesirable_weight)
@@ -126,7 +128,7 @@ class KTO:
     def encode(self, source, tokenizer, method: str, style: str, max_length: int):
         """Rows -> one Example for each single answer, and beside it the mismatched one."""
         examples, report = single_answers(source, self.metric, tokenizer, method, style, max_length)
-        if not self.mismatched:                                                 # the rows to train on come first
+        if not self.mismatched:                         # the rows to train on come first, then held-out ones
             desirable = sum(example.row["label"] for example in examples)
             self.undesirable_weight = desirable / max(1, len(examples) - desirable)
             stepdpo.say(f"KTO: {desirable} desirable answers, {len(examples) - desirable} undesirable ones, "
@@ -149,11 +151,12 @@ class KTO:
         self.kl = kl_estimate(policy_logps, ref_logps)
 
     def objective(self, token_logps, ref_token_logps, batch, args):
-        """token_logps (M,) -> losses (B,) and metrics, each (B,). accuracy: a desirable answer's reward is above
-        beta KL, an undesirable one's below; signed_reward: that reward, negative where undesirable."""
+        """token_logps (M,) -> losses (B,) and metrics, each (B,). accuracy: is the reward of a desirable
+        answer above beta KL, of an undesirable one below? signed_reward: turned around if undesirable."""
         policy_logps = stepdpo.response_logps(token_logps, batch)
         ref_logps = stepdpo.response_logps(ref_token_logps, batch)
-        desirable = torch.tensor([example.row["label"] for example in batch.examples], device=policy_logps.device)
+        labels = [example.row["label"] for example in batch.examples]
+        desirable = torch.tensor(labels, device=policy_logps.device)
         losses, rewards = kto_loss(policy_logps, ref_logps, desirable, self.kl, args.beta,
                                    self.undesirable_weight)
         return losses, {"accuracy": ((rewards > args.beta * self.kl) == desirable).float(),
@@ -165,13 +168,15 @@ def mismatch(examples: list[Example], max_length: int | None) -> list[Example]:
     """Of each example its context with the answer of the next one (around the end) that has another context,
     cut to max_length: rotation by one, where no two neighbours share a prompt."""
     context = [example.sides[0][:example.start].tobytes() for example in examples]
+    if len(set(context)) == 1:
+        raise DataError("KTO compares answers with those to other prompts: all rows have the same one")
     count, found = len(examples), []
     for i, example in enumerate(examples):
-        j = next(((i + step) % count for step in range(1, count) if context[(i + step) % count] != context[i]), None)
-        if j is None:
-            raise DataError("KTO compares answers with those to other prompts: all rows have the same one")
-        side = np.concatenate([example.sides[0][:example.start], examples[j].sides[0][examples[j].start:]])
-        side = side[:max_length]
+        j = (i + 1) % count
+        while context[j] == context[i]:
+            j = (j + 1) % count
+        answer = examples[j].sides[0][examples[j].start:]
+        side = np.concatenate([example.sides[0][:example.start], answer])[:max_length]
         found.append(dataclasses.replace(example, sides=[side], asked=None,
                                          steps=[np.zeros(len(side) - example.start, dtype=np.int32)]))
     return found
@@ -192,7 +197,8 @@ class Pairs:
     def encode(self, source, tokenizer, method: str, style: str, max_length: int):
         rows = [(where, pair_of(row, self.metric, where)) for where, row in data.read_rows(source)]
         if where := next((where for where, row in rows if "label" in row and "chosen" not in row), None):
-            raise DataError(f"{where}: a single answer with a label; DPO takes pairs: train this stage by KTO")
+            raise DataError(f"{where}: a single answer with a label, where DPO takes pairs: choose kto for "
+                            "this stage")
         return named(source, *data.encode_dataset(rows, tokenizer, method, style, max_length))
 
 
@@ -209,7 +215,8 @@ def pair_of(row: dict, metric: str, where: str) -> dict:
 def labelled(row: dict, metric: str, where: str) -> list[dict]:
     """A row of PKU-SafeRLHF, or of single answers, as single answers with a label; [] for a row of pairs."""
     if all(name in row for name in PKU) and metric == "safe":
-        return [{**row, "completion": row[name], "label": label_of(row, f"is_{name}_safe", where)} for name in PKU]
+        return [{**row, "completion": row[name], "label": label_of(row, f"is_{name}_safe", where)}
+                for name in PKU]
     if "label" in row and "chosen" not in row:
         return [{**row, "label": label_of(row, "label", where)}]
     return []
@@ -223,8 +230,8 @@ def label_of(row: dict, name: str, where: str) -> bool:
 
 def single_answers(source, metric: str, tokenizer, method: str, style: str,
                    max_length: int) -> tuple[list[Example], Report]:
-    """Rows -> one Example for each single answer, with a reference, and row["label"]: is it desirable? The two
-    sides of a pair are two answers: the chosen one desirable, the rejected one not."""
+    """Rows -> one Example for each single answer, with a reference, and row["label"]: is it desirable? The
+    two sides of a pair are two answers: the chosen one desirable, the rejected one not."""
     rows = list(data.read_rows(source))
     single = [(f"{where}, answer {n}", answer) for where, row in rows
               for n, answer in enumerate(labelled(row, metric, where))]
@@ -235,10 +242,14 @@ def single_answers(source, metric: str, tokenizer, method: str, style: str,
     else:
         pairs = [(where, pair_of(row, metric, where)) for where, row in rows]
         paired, report = data.encode_dataset(pairs, tokenizer, method, style, max_length)
-        examples = [dataclasses.replace(pair, where=f"{pair.where}, {name}", sides=[side], steps=[steps],
-                                        row=pair.row | {"label": name == "chosen"})
-                    for pair in paired for name, side, steps in zip(("chosen", "rejected"), pair.sides, pair.steps)]
+        examples = [one_side(pair, side, name) for pair in paired
+                    for side, name in enumerate(("chosen", "rejected"))]
     return named(source, examples, report)
+
+
+def one_side(pair: Example, side: int, name: str) -> Example:
+    return dataclasses.replace(pair, where=f"{pair.where}, {name}", sides=[pair.sides[side]],
+                               steps=[pair.steps[side]], row=pair.row | {"label": name == "chosen"})
 
 
 def named(source, examples: list[Example], report: Report):
@@ -252,8 +263,8 @@ def main(argv: list[str] | None = None) -> int:
     def run() -> int:
         stepdpo.settle(args)
         if args.method == "sft" or args.reference:
-            raise DataError("SACPO is two preference stages, the second against what the first left: give dpo or "
-                            f"stepdpo; {'--reference' if args.reference else 'sft'} has no place in it")
+            raise DataError("SACPO is two stages of dpo or stepdpo, the second against what the first left: "
+                            f"{'--reference' if args.reference else 'sft'} has no place in it")
         if not args.lam > 0:
             raise DataError(f"--lam is {args.lam:g}: expected a number above 0")
         if wrong := [q for q in args.merge if not 0 <= q <= 1]:

@@ -30,7 +30,6 @@ any moment, the same command goes on.
 Shapes: n pairs of a stage, K responses of an example. """
 import argparse
 import copy
-import json
 import math
 import random
 import shutil
@@ -43,8 +42,8 @@ import torch
 import data
 import stepdpo
 from data import DataError, Example
-from model import (Llama, choose_device, fingerprint, join_processes, leave_processes, locked, read_json,
-                   resolve, samples)
+from model import (Llama, choose_device, fingerprint, home_of, join_processes, leave_processes, locked,
+                   read_json, resolve, samples)
 
 # Tunstall et al. 2023 (Zephyr), Section 4.3
 DEFAULTS = dict(lr=5e-7, epochs=3, batch_size=32, warmup=0.10, schedule="linear", beta=0.1)
@@ -92,8 +91,9 @@ def chain(args) -> int:
             stage |= {"first_loss": losses[0], "last_loss": losses[-1]}
             stage |= gamma_figures("result", gammas(target, examples, args, device))
             if args.kl_samples:
+                prompts = contexts(examples, args.kl_samples, args.seed)
                 kept = out / f"stage{t}.samples.jsonl"
-                stage["kl_to_S"], stage["kl_error"] = kl(target, args.model, examples, kept, args, device)
+                stage["kl_to_S"], stage["kl_error"] = kl(target, args.model, prompts, kept, args, device)
             keep(out, plan)
         reference = target
     stepdpo.say(table(stages))
@@ -179,7 +179,7 @@ def encoded(rows, folder, args) -> list[Example]:
     """The pairs that the loop will train on, of (where, row)s or a file."""
     folder = resolve(folder)
     tokenizer = data.Tokenizer.from_pretrained(folder, system=args.system, template_args=args.template_args)
-    limit = read_json(folder / "config.json").get("max_position_embeddings", args.max_length)
+    limit = read_json(home_of(folder) / "config.json").get("max_position_embeddings", args.max_length)
     return data.encode_dataset(rows, tokenizer, args.method, args.prompt, min(args.max_length, limit))[0]
 
 
@@ -200,16 +200,20 @@ def gamma_figures(of: str, gamma: torch.Tensor) -> dict[str, float]:
     return {f"gamma_of_{of}": gamma.mean().item(), f"accuracy_of_{of}": reward_accuracy(gamma)}
 
 
-def kl(folder, start, examples: list[Example], kept: Path, args, device) -> tuple[float, float]:
-    """KL(pi || S) in nats an answer, and its standard error, from one sample y ~ pi (temperature 1, the whole
-    distribution) for each of `args.kl_samples` contexts of the pairs: the prompts, in Step-DPO with the steps
-    so far. The samples are kept in the file `kept`.
+def contexts(examples: list[Example], count: int, seed: int) -> list[list[int]]:
+    """Token ids of so many different prompts (in Step-DPO with the steps so far), drawn at random."""
+    different = {example.sides[0][:example.start].tobytes(): example for example in examples}
+    drawn = random.Random(seed).sample(list(different.values()), min(count, len(different)))
+    return [example.sides[0][:example.start].tolist() for example in drawn]
+
+
+def kl(folder, start, prompts: list[list[int]], kept: Path, args, device) -> tuple[float, float]:
+    """KL(pi || S) in nats an answer, and its standard error, of the checkpoints in `folder` and `start`: from
+    one sample y ~ pi (temperature 1, the whole distribution) to each prompt. The samples are kept in the file
+    `kept`.
 
     With d_t = log S - log pi of token t, -sum_t d_t has the right mean; sum_t (exp d_t - 1 - d_t) has it too,
     as E exp d_t = 1, is never negative, and spreads far less."""
-    contexts = {example.sides[0][:example.start].tobytes(): example for example in examples}
-    contexts = random.Random(args.seed).sample(list(contexts.values()), min(args.kl_samples, len(contexts)))
-    prompts = [example.sides[0][:example.start].tolist() for example in contexts]
     tokenizer = data.Tokenizer.from_pretrained(resolve(folder))
     ends = sorted(tokenizer.stop_ids(args.prompt))
     longest = max(1, args.max_length - max(map(len, prompts)))
