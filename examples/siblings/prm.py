@@ -33,7 +33,7 @@ def make_prm(bench: Bench) -> Path:
     """Attempts of training problems -> rollouts -> labels -> the PRM; its folder."""
     folder = folder_of(bench)
     train = [row for row in rows_of(bench.pool / "attempts.jsonl") if row["dataset"] == "train"]
-    data.write_rows(folder / "attempts.jsonl", train[:SOLUTIONS])
+    data.write_rows(folder / "attempts.jsonl", train[:SOLUTIONS if bench.size.test >= 1000 else FEW])
     value_steps(bench, "attempts.jsonl", "valued.jsonl", 8)
     learn(bench, folder / "valued.jsonl", "labels.jsonl", "learned")
     return folder / "learned"
@@ -69,7 +69,8 @@ def run_seed(bench: Bench) -> dict[str, dict]:
     """Figures of each PRM on held-out solutions, and of the labels themselves."""
     make_prm(bench)
     folder = folder_of(bench)
-    data.write_rows(folder / "few.jsonl", rows_of(folder / "attempts.jsonl")[:FEW])
+    attempts = rows_of(folder / "attempts.jsonl")
+    data.write_rows(folder / "few.jsonl", attempts[:len(attempts) // 4])
     value_steps(bench, "few.jsonl", "few_32.jsonl", 32)
     valued = {"all_8": rows_of(folder / "valued.jsonl"), "few_32": rows_of(folder / "few_32.jsonl")}
     valued["all_4"] = fewer(valued["all_8"], 4, bench.seed)
@@ -124,8 +125,8 @@ def run(args) -> int:
         runs.append(run_seed(bench))
     text = table(runs)
     seeds = ", ".join(map(str, args.seeds))
-    print(f"\nprm: {HELD_OUT} held-out solutions a seed; seeds {seeds}; +- is half a 95 % t interval over the "
-          f"seeds.\n\n{text}")
+    print(f"\nprm: {HELD_OUT} held-out solutions a seed; seeds {seeds}; +- is half a 95 % t interval over "
+          f"the seeds.\n\n{text}")
     stepdpo.write_json(args.out / "prm" / "results.json", {"seeds": args.seeds, "runs": runs, "table": text})
     return 0
 
