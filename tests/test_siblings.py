@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 import data
 import stepdpo
 from data import Example
+from eval import grade
 from model import average_checkpoints
-from variants import full_step_dpo, sacpo, sdpo
+from variants import full_step_dpo, prm, sacpo, sdpo, stepco
 
 FOLDER = Path(os.environ.get("SIBLING_CASES") or ROOT.parent / "shared" / "methods")
 
@@ -276,3 +277,65 @@ def full_step_dpo_layout(given, expected, tolerance):
         ours = [scores[k] for k in of_token]
         for mine, theirs in zip(ours, released):
             assert theirs == 0 and mine == scores[-1] or mine == pytest.approx(theirs, abs=tolerance["layout"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------- StepCo
+
+class OneMore(Exception):
+    """The scripted writer was asked for a path that is not scripted."""
+
+
+def stepco_run(given, **switches):
+    """(answer, paths written, revisions) of the loop with a scripted writer and verifier."""
+    script = given["attempts"]
+    paths = [stepco.Written(f"The answer is: {attempt['answer']}", 1, str(i)) for i, attempt in enumerate(script)]
+
+    def verify(asked):
+        attempt = script[int(asked[0][1].stop_reason)]
+        return [stepco.Verdict(attempt["step_scores"], attempt["whole_path_score"])]
+
+    def revise(asked, turn):
+        if turn == len(paths):
+            raise OneMore(f"would ask for one more path than is scripted, at step {asked[0][2] + 1}")
+        return [paths[turn]]
+
+    history, = stepco.correct_stepwise(paths[:1], revise, verify, theta=given["theta"], rounds=given["T"], **switches)
+    revisions = [{"from_attempt": t, "step": k + 1, "percent": f"{100 * p:.2f}"} for t, (k, p) in enumerate(history.revisions)]
+    return history.paths[-1].text.removeprefix("The answer is: "), len(history.paths), revisions
+
+
+def stepco_loop(given, expected, tolerance):
+    """The paper's reading; and what the released code does, with its two further exits switched on."""
+    paper = expected.get("paper_reading")
+    if isinstance(paper, str):
+        with pytest.raises(OneMore, match=paper):
+            stepco_run(given)
+    elif paper is not None:
+        answer, written, revisions = stepco_run(given)
+        assert (answer, written) == (paper["answer"], paper["paths_written"])
+        assert [{name: r[name] for name in ("from_attempt", "step")} for r in revisions] == paper["revisions"]
+    if released := expected.get("released"):
+        got = stepco_run(given, whole_path_exit=True, equal_answers_exit=True)
+        assert got == (released["answer"], released["paths_written"], released["revisions"])
+
+
+def stepco_first_below(given, expected, tolerance):
+    for (scores, theta), index in zip(given["scores_theta"], expected["index"]):
+        found = stepco.first_below(scores, theta)
+        assert (0 if found is None else found + 1) == index
+
+
+def stepco_step_labels(given, expected, tolerance):
+    """The tree's leaves, as solutions that begin alike; each node's label is the share of right leaves below it."""
+    parent = {node: above for node, above, _ in given["nodes_parent_text"]}
+    text = {node: words for node, _, words in given["nodes_parent_text"]}
+    paths = []
+    for leaf in set(parent) - set(parent.values()):
+        path = [leaf]
+        while parent[path[0]] in parent:
+            path.insert(0, parent[path[0]])
+        paths.append(path)
+    # a node's name stands for its step: names hold those of their parents, so they are unlike where the nodes are
+    leaves = [([f"{node} " for node in path], grade(text[path[-1]], given["gold"])[1]) for path in paths]
+    found = {node: right / tries for path, values in zip(paths, prm.tree_values(leaves)) for node, (right, tries) in zip(path, values)}
+    assert found == pytest.approx(expected["label"], abs=tolerance["label"])
