@@ -103,7 +103,8 @@ def correct_stepwise(first: list[Written], revise: Callable, verify: Callable, *
     """The loop, for many problems abreast. first: a path for each.
 
     verify([(b, path)]) -> [Verdict]; revise([(b, path, k, p_k)], round) -> [Written], whole solutions that
-    keep the steps before k of problem b's path. cut(scores, theta, start) -> k or None."""
+    keep the steps before k of problem b's path; None for a path that cannot be revised, which is then final.
+    cut(scores, theta, start) -> k or None."""
     histories = [History([path], [], 0) for path in first]
     live = list(range(len(first)))
     for turn in range(rounds):
@@ -118,13 +119,15 @@ def correct_stepwise(first: list[Written], revise: Callable, verify: Callable, *
                 continue
             k = cut(verdict.steps, theta, revisions[-1].step if revisions else 0)
             if k is not None:
-                revisions.append(Revision(k, verdict.steps[k]))
                 asked.append((b, paths[-1], k, verdict.steps[k]))
-        if not asked:
+        live = []
+        for (b, _, k, score), path in zip(asked, revise(asked, turn + 1) if asked else []):
+            if path is not None:
+                histories[b].revisions.append(Revision(k, score))
+                histories[b].paths.append(path)
+                live.append(b)
+        if not live:
             break
-        for (b, *_), path in zip(asked, revise(asked, turn + 1)):
-            histories[b].paths.append(path)
-        live = [b for b, *_ in asked]
     return histories
 
 
@@ -137,8 +140,8 @@ def same_answer(a: Written, b: Written) -> bool:
 # who writes, and who verifies
 
 class Writer:
-    """First paths, and revisions, of a batch of problems. A problem whose server fails is left out by name,
-    for the same command to try again."""
+    """First paths, and revisions, of a batch of problems. A DataError stands for one that a server failed to
+    write; None for a revision of a path that cannot be read on from: it holds a control token, say."""
 
     def __init__(self, sampler: Sampler | Remote, args):
         self.sampler, self.args = sampler, args
@@ -148,9 +151,15 @@ class Writer:
         return self.draw(prompts, 0, 0.0 if self.args.greedy_first else self.args.temperature)
 
     def revise(self, asked: list[tuple[Problem, Written, int, float]],
-               turn: int) -> list[Written | DataError]:
-        how = self.instruct if self.args.instruct else self.resample
-        return self.draw([how(*each) for each in asked], turn, self.args.temperature)
+               turn: int) -> list[Written | DataError | None]:
+        how, prompts = self.instruct if self.args.instruct else self.resample, {}
+        for i, each in enumerate(asked):
+            try:
+                prompts[i] = how(*each)
+            except DataError as error:
+                print(f"{error}; this path is left as it is", file=sys.stderr)
+        written = dict(zip(prompts, self.draw(list(prompts.values()), turn, self.args.temperature)))
+        return [written.get(i) for i in range(len(asked))]
 
     def resample(self, problem: Problem, path: Written, k: int, score: float) -> Prompt:
         """The sampler goes on from before step k; it writes that step's label too."""
@@ -201,8 +210,14 @@ def verifier(args) -> tuple[Callable, dict]:
     prm = PRM(args.prm, args.prompt, device=args.device, system=args.system, template_args=args.template_args)
 
     def learned(asked):
-        scores = prm.scores([(problem.where, problem.question, split(path)) for problem, path in asked])
-        return [Verdict(of_steps, of_steps[-1]) for of_steps in scores]
+        try:
+            scores = prm.scores([(problem.where, problem.question, split(path)) for problem, path in asked])
+            return [Verdict(of_steps, of_steps[-1]) for of_steps in scores]
+        except DataError as error:
+            if len(asked) > 1:
+                return [verdict for each in asked for verdict in learned([each])]
+            print(f"{error}; this path is left as it is", file=sys.stderr)
+            return [Verdict([], 1.0)]
     return learned, {"prm": prm.settings}
 
 
@@ -333,7 +348,8 @@ def run(args) -> int:
             print(f"{summary['failed']} problems failed; the same command tries them again", file=sys.stderr)
         print(f"{args.out}: {'' if made else 'already complete; '}theta {args.theta}, at most {args.rounds} "
               f"rounds\n{table(summary)}\n{in_words(summary, summary['n'])}")
-    return 1 if bad else 0
+        return 1 if bad or summary["failed"] else 0
+    return 0
 
 
 def correct_batch(problems: list[Problem], writer: Writer, verify: Callable,
@@ -346,11 +362,11 @@ def correct_batch(problems: list[Problem], writer: Writer, verify: Callable,
 
     def revise(asked, turn):
         written = writer.revise([(problems[going[b]], path, k, p) for b, path, k, p in asked], turn)
-        for j, (b, path, *_) in enumerate(asked):
+        for j, (b, *_) in enumerate(asked):
             if isinstance(written[j], DataError):
                 failed.append(written[j])
                 lost.add(going[b])
-                written[j] = path                                       # goes on, and is thrown away
+                written[j] = None
         return written
     cut = first_below if args.cut == "verifier" else random_cut(args.seed)
     found = correct_stepwise(
