@@ -72,7 +72,7 @@ def chain(args) -> int:
             (args.model, args.data, first, args.beta, args.first, metrics[0]),
             (first, args.then or args.data, out, args.beta / args.lam, args.second, metrics[1])):
         of_stage = arguments_of_stage(args, model, source, folder, beta)
-        sha256 = fingerprint(resolve(model))[:12]
+        sha256 = fingerprint(resolve(model), of_stage.base)[:12]
         stepdpo.say(f"\n---- {loss.upper()} on {source} at beta {beta:g}, from and against {model} (sha256 "
                     f"{sha256}) -> {folder}")
         if loss == "dpo":
@@ -96,6 +96,8 @@ def arguments_of_stage(args, model, source: str, out: Path, beta: float) -> argp
     for name in ("then", "lam", "first", "second", "safety_first", "merge"):
         delattr(of_stage, name)
     of_stage.model, of_stage.data, of_stage.out, of_stage.beta = str(model), source, str(out), beta
+    if str(model) != args.model:                # --base speaks of --model; what a stage left knows its own
+        of_stage.base = None
     return of_stage
 
 
@@ -136,8 +138,8 @@ class KTO:
         found = {example.where: other for example, other in zip(examples, mismatch(examples, max_length))}
         self.mismatched |= found
         # The reference is the model that the stage starts from: --reference is refused.
-        policy = stepdpo.load_policy(resolve(self.args.model), self.args, stepdpo.processes()[1],
-                                     choose_device(self.args.device))
+        policy = stepdpo.load_policy(self.args.model, self.args, stepdpo.processes()[1],
+                                     choose_device(self.args.device), self.args.base, trains=False)
         logps = stepdpo.score(policy, list(found.values()), precision=self.args.precision,
                               micro_batch_size=self.args.micro_batch_size,
                               micro_batch_tokens=self.args.micro_batch_tokens, what="mismatched")

@@ -73,9 +73,9 @@ def chain(args) -> int:
     reference = args.model                                                      # M_(t-1); M_0 = S
     for t, stage in enumerate(stages, 1):
         target = out if t == len(stages) else out / f"stage{t}"                 # where M_t goes
-        examples = encoded(data.read_rows(stage["file"]), reference, args)
+        examples = encoded(data.read_rows(stage["file"]), args)
         if "gamma_of_reference" not in stage:
-            stage["reference"] = fingerprint(resolve(reference))
+            stage["reference"] = fingerprint(resolve(reference), base_of(reference, args))
             stage |= gamma_figures("reference", gammas(reference, examples, args, device))
             keep(out, plan)
         stepdpo.say(
@@ -106,7 +106,13 @@ def arguments_of_stage(args, model, file: str, out: Path) -> argparse.Namespace:
     for name in ("more_data", "random_split", "as_given", "kl_samples"):
         delattr(of_stage, name)
     of_stage.model, of_stage.data, of_stage.out = str(model), file, str(out)
+    of_stage.base = base_of(model, args)
     return of_stage
+
+
+def base_of(folder, args) -> str | None:
+    """--base speaks of --model alone: what a stage has left knows its own."""
+    return args.base if str(folder) == args.model else None
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -130,8 +136,8 @@ def read_plan(out: Path, args, device) -> dict:
         raise DataError("sDPO takes one stage a source: name the others with --more_data")
     sources = [list(data.read_rows(file)) for file in files]
     split = "random" if args.random_split else "as given" if args.as_given else "easy first"
-    identity = {"method": args.method, "model": fingerprint(resolve(args.model)), "split": split,
-                "sources": [data.digest([row for _, row in rows]) for rows in sources],
+    identity = {"method": args.method, "model": fingerprint(resolve(args.model), args.base),
+                "split": split, "sources": [data.digest([row for _, row in rows]) for rows in sources],
                 "prompt": args.prompt, "max_length": args.max_length, "seed": args.seed,
                 "kl_samples": args.kl_samples}
     stepdpo.same_everywhere("sources and settings", identity, device)
@@ -141,7 +147,7 @@ def read_plan(out: Path, args, device) -> dict:
         plan = read_json(kept)
         data.refuse_other(plan["identity"], identity, out)
         return plan
-    of_source = [gammas(args.model, encoded(rows, args.model, args), args, device) for rows in sources]
+    of_source = [gammas(args.model, encoded(rows, args), args, device) for rows in sources]
     accuracies = [reward_accuracy(gamma) for gamma in of_source]
     order = range(len(files)) if args.as_given else easy_first(accuracies)
     stepdpo.say("reward accuracy under S: " + ", ".join(f"{file} {accuracy:.1%}"
@@ -157,7 +163,7 @@ def read_plan(out: Path, args, device) -> dict:
         for t, i in enumerate(order):
             part, pool = pool[:len(sources[i])], pool[len(sources[i]):]
             named = [(f"part {t + 1}, row {n}", row) for n, row in enumerate(part, 1)]
-            gamma = gammas(args.model, encoded(named, args.model, args), args, device)
+            gamma = gammas(args.model, encoded(named, args), args, device)
             stages[t] = {"file": str(out / f"part{t + 1}.jsonl")} | gamma_figures("S", gamma)
             if stepdpo.processes()[0] == 0:
                 data.write_rows(stages[t]["file"], part)
@@ -175,17 +181,20 @@ def keep(out: Path, plan: dict):
 # ----------------------------------------------------------------------------------------------------------
 # what is measured beside
 
-def encoded(rows, folder, args) -> list[Example]:
-    """The pairs that the loop will train on, of (where, row)s or a file."""
-    folder = resolve(folder)
-    tokenizer = data.Tokenizer.from_pretrained(folder, system=args.system, template_args=args.template_args)
-    limit = read_json(home_of(folder) / "config.json").get("max_position_embeddings", args.max_length)
+def encoded(rows, args) -> list[Example]:
+    """The pairs that the loop will train on, of (where, row)s."""
+    folder = resolve(args.model)
+    tokenizer = data.Tokenizer.from_pretrained(folder, system=args.system, template_args=args.template_args,
+                                               base=args.base)
+    settings = read_json(home_of(folder, args.base) / "config.json")
+    limit = settings.get("max_position_embeddings", args.max_length)
     return data.encode_dataset(rows, tokenizer, args.method, args.prompt, min(args.max_length, limit))[0]
 
 
 def under(folder, scored, examples: list[Example], args, device):
     """stepdpo.score or score_tokens of examples under the checkpoint in `folder`."""
-    policy = stepdpo.load_policy(resolve(folder), args, stepdpo.processes()[1], device)
+    policy = stepdpo.load_policy(folder, args, stepdpo.processes()[1], device, base_of(folder, args),
+                                 trains=False)
     return scored(policy, examples, micro_batch_size=args.micro_batch_size,
                   micro_batch_tokens=args.micro_batch_tokens, precision=args.precision)
 
