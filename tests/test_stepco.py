@@ -301,3 +301,27 @@ def test_problems_that_are_none(work, tmp_path, capsys):
     assert stepco.main(command(work, tmp_path / "o.jsonl", "--problems", str(file))) == 2
     error = capsys.readouterr().err
     assert "p.jsonl" in error and "Traceback" not in error and not (tmp_path / "o.jsonl").exists()
+
+
+# --------------------------------------------------------------------------------------------------------- the experiment
+
+def test_pairs_that_equal_tokens_buy(tmp_path):
+    """Attempts and continuations of whole problems, in order, as long as the tokens last."""
+    from examples.siblings.stepco import bought_for
+    attempts = [{"question": q, "dataset": "train", "tokens": 10} for q in "aabbcc"] + [{"question": "h", "dataset": "held-out", "tokens": 10}]
+    rectified = [{"question": q, "tokens": 5} for q in "aacch"]
+    write_rows(tmp_path / "attempts.jsonl", attempts)
+    write_rows(tmp_path / "rectified.jsonl", rectified)
+    write_rows(tmp_path / "all_pairs.jsonl", [{"prompt": q} for q in "abch"])
+    bench = SimpleNamespace(pool=tmp_path)                              # a costs 30, b 20, c 30
+    for tokens, bought in ((29, ""), (30, "a"), (49, "a"), (50, "ab"), (1000, "abc")):
+        assert "".join(row["prompt"] for row in bought_for(bench, tokens)) == bought
+
+
+def test_fewer_rollouts_are_drawn_from_those_there_were():
+    """As if each step had had so many only: exact at the ends, right on average."""
+    from examples.siblings.prm import fewer
+    rows = [{"values": [[0, 32], [32, 32], [8, 32]]} for _ in range(400)]
+    drawn = [row["values"] for row in fewer(rows, 4, 0)]
+    assert all(values[:2] == [[0, 4], [4, 4]] and values[2][1] == 4 for values in drawn)
+    assert sum(values[2][0] for values in drawn) / 1600 == pytest.approx(0.25, abs=0.03)

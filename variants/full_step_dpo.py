@@ -29,7 +29,7 @@ trained like any other, a score of exactly 0 counts like any other (the released
 --as_released), a prompt whose rewards tie is left out by name, AdamW in fp32 instead of 8 bits, the warm-up
 as a share (4 %: 50 of the 1,250 updates that 10,000 prompts make).
 
-    python -m examples.siblings --method full_step_dpo --out runs/siblings            the embedded task
+    python -m examples.siblings --method full_step_dpo --out runs/siblings --seeds 0,1,2,3,4   embedded task
 
     python -m variants.prm score --model PRM --attempts attempts.jsonl --out scored.jsonl
     python -m variants.full_step_dpo groups --scored scored.jsonl --out groups.jsonl  responses of one prompt

@@ -18,9 +18,10 @@ A softmax ties all rows of lm_head together: what + gains the others lose. Their
 only up to rounding, and AdamW makes full steps of rounding noise; with tied embeddings that would wear the
 embeddings away. So each place has one logit here (`value_logits`), through which the cancellation is exact:
 no other row of lm_head moves by a bit, and nothing need be masked or untied. (The rows of " +" and " -" do
-move. Where embeddings are tied, these are the input embeddings of the two tokens as well.)
+move. Where embeddings are tied, these are the input embeddings of the two tokens as well. With --lora no row
+moves: the two stay as the checkpoint has them, and what is before them learns to ask.)
 
-    python -m examples.siblings --method full_step_dpo --out runs/siblings            the embedded task
+    python -m examples.siblings --method prm --out runs/siblings --seeds 0,1,2,3,4     the embedded task
 
     python eval.py --model SFT --problems attempts.jsonl --rollouts 8 --every_step --all --out valued.jsonl
     python -m variants.prm label --attempts valued.jsonl --out labels.jsonl           labels, and their audit

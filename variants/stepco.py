@@ -14,7 +14,7 @@ which also ends when the whole path scores at least theta, and when two answers 
 which has p_k percent; a small model cannot follow that, so here the tail is sampled anew from before step k.
 With --endpoint and --instruct a served model is asked (in our words: REVISE).
 
-    python -m examples.siblings --method stepco --out runs/siblings                    the embedded task
+    python -m examples.siblings --method stepco --out runs/siblings --seeds 0,1,2,3,4  the embedded task
 
     python -m variants.stepco --model SFT --prm PRM --problems test.jsonl --out OUT.jsonl             one GPU
     torchrun --nproc_per_node 8 -m variants.stepco --model SFT --prm PRM --problems test.jsonl --out OUT.jsonl
