@@ -156,8 +156,8 @@ def test_it_learns(work, tmp_path):
     """After 16 epochs the loss is far below a constant's, and solutions that it has not seen are told apart at the step that slips."""
     labels = np.array([y for row in lines(work / "labels.jsonl") for y in row["labels"]])
     assert lines(work / "trained" / "metrics.jsonl")[-1]["squared_error"] < 0.25 * labels.var()
-    asked = [("row", "4 + 5?\n", solution_of(4, 5, slip)) for slip in (0, 1)]
-    right, wrong = prm.PRM(work / "trained", "raw", device="cpu").scores(asked)
+    judge = prm.PRM(work / "trained", "raw", device="cpu")
+    right, wrong = judge.scores([judge.read("row", "4 + 5?\n", solution_of(4, 5, slip)) for slip in (0, 1)])
     assert right[0] == pytest.approx(wrong[0], abs=1e-4) and right[1] > 0.7 and wrong[1] < 0.3
 
 
@@ -275,6 +275,18 @@ def test_scores_against_a_checker(work, tmp_path, capsys, monkeypatch):
     assert prm.main(score(work, tmp_path / "s.jsonl", "--checker", "plus:check")) == 0
     said = capsys.readouterr().out
     assert "72 steps, 66.7% of them right" in said and "a constant: 66.7%" in said and "calibration error" in said
+
+
+def test_an_attempt_that_cannot_be_scored_is_left_out_by_name(work, tmp_path, capsys):
+    """A control token in it, or too long for the PRM; status 1, the others are scored."""
+    rows = valued_rows(2)
+    rows[1]["completion"] = "Step 1: </s> is no text."
+    rows[2]["completion"] *= 9
+    file = write_rows(tmp_path / "a.jsonl", rows)
+    assert prm.main([*score(work, tmp_path / "s.jsonl"), "--attempts", str(file)]) == 1
+    said = capsys.readouterr().err
+    assert "a.jsonl:2: cannot be scored: the text contains the control token </s>" in said and "a.jsonl:3: cannot be scored: longer than 512" in said
+    assert [row["id"] for row in lines(tmp_path / "s.jsonl")] == ["p0", "p1"]
 
 
 # --------------------------------------------------------------------------------------------------------------- bad input

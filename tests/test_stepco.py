@@ -140,7 +140,7 @@ def test_a_learned_verifier(work, tmp_path):
     for row in lines(tmp_path / "1.jsonl"):
         assert [revision["step"] for revision in row["revisions"]] == [1, 1]
         for path, revision in zip(row["paths"], row["revisions"]):
-            scores, = judge.scores([("row", row["question"], data.split_steps(path["text"]))])
+            scores, = judge.scores([judge.read("row", row["question"], data.split_steps(path["text"]))])
             assert scores[0] == pytest.approx(revision["score"], abs=1e-5)
 
 
@@ -156,15 +156,14 @@ def test_the_first_path_may_be_greedy(work, tmp_path):
 
 def test_a_path_that_the_verifier_cannot_read_is_left_as_it_is(work, tmp_path, capsys, monkeypatch):
     """Too long for the PRM, say: that path is final and named; the others are revised."""
-    read = prm.PRM.scores
+    read = prm.PRM.read
 
-    def scores(self, asked):
-        if any(question.startswith("3 ") for _, question, _ in asked):
-            raise data.DataError(f"{asked[-1][0]}: cannot be scored: longer than 512 tokens")
-        return read(self, asked)
-    monkeypatch.setattr(prm.PRM, "scores", scores)
+    def of_some(self, where, question, steps):
+        self.max_length = 20 if question.startswith("3 ") else 512
+        return read(self, where, question, steps)
+    monkeypatch.setattr(prm.PRM, "read", of_some)
     assert stepco.main(command(work, tmp_path / "o.jsonl", "--theta", "1", "--rounds", "1", verifier=("--prm", str(work / "prm")))) == 0
-    assert "longer than 512 tokens; this path is left as it is" in capsys.readouterr().err
+    assert "cannot be scored: longer than 20 tokens; this path is left as it is" in capsys.readouterr().err
     assert [len(row["revisions"]) for row in lines(tmp_path / "o.jsonl")] == [1, 1, 1, 0, 1, 1, 1, 1, 1]
 
 

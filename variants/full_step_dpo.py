@@ -42,7 +42,6 @@ for each a list of scores, one a step. It is one tree: what its responses have i
 
 Shapes: B rows of a micro-batch (prompts), R responses of them, M response tokens. """
 import argparse
-import json
 import math
 import os
 import sys
@@ -55,7 +54,7 @@ import torch.nn.functional as F
 import data
 import stepdpo
 from data import DataError
-from model import leave_processes
+from model import leave_processes, locked
 from stepdpo import response_logps
 
 # the released configuration
@@ -278,12 +277,8 @@ def groups(args) -> int:
     if not kept:
         raise DataError(f"{args.scored}: no problem has right and wrong answers, nothing to write to "
                         f"{args.out}")
-    made = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept).encode()
-    if args.out.exists() and not args.restart and args.out.read_bytes() != made:
-        raise DataError(f"{args.out}: exists and holds other rows; choose another --out, or begin anew with "
-                        "--restart")
-    data.write_rows(args.out, kept)
-    return 1 if bad else 0
+    with locked(args.out):
+        return data.write_out(args, kept, bad, False)
 
 
 def group_arguments() -> argparse.ArgumentParser:

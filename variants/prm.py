@@ -37,7 +37,6 @@ score   any attempts -> the same with `steps` and `scores`, a value a step, whic
 
 Shapes: S steps asked in a micro-batch, M = 2S tokens asked for, P places that predict. """
 import argparse
-import json
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -49,8 +48,7 @@ import torch.nn.functional as F
 import data
 import stepdpo
 from data import DataError
-from eval import grade
-from model import Llama, choose_device, fingerprint, leave_processes, resolve
+from model import Llama, choose_device, fingerprint, leave_processes, locked, resolve
 
 VERDICTS = " +", " -"
 
@@ -162,7 +160,7 @@ def shares_in(row: dict, name: str, count: int, where: str) -> list[float | None
 # a trained one, to ask
 
 class PRM:
-    """Values of steps by a checkpoint that `train` made. `solutions` and `tokens` count what it has read.
+    """Values of steps by a checkpoint that `train` made.
 
     settings: all that decides what it says, for a journal."""
 
@@ -175,26 +173,23 @@ class PRM:
         verdict_tokens(self.tokenizer)
         self.policy = stepdpo.Policy(Llama.from_pretrained(folder, device=self.device)).eval()
         self.max_length = self.policy.model.config.max_position_embeddings
-        self.micro_batch_tokens, self.solutions, self.tokens = micro_batch_tokens, 0, 0
+        self.micro_batch_tokens = micro_batch_tokens
         self.settings = {"model": f"{folder.resolve().name} {fingerprint(folder)[:12]}", "prompt": prompt,
                          "precision": self.precision, "device": self.device.type, "system": system,
                          "template_args": template_args}
 
+    def read(self, where: str, question: str, steps: list[str]) -> data.Example:
+        """A solution, ready to be scored. DataError, naming `where`, if it cannot be."""
+        try:
+            return solution(where, question, steps, self.tokenizer, self.style, max_length=self.max_length)
+        except data.Unfit as reason:
+            raise DataError(f"{where}: cannot be scored: {reason}") from None
+
     @torch.no_grad()
-    def scores(self, asked: list[tuple[str, str, list[str]]]) -> list[list[float]]:
-        """(where, question, steps) of each solution -> v after each of its steps. DataError names the
-        solution that cannot be read."""
-        examples = []
-        for where, question, steps in asked:
-            try:
-                examples.append(solution(where, question, steps, self.tokenizer, self.style,
-                                         max_length=self.max_length))
-            except data.Unfit as reason:
-                raise DataError(f"{where}: cannot be scored: {reason}") from None
+    def scores(self, examples: list[data.Example]) -> list[list[float]]:
+        """Of each solution, v after each of its steps."""
         if not examples:
             return []
-        self.solutions += len(examples)
-        self.tokens += sum(example.length for example in examples)
         found: dict[int, list[float]] = {}
         plan = data.epoch_plan(examples, batch_size=len(examples), order=range(len(examples)),
                                micro_batch_tokens=self.micro_batch_tokens)
@@ -346,12 +341,8 @@ def label(args) -> int:
     if not labelled:
         raise DataError(f"{args.attempts}: no attempt can be labelled")
     print(audit(labelled, exact_labels(labelled, args.checker) if args.checker else None)[1])
-    made = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in labelled).encode()
-    if args.out.exists() and not args.restart and args.out.read_bytes() != made:
-        raise DataError(f"{args.out}: exists and holds other rows; choose another --out, or begin anew with "
-                        "--restart")
-    data.write_rows(args.out, labelled)
-    return 1 if bad else 0
+    with locked(args.out):
+        return data.write_out(args, labelled, bad, False)
 
 
 # Solutions that are scored together: always the same ones, so a run that goes on has the same bits.
@@ -364,15 +355,19 @@ def score(args) -> int:
     data.check_out(args.out, args.attempts)
     rows = [row for _, row in data.read_attempts(args.attempts, bad, "attempts", "valued attempts",
                                                  "rectified attempts")]
-    asked = [(row["where"], row["question"], data.split_steps(row["text"], args.steps)) for row in rows]
-    content = data.digest([[question, steps] for _, question, steps in asked])
+    for row in rows:
+        row["steps"] = data.split_steps(row["text"], args.steps)
     if args.scores:
-        given = scores_from(args.scores, rows, asked)
+        given = scores_from(args.scores, rows)
         settings, score_these = {"scores": data.digest(given)}, lambda places: [given[i] for i in places]
     else:
         prm = PRM(args.model, args.prompt, device=args.device, system=args.system,
                   template_args=args.template_args)
-        settings, score_these = prm.settings, lambda places: prm.scores([asked[i] for i in places])
+        rows, examples = readable(rows, prm, bad)
+        settings, score_these = prm.settings, lambda places: prm.scores([examples[i] for i in places])
+    if not rows:
+        raise DataError(f"{args.attempts}: no attempt can be scored (the first: {bad[0] if bad else 'none'})")
+    content = data.digest([[row["question"], row["steps"]] for row in rows])
 
     def work(journal, rank, world):
         chunks = [range(at, min(at + AT_ONCE, len(rows))) for at in range(0, len(rows), AT_ONCE)][rank::world]
@@ -387,8 +382,7 @@ def score(args) -> int:
                     journal.add((i,), scores)
 
     def collect(done):
-        made = [scored_row(row, steps, done[i,], args.as_rollouts) for i, (row, (_, _, steps))
-                in enumerate(zip(rows, asked)) if (i,) in done]
+        made = [scored_row(row, done[i,], args.as_rollouts) for i, row in enumerate(rows) if (i,) in done]
         return made, {"solutions": len(made), "steps": sum(len(row["steps"]) for row in made)}
 
     settings |= {"attempts": f"{Path(args.attempts).name} {content}", "steps": args.steps,
@@ -405,28 +399,39 @@ def score(args) -> int:
     return 1 if bad else 0
 
 
-def scored_row(row: dict, steps: list[str], scores: list[float], as_rollouts: int) -> dict:
+def readable(rows: list[dict], prm: PRM, bad: list[DataError]) -> tuple[list[dict], list[data.Example]]:
+    """The rows that the PRM can read, and what it reads; the others go to `bad`."""
+    kept, examples = [], []
+    for row in rows:
+        try:
+            examples.append(prm.read(row["where"], row["question"], row["steps"]))
+            kept.append(row)
+        except DataError as error:
+            bad.append(error)
+    return kept, examples
+
+
+def scored_row(row: dict, scores: list[float], as_rollouts: int) -> dict:
     """An attempt with its steps' scores; in `values` the same as counts, for data.py localize. Counts of real
     rollouts that the attempt may have had make room for them."""
     kept = {name: value for name, value in row.items() if name not in ("where", "text", "agreement")}
-    return kept | {"steps": steps, "scores": scores,
-                   "values": [[round(v * as_rollouts), as_rollouts] for v in scores]}
+    return kept | {"scores": scores, "values": [[round(v * as_rollouts), as_rollouts] for v in scores]}
 
 
-def scores_from(file: str, rows: list[dict], asked: list[tuple]) -> list[list[float]]:
+def scores_from(file: str, rows: list[dict]) -> list[list[float]]:
     """Of each attempt the scores that stand in another file under its id and sample."""
     found = {}
     for where, row in data.read_rows(file):
         found[str(row.get("id")), row.get("sample", 0)] = where, row
     scores = []
-    for row, (where, _, steps) in zip(rows, asked):
-        there = found.get((str(row["id"]), row.get("sample", 0)))
-        if there is None:
-            raise DataError(f"{file}: has no scores for id {row['id']!r}, sample {row.get('sample', 0)} "
-                            f"({where})")
-        own = shares_in(there[1], "scores", len(steps), there[0])
+    for row in rows:
+        id, sample = row["id"], row.get("sample", 0)
+        if (str(id), sample) not in found:
+            raise DataError(f"{file}: has no scores for id {id!r}, sample {sample} ({row['where']})")
+        where, there = found[str(id), sample]
+        own = shares_in(there, "scores", len(row["steps"]), where)
         if None in own:
-            raise DataError(f"{there[0]}: field 'scores': found null; expected a number from 0 to 1 for each "
+            raise DataError(f"{where}: field 'scores': found null; expected a number from 0 to 1 for each "
                             "step")
         scores.append(own)
     return scores

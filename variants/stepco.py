@@ -210,14 +210,15 @@ def verifier(args) -> tuple[Callable, dict]:
     prm = PRM(args.prm, args.prompt, device=args.device, system=args.system, template_args=args.template_args)
 
     def learned(asked):
-        try:
-            scores = prm.scores([(problem.where, problem.question, split(path)) for problem, path in asked])
-            return [Verdict(of_steps, of_steps[-1]) for of_steps in scores]
-        except DataError as error:
-            if len(asked) > 1:
-                return [verdict for each in asked for verdict in learned([each])]
-            print(f"{error}; this path is left as it is", file=sys.stderr)
-            return [Verdict([], 1.0)]
+        verdicts, read = [Verdict([], 1.0)] * len(asked), {}            # of a path that it cannot read
+        for i, (problem, path) in enumerate(asked):
+            try:
+                read[i] = prm.read(problem.where, problem.question, split(path))
+            except DataError as error:
+                print(f"{error}; this path is left as it is", file=sys.stderr)
+        for i, scores in zip(read, prm.scores(list(read.values()))):
+            verdicts[i] = Verdict(scores, scores[-1])
+        return verdicts
     return learned, {"prm": prm.settings}
 
 
