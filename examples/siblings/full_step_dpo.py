@@ -30,6 +30,10 @@ ARMS = {
                       ("constant",)),
     "oracle_5": Arm("... oracle, tau 5", "The exact checker's labels, with ten times the weight.",
                     ("constant", "shuffled_5", "oracle", "stepdpo")),
+    "inside_shuffled": Arm("Weights inside, shuffled", "The control of the other loss; constant: DPO itself.",
+                           ("dpo",)),
+    "inside_oracle": Arm("Weights inside, oracle", "The probable printed form: in DPO's log-sigmoid, tau 0.5.",
+                         ("dpo", "inside_shuffled", "stepdpo")),
 }
 GROUPS = 100
 # surrogate: the paper's beta; the learning rate is that of all other arms
@@ -73,12 +77,14 @@ def run_seed(bench: Bench) -> dict[str, dict]:
           f"{bench.size.lr:g} --checkpoint_every 0 --seed {bench.seed} --warmup 0.1 --schedule cosine"
     group_loss = dict(program="-m variants.full_step_dpo")
     bench.train("stepdpo", "stepdpo", pairs, how=f"{how} --beta {bench.size.beta:g}")
-    bench.train("dpo", "dpo", files["constant"], **group_loss,
-                how=f"{how} --loss weighted_dpo --tau 0 --beta {bench.size.beta:g}")
+    inside = f"{how} --loss weighted_dpo --beta {bench.size.beta:g}"
+    bench.train("dpo", "dpo", files["constant"], **group_loss, how=f"{inside} --tau 0")
     for kind, file in files.items():
         bench.train(kind, "dpo", file, **group_loss, how=f"{how} {SURROGATE}")
         if f"{kind}_5" in ARMS:
             bench.train(f"{kind}_5", "dpo", file, **group_loss, how=f"{how} {SURROGATE} --tau 5")
+        if f"inside_{kind}" in ARMS:
+            bench.train(f"inside_{kind}", "dpo", file, **group_loss, how=inside)
     found = {"sft": bench.score("sft", model=bench.sft)}
     for arm in list(ARMS)[1:]:
         last = rows_of(bench.folder / arm / "metrics.jsonl")[-1]
