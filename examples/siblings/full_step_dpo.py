@@ -32,7 +32,8 @@ ARMS = {
                     ("constant", "shuffled_5", "oracle", "stepdpo")),
     "inside_shuffled": Arm("Weights inside, shuffled", "The control of the other loss; constant: DPO itself.",
                            ("dpo",)),
-    "inside_oracle": Arm("Weights inside, oracle", "The probable printed form: in DPO's log-sigmoid, tau 0.5.",
+    "inside_oracle": Arm("Weights inside, oracle",
+                         "The probable printed form: in DPO's log-sigmoid, tau 0.5.",
                          ("dpo", "inside_shuffled", "stepdpo")),
 }
 GROUPS = 100
