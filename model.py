@@ -408,7 +408,11 @@ class LoRA(nn.Linear):
 
 def new_lora(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
     """What A or B begins with. B = 0, so at step 0 the model is the one it was; A is uniform within 1 /
-    sqrt(in), PEFT's default."""
+    sqrt(in), PEFT's default.
+
+    A = 0 and B uniform within 1 / sqrt(r) would do as well, at another rate. Step-DPO on the task of
+    examples/arithmetic.py, rank 8, 10 seeds: at ten times the lr of full training it is right 11.6 +- 5.0
+    points less often; at half of that, its best on development problems, 0.8 +- 1.1 less: within noise."""
     bound = shape[1] ** -0.5 if ".lora_A." in name else 0.0
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 

@@ -725,8 +725,8 @@ def check_out(out: Path, args):
         if source and Path(source).is_dir() and out.exists():
             names = source, base_of(Path(source), base)
             if any(Path(name).exists() and out.samefile(name) for name in names):
-                raise DataError(f"{out}: --model, its base or --reference is read from it; choose another "
-                                "--out")
+                raise DataError(f"{out}: --model or --reference is read from it, or a base of theirs; choose "
+                                "another --out")
 
 
 def prepare_out(out: Path, args, identity: dict) -> bool:
@@ -857,7 +857,8 @@ def load_policy(source, args, world: int, device: torch.device, base=None, train
         for block in policy.model.model.layers:
             fully_shard(block, **how)
         fully_shard(policy, **how)
-    model.model.embed_tokens.register_forward_hook(lambda module, ids, x: x.float())
+    residual = lambda module, ids, x: x.to(torch.promote_types(x.dtype, torch.float32))
+    model.model.embed_tokens.register_forward_hook(residual)         # whatever the embedding is stored in
     model.read_weights(None if as_stored else torch.float32, device, args.seed)
     if args.compile:        # attention is one kernel already, and around it every batch has another shape
         for block in policy.model.model.layers:

@@ -467,7 +467,7 @@ def in_words(test: dict, against: str) -> str:
     half = f" +- {100 * half:.1f}" if half is not None else ""
     verdict = ("better" if test["difference"] > 0 else "WORSE") if test["holds"] else "within noise"
     if not test["holds"] and test["p"] < 0.05:               # sure of these models, not of other seeds
-        verdict = f"better under {test['better_under']}, though the t interval reaches 0"
+        verdict = f"better under {test['better_under']}, and the t interval reaches 0"
     p = f"p = {test['p']:.2g}" if test["p"] >= 0.001 else "p < 0.001"
     return f"{100 * test['difference']:+.1f}{half} points against {against}: {verdict} " \
            f"({test['only_a_right']} : {test['only_b_right']} problems, {p})"

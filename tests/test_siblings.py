@@ -18,7 +18,7 @@ import stepdpo
 from data import Example
 from eval import grade
 from model import average_checkpoints
-from variants import full_step_dpo, prm, sacpo, sdpo, stepco
+from variants import full_step_dpo, prm, sacpo, scdpo, sdpo, stepco
 
 FOLDER = Path(os.environ.get("SIBLING_CASES") or ROOT.parent / "shared" / "methods")
 
@@ -220,6 +220,40 @@ def sacpo_tabular_optimum(given, wanted, tolerance):
     close((final.exp() * r).sum(-1), wanted["expected_reward"], within)
     close((final.exp() * g).sum(-1), wanted["expected_safety"], within)
     close((final.exp() * (final - ref.log())).sum(-1), wanted["kl_to_ref"], within)
+
+
+# --------------------------------------------------------------------------------------------------------- SCDPO
+
+def scdpo_temperature(given, wanted, tolerance):
+    """Both ramps: what the paper prints, and what its code does."""
+    for name, rise in (("printed", 0.05), ("released", 0.1)):
+        if name in wanted:
+            close([scdpo.temperature(i, rise) for i in given["index"]], wanted[name], tolerance["temperature"])
+
+
+def scdpo_forks(given, wanted, tolerance):
+    """Where a right solution may be forked, from scratch included."""
+    assert set(given["solutions_roles"]) == set(wanted["forks_in_order"])
+    for name, roles in given["solutions_roles"].items():
+        found = [{"start_steps": k, "prefix_roles": roles[:k]} for k in scdpo.fork_points(roles)]
+        assert found == wanted["forks_in_order"][name]
+
+
+def scdpo_pairs(given, wanted, tolerance):
+    """The first `limit` wrong solutions of each problem, each cut where it leaves the right one. (The case's names of the questions are not in its input.)"""
+    found = [triple for problem in given["problems"]
+             for triple in scdpo.pairs_of(problem["right"], [(w["start_steps"], w["blocks"]) for w in problem["wrong"]], given["limit"])]
+    assert sorted(found) == sorted(tuple("".join(pair[name]) for name in ("front", "right_tail", "wrong_tail")) for pair in wanted["pairs_sorted"])
+
+
+def scdpo_filter(given, wanted, tolerance):
+    """Garbled or not, of solutions with so many blocks (two of them the system's and the user's), so long a longest one, with or without a stray tag."""
+    assert set(given["count_of_blocks"]) == set(wanted["dropped"])
+    for name, dropped in wanted["dropped"].items():
+        steps = ["a step"] * (given["count_of_blocks"][name] - 2)
+        longest, tag = given["longest_block"][name], "<|execution|>" if given["has_execution_tag"][name] else ""
+        steps[len(steps) // 2] = tag + "x" * (longest - len(tag))
+        assert scdpo.garbled(steps) == dropped, name
 
 
 # ---------------------------------------------------------------------------------------------------------------- Full-Step-DPO

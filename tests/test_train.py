@@ -116,7 +116,7 @@ def wrapped(folder: Path, code: str) -> str:
 
 IN_FP64 = """
 read, save = Llama.read_weights, Llama.save_pretrained
-Llama.read_weights = lambda self, dtype=None, device="cpu": read(self, torch.float64, device)
+Llama.read_weights = lambda self, dtype=None, device="cpu", seed=0: read(self, torch.float64, device)
 Llama.save_pretrained = lambda self, folder, dtype=None, **more: save(self, folder, torch.float64, **more)
 """
 

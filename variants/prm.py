@@ -367,7 +367,7 @@ def score(args) -> int:
         settings, score_these = prm.settings, lambda places: prm.scores([examples[i] for i in places])
     if not rows:
         raise DataError(f"{args.attempts}: no attempt can be scored (the first: {bad[0] if bad else 'none'})")
-    content = data.digest([[row["question"], row["steps"]] for row in rows])
+    content = data.digest([{name: value for name, value in row.items() if name != "where"} for row in rows])
 
     def work(journal, rank, world):
         chunks = [range(at, min(at + AT_ONCE, len(rows))) for at in range(0, len(rows), AT_ONCE)][rank::world]

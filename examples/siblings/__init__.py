@@ -74,9 +74,11 @@ class Bench:
 
 
 def run(args, method: str, arms: dict[str, Arm], run_seed: Callable[[Bench], dict[str, dict]],
-        columns: dict[str, tuple[str, str]], remarks: Callable[[list[dict]], str] | None = None) -> int:
+        columns: dict[str, tuple[str, str]], remarks: Callable[[list[dict]], str] | None = None,
+        verdict: str = "accuracy") -> int:
     """All seeds, the table, results.json. run_seed gives each arm's verdicts and figures; `columns` says how
-    figures are shown (name -> heading, format); `remarks` may add what the table cannot say."""
+    figures are shown (name -> heading, format); `remarks` may add what the table cannot say; `verdict` is
+    what a problem's verdict stands for."""
     torch.set_num_threads(1)        # a model this small gains little from a second thread
     size, begun, runs = arithmetic.QUICK if args.quick else arithmetic.Size(), time.perf_counter(), []
     scored = "dev" if args.dev else "test"
@@ -88,7 +90,7 @@ def run(args, method: str, arms: dict[str, Arm], run_seed: Callable[[Bench], dic
         found = run_seed(bench)
         runs.append({"arms": {arm: found[arm] for arm in arms}, **found.get("", {})})
     seconds = time.perf_counter() - begun
-    summary, text = table(arms, runs, columns)
+    summary, text = table(arms, runs, columns, verdict)
     interval = "Wilson, of the problems" if len(runs) == 1 else "t, over the seeds"
     print(f"\n{method}: {size.test:,} {scored} problems a seed that no stage has seen, greedy answers; seeds "
           f"{', '.join(map(str, args.seeds))}.\nInterval: {interval}.\n\n{text}")
@@ -123,19 +125,20 @@ def without_verdicts(found: dict) -> dict:
                               for arm, figures in found["arms"].items()}}
 
 
-def table(arms: dict[str, Arm], runs: list[dict], columns: dict[str, tuple[str, str]]) -> tuple[dict, str]:
+def table(arms: dict[str, Arm], runs: list[dict], columns: dict[str, tuple[str, str]],
+          verdict: str) -> tuple[dict, str]:
     """results.json's `arms` and `comparisons`, and the table as text."""
     summary, comparisons = {}, []
     wide = 2 + max(len(arm.title) for arm in arms.values())
     headings = "".join(f"{heading:>{max(9, len(heading) + 2)}}" for heading, _ in columns.values())
-    lines = [f"{'':<{wide}}{'accuracy':>8}  {'95 % interval':<16}{headings}"]
+    lines = [f"{'':<{wide}}{verdict:>8}  {'95 % interval':<16}{headings}"]
     for name, arm in arms.items():
         figures = [found["arms"][name] for found in runs]
         rates = [statistics.mean(f["verdicts"]) for f in figures]
         low, high, mean = interval_of([f["verdicts"] for f in figures])
-        summary[name] = {"title": arm.title, "accuracy": mean, "low": low, "high": high,
-                         "accuracy_per_seed": rates}
-        line = f"{arm.title:<{wide}}{mean:>8.1%}  {f'{low:.1%} .. {high:.1%}':<16}"
+        summary[name] = {"title": arm.title, verdict: mean, "low": low, "high": high,
+                         f"{verdict}_per_seed": rates}
+        line = f"{arm.title:<{wide}}{mean:>{max(8, len(verdict))}.1%}  {f'{low:.1%} .. {high:.1%}':<16}"
         for key, (heading, shape) in columns.items():
             values = [f[key] for f in figures if f.get(key) is not None]
             summary[name][key] = values
