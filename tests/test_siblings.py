@@ -14,10 +14,12 @@ import torch
 from conftest import ROOT, tiny_model
 from safetensors.torch import load_file
 
+import data
 import stepdpo
 from data import Example
+from eval import grade
 from model import average_checkpoints
-from variants import sacpo, scdpo, sdpo, spo
+from variants import full_step_dpo, prm, sacpo, scdpo, sdpo, spo, stepco
 
 FOLDER = Path(os.environ.get("SIBLING_CASES") or ROOT.parent / "shared" / "methods")
 
@@ -326,3 +328,122 @@ def spo_sampling_loop(given, wanted, tolerance):
     for (m, b), pair in zip(found, wanted["pairs"]):
         torch.testing.assert_close(pairs.x_t[m, b].flatten(), doubles([pair["x_t"]]), **near)
         torch.testing.assert_close(pairs.x_prev[m, b].flatten(), doubles([pair["x_win"], pair["x_lose"]]), **near)
+
+
+# ---------------------------------------------------------------------------------------------------------------- Full-Step-DPO
+
+def full_step_tokens(given):
+    """The tokens of a group of padded responses, one after the other: policy, reference, weights, which response; and R_i > R_j."""
+    rows = given["policy_logps"]
+    lengths = given.get("lengths") or list(map(len, rows))
+    flat = lambda name: torch.tensor([x for row, n in zip(given[name], lengths) for x in row[:n]], dtype=torch.float64)
+    response = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(lengths))
+    rewards = torch.tensor(given["rewards_R"])
+    policy = flat("policy_logps").requires_grad_()
+    return policy, flat("ref_logps"), response, flat("weights"), rewards[:, None] > rewards[None, :], lengths
+
+
+def full_step_surrogate(given, trained):
+    policy, reference, response, weights, above, lengths = full_step_tokens(given)
+    losses = full_step_dpo.surrogate_loss(policy, reference, response, weights, above, given["beta"], given["kappa_token_rate"], given["tau_reward_temp"],
+                            trained(weights, response))
+    return policy, losses, above, lengths
+
+
+def full_step_dpo_loss(given, expected, tolerance):
+    """The released loss and its gradient, with what the released collator leaves out (weight 0); where the file says what was intended, with every token."""
+    trained = (lambda w, response: None) if "intended" in expected else (lambda w, response: w != 0)
+    expected = expected.get("intended", expected.get("released", expected))
+    policy, losses, above, lengths = full_step_surrogate(given, trained)
+    loss = losses.sum() / above.sum()
+    loss.backward()
+    assert loss.item() == pytest.approx(expected["loss"], abs=tolerance["loss"])
+    for mine, row in zip(policy.grad.split(lengths), expected["grad_policy_logps"]):
+        assert mine.tolist() == pytest.approx(row[:len(mine)], abs=tolerance["grad_policy_logps"])
+
+
+def full_step_dpo_hazard(given, expected, tolerance):
+    """What makes the released arithmetic NaN is finite in ours: a group that ties has no pair (and is left out by name when it is read), a response without
+    scores has a finite loss, also with the released code's mask."""
+    for trained in (lambda w, response: None, lambda w, response: w != 0):
+        policy, losses, above, _ = full_step_surrogate(given, trained)
+        losses.sum().backward()
+        assert torch.isfinite(losses).all() and torch.isfinite(policy.grad).all() and not losses[~above].any()
+
+
+def full_step_dpo_layout(given, expected, tolerance):
+    """Which token has which step's score: as released wherever it trains a token. Ours also trains the end token, and the last token of a text without one, with
+    the last step's score; the released weights are 0 there."""
+    for ids, scores, released in zip(given["responses"], given["step_scores"], expected["weights_float32"]):
+        label, texts = 1, []
+        for token in ids:
+            label += token == given["step_token"]
+            texts.append(f"\nStep {label}:" if token == given["step_token"] else f" w{token}")
+        ends = np.cumsum([len("Step 1:"), *map(len, texts)])
+        offsets = list(zip(ends[:-1].tolist(), ends[1:].tolist()))
+        of_token = data.step_of_tokens(offsets, "Step 1:" + "".join(texts), 0)
+        ours = [scores[k] for k in of_token]
+        for mine, theirs in zip(ours, released):
+            assert theirs == 0 and mine == scores[-1] or mine == pytest.approx(theirs, abs=tolerance["layout"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------- StepCo
+
+class OneMore(Exception):
+    """The scripted writer was asked for a path that is not scripted."""
+
+
+def stepco_run(given, **switches):
+    """(answer, paths written, revisions) of the loop with a scripted writer and verifier."""
+    script = given["attempts"]
+    paths = [stepco.Written(f"The answer is: {attempt['answer']}", 1, str(i)) for i, attempt in enumerate(script)]
+
+    def verify(asked):
+        attempt = script[int(asked[0][1].stop_reason)]
+        return [stepco.Verdict(attempt["step_scores"], attempt["whole_path_score"])]
+
+    def revise(asked, turn):
+        if turn == len(paths):
+            raise OneMore(f"would ask for one more path than is scripted, at step {asked[0][2] + 1}")
+        return [paths[turn]]
+
+    history, = stepco.correct_stepwise(paths[:1], revise, verify, theta=given["theta"], rounds=given["T"], **switches)
+    revisions = [{"from_attempt": t, "step": k + 1, "percent": f"{100 * p:.2f}"} for t, (k, p) in enumerate(history.revisions)]
+    return history.paths[-1].text.removeprefix("The answer is: "), len(history.paths), revisions
+
+
+def stepco_loop(given, expected, tolerance):
+    """The paper's reading; and what the released code does, with its two further exits switched on."""
+    paper = expected.get("paper_reading")
+    if isinstance(paper, str):
+        with pytest.raises(OneMore, match=paper):
+            stepco_run(given)
+    elif paper is not None:
+        answer, written, revisions = stepco_run(given)
+        assert (answer, written) == (paper["answer"], paper["paths_written"])
+        assert [{name: r[name] for name in ("from_attempt", "step")} for r in revisions] == paper["revisions"]
+    if released := expected.get("released"):
+        got = stepco_run(given, whole_path_exit=True, equal_answers_exit=True)
+        assert got == (released["answer"], released["paths_written"], released["revisions"])
+
+
+def stepco_first_below(given, expected, tolerance):
+    for (scores, theta), index in zip(given["scores_theta"], expected["index"]):
+        found = stepco.first_below(scores, theta)
+        assert (0 if found is None else found + 1) == index
+
+
+def stepco_step_labels(given, expected, tolerance):
+    """The tree's leaves, as solutions that begin alike; each node's label is the share of right leaves below it."""
+    parent = {node: above for node, above, _ in given["nodes_parent_text"]}
+    text = {node: words for node, _, words in given["nodes_parent_text"]}
+    paths = []
+    for leaf in set(parent) - set(parent.values()):
+        path = [leaf]
+        while parent[path[0]] in parent:
+            path.insert(0, parent[path[0]])
+        paths.append(path)
+    # a node's name stands for its step: names hold those of their parents, so they are unlike where the nodes are
+    leaves = [([f"{node} " for node in path], grade(text[path[-1]], given["gold"])[1]) for path in paths]
+    found = {node: right / tries for path, values in zip(paths, prm.tree_values(leaves)) for node, (right, tries) in zip(path, values)}
+    assert found == pytest.approx(expected["label"], abs=tolerance["label"])
