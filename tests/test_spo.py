@@ -306,7 +306,7 @@ def test_other_settings_do_not_continue_a_run(networks, tmp_path, capsys):
     (["--lora", "4"], "--lora: is of real pipelines; give --pipeline too"),
     (["--pipeline", "x"], "--pipeline needs --prompts FILE and --scorer"),
     (["--pipeline", "x", "--prompts", "y", "--scorer", "m:f"], "model_index.json"),
-    (["--eta", "0"], "--eta is 0.0: expected above 0 (without noise a step has no density)"),
+    (["--eta", "0"], "--eta is 0.0: expected above 0 (without noise there is no density)"),
     (["--candidates", "1"], "a pair needs 2"),
     (["--first_steps", "20"], "--first_steps 20 of --steps 20"),
     (["--rounds", "0"], "--rounds is 0: expected a number above 0"),

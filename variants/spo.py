@@ -994,7 +994,7 @@ def settle(args, kind: str, shape: tuple, prompts: int):
         if not getattr(args, name) >= 0:
             raise DataError(f"--{name} is {getattr(args, name)}: expected 0 or more")
     if not 0 < args.eta <= 1:
-        raise DataError(f"--eta is {args.eta}: expected above 0 (without noise a step has no density), up to 1")
+        raise DataError(f"--eta is {args.eta}: expected above 0 (without noise there is no density), up to 1")
     if not 0 < args.eps < 1:
         raise DataError(f"--eps is {args.eps}: expected between 0 and 1")
     if not (0 <= args.warmup <= 1 and 0 <= args.threshold < 1):

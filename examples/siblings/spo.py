@@ -61,8 +61,8 @@ ARMS = {
                   "would not come from preferences.", ("base",)),
 }
 COLUMNS = {     # what is measured on pictures -> heading, format
-    "detail": ("detail", ".3f"), "layout": ("layout", ".3f"), "quarters": ("quarters", ".2f"),
-    "hues": ("hues", ".2f"), "kl": ("KL", ".1f")}
+    "detail": ("detail", ".3f"), "layout": ("layout", ".3f"), "light": ("light", ".2f"),
+    "quarters": ("quarters", ".2f"), "hues": ("hues", ".2f"), "kl": ("KL", ".1f")}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -142,8 +142,9 @@ def train_arm(arm: str, tasks: dict, folder: Path, plan: Plan, seed: int, key: s
         if spo.train(args, task, out, collect=collect, watch=watch):
             raise KeyboardInterrupt
         spo.save_weights(task.policy, out / "policy.safetensors")
-    rows = [{"step": 0, **base}, *data_rows(curve)]
-    return {**{k: v for k, v in rows[-1].items() if k != "step"}, "curve": rows}
+    task.policy.load_state_dict(spo.load_file(out / "policy.safetensors"))
+    points = [{"step": 0, **base}, *data_rows(curve)]
+    return {**measure(task, task.policy, plan.pictures, key), "curve": points}
 
 
 def data_rows(path: Path) -> list[dict]:
@@ -157,9 +158,10 @@ def data_rows(path: Path) -> list[dict]:
 def measure(task: spo.Shapes, network, count: int, key: str) -> dict:
     """The true reward's two parts, diversity, and how far the policy has gone from the reference.
 
-    quarters: effective number of quarters that shapes stand in, exp(entropy), at most 4. hues: 1 - |mean of
-    e^(i hue)|, 1 where all hues are alike frequent. kl: KL(policy || reference) of a whole picture, in nats:
-    the sum over the steps of |difference of the means|^2 / 2 sigma^2, along the policy's own samples."""
+    light: brightness of a picture, 1 that of a drawn one: contrast may also be had by less haze, or by
+    fading. quarters: effective number of quarters that shapes stand in, exp(entropy), at most 4. hues: 1 -
+    |mean of e^(i hue)|, 1 where all hues are alike frequent. kl: KL(policy || reference) of a whole picture,
+    in nats: the sum over the steps of |difference of the means|^2 / 2 sigma^2, along the policy's samples."""
     steps, kinds = task.sampler.timesteps, torch.arange(count) % len(spo.KINDS)
     noise = spo.draw_noise((key,), range(count), task.shape, task.device, steps=len(steps),
                            first_steps=len(steps), inner_steps=1, candidates=1)
@@ -171,7 +173,9 @@ def measure(task: spo.Shapes, network, count: int, key: str) -> dict:
         kl = kl + ((mean - ref_mean)**2 / (2 * sigma**2)).flatten(1).sum(1)
         x = mean + sigma * z[0]
     shares = quarter_of(x).bincount(minlength=4) / count
+    drawn = spo.draw_shapes(torch.arange(999) % len(spo.KINDS), spo.generator_of("drawn"))
     parts = {"detail": spo.detail(x).mean().item(), "layout": spo.layout(x).mean().item(),
+             "light": (spo.brightness(x).mean() / spo.brightness(drawn).mean()).item(),
              "quarters": torch.special.entr(shares).sum().exp().item(),
              "hues": 1 - hue_of(x).exp().mean().abs().item(), "kl": kl.mean().item()}
     return parts
@@ -287,7 +291,7 @@ def difference(runs: list[dict], a: str, b: str, name: str) -> dict:
 
 def interval(values: list[float], shape: str) -> str:
     mean, half = over_seeds(values)
-    return format(mean, shape) + (f" +- {format(half, shape)}" if half is not None else "")
+    return format(mean, shape) + (f" +- {format(half, shape.lstrip('+'))}" if half is not None else "")
 
 
 def table(runs: list[dict]) -> tuple[dict, str]:
@@ -303,7 +307,7 @@ def table(runs: list[dict]) -> tuple[dict, str]:
         lines.append(f"    {arm.about}")
         for other in arm.against:
             said = []
-            for key in ("detail", "layout", "quarters"):
+            for key in ("detail", "layout", "light", "quarters"):
                 test = difference(runs, name, other, key)
                 comparisons.append(test)
                 half = test["half_interval_over_seeds"]
@@ -382,9 +386,9 @@ spo: {plan.pictures} pictures an arm from fresh {key} noise, true reward; seeds 
 {plan.pairs} pairs and {math.ceil(plan.pairs / plan.batch)} updates a round in every arm.
 Mean over the seeds +- half of the 95 % t interval.
 
-detail: contrast of the stripes, 0 to 1. layout: how high the shape stands, 0 to 1. quarters: effective number
-of quarters in use, at most 4. hues: spread of the colours, 0 to 1. KL: from the model before training, nats a
-picture.
+detail: contrast of the stripes, 0 to 1. layout: how high the shape stands, 0 to 1. light: brightness of a
+picture, 1 that of a drawn one. quarters: effective number of quarters in use, at most 4. hues: spread of the
+colours, 0 to 1. KL: from the model before training, nats a picture.
 
 {text}
 
