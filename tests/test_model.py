@@ -455,7 +455,7 @@ def test_what_is_not_computed_is_refused_by_name(changes, named):
     (dict(model_type="qwen3", head_dim=8, use_sliding_window=True, sliding_window=64,
           layer_types=["full_attention", "sliding_attention"]), 64),
     (dict(model_type="llama", sliding_window=64), 128),
-])
+], ids=lambda value: value if isinstance(value, str) else "")
 def test_a_sliding_window_ends_the_positions_where_transformers_would_begin_to_slide(changes, longest):
     """Up to the window's length a text is read as transformers reads it; config.json stays as it is."""
     transformers = pytest.importorskip("transformers", reason="transformers is the oracle of this test")
