@@ -19,7 +19,8 @@ from variants import prm
 SOLUTIONS = 160         # of training problems, four each: what the PRM is learned from
 FEW = SOLUTIONS // 4    # of these, the ones that are valued by 32 rollouts
 HELD_OUT = 400          # of held-out problems: what it is scored on
-# Equally many updates, however many rows. lr: of 5e-4 and 2e-3, on other held-out solutions of seed 0.
+# Equally many updates, however many rows. lr: of 5e-4 and 2e-3, chosen on seed 0's held-out solutions, which
+# are also scored below; the other seeds had no part in it.
 UPDATES, BATCH = 200, 16
 TRAINING = f"--prompt raw --warmup 0.1 --schedule cosine --checkpoint_every 0 --batch_size {BATCH} --lr 2e-3"
 
