@@ -455,7 +455,7 @@ def test_what_is_not_computed_is_refused_by_name(changes, named):
     (dict(model_type="qwen3", head_dim=8, use_sliding_window=True, sliding_window=64,
           layer_types=["full_attention", "sliding_attention"]), 64),
     (dict(model_type="llama", sliding_window=64), 128),
-], ids=lambda value: value if isinstance(value, str) else "")
+])
 def test_a_sliding_window_ends_the_positions_where_transformers_would_begin_to_slide(changes, longest):
     """Up to the window's length a text is read as transformers reads it; config.json stays as it is."""
     transformers = pytest.importorskip("transformers", reason="transformers is the oracle of this test")
@@ -537,7 +537,7 @@ def wrapped(change):
     (lambda t: t | {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(2)}, "is of a LoRA adapter: merge it"),
     (wrapped(lambda n: n.replace("q_proj.weight", "q_proj.qweight")), "q_proj.qweight is quantized: use the unquantized weights"),
     (lambda t: {n: w for n, w in t.items() if n != "lm_head.weight"}, "missing: lm_head.weight .*tie_word_embeddings true"),
-], ids=str)
+], ids=lambda value: value if isinstance(value, str) else "")
 def test_names_that_do_not_fit_are_told_with_their_cause(tmp_path, change, found):
     """A wrapper's prefix, anywhere in the name, is named before what is missing; so are adapters, quantized weights, a head
     that should be tied."""
