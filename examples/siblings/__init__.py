@@ -92,7 +92,7 @@ def run(args, method: str, arms: dict[str, Arm], run_seed: Callable[[Bench], dic
     seconds = time.perf_counter() - begun
     summary, text = table(arms, runs, columns, verdict)
     interval = "Wilson, of the problems" if len(runs) == 1 else "t, over the seeds"
-    print(f"\n{method}: {size.test:,} {scored} problems a seed that no stage has seen, greedy answers; seeds "
+    print(f"\n{method}: {size.test:,} {scored} problems a seed that no stage has seen; seeds "
           f"{', '.join(map(str, args.seeds))}.\nInterval: {interval}.\n\n{text}")
     if remarks is not None:
         said = remarks(runs)
