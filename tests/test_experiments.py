@@ -6,7 +6,7 @@ import pytest
 
 from examples import arithmetic
 from examples.arithmetic import QUICK, rows_of
-from examples.siblings import Bench, table
+from examples.siblings import Bench, prm, table
 from examples.siblings.__main__ import main
 
 TINY = replace(QUICK, sft=6000, collect=60, held_out=8, pairs=8, epochs=1, test=4)
@@ -20,10 +20,12 @@ def pool(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("method", ["sdpo", "sacpo", "scdpo"])
+@pytest.mark.parametrize("method", ["sdpo", "sacpo", "scdpo", "full_step_dpo", "stepco"])
 def test_an_experiment_small_and_again(method, pool, tmp_path, monkeypatch, capsys):
     """All arms, each with its sentence, and results.json; the same command again trains nothing anew and says the same."""
     monkeypatch.setattr(arithmetic, "QUICK", TINY)
+    for name, value in (("UPDATES", 4), ("FEW", 12)):
+        monkeypatch.setattr(prm, name, value)
     argv = ["--method", method, "--out", str(tmp_path), "--start", str(pool), "--quick"]
     capsys.readouterr()
     assert main(argv) == 0

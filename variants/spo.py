@@ -47,7 +47,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
