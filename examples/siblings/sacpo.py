@@ -145,8 +145,8 @@ def on_a_table(counts: tuple[int, ...], tables: int = 20, beta: float = 0.5, lam
         rg = from_pairs(from_pairs(ref, of_r, beta), of_g, beta / lam)
         gr = from_pairs(from_pairs(ref, of_g, beta / lam), of_r, beta)
         lines.append(f"{count:>16,}{apart(rg, joint):>12.3f}{apart(gr, joint):>12.3f}{apart(rg, gr):>12.1e}")
-    lines += ["On a table the order never shows, however few the pairs: DPO reads differences of log-ratios, from",
-              "which all that the other stage did cancels. What wears off is the nearness to the optimum."]
+    lines += ["On a table the order never shows, however few the pairs: DPO reads differences of log-ratios,",
+              "from which all that the other stage did cancels. What wears off is the nearness to the optimum."]
     return "\n".join(lines)
 
 
@@ -162,7 +162,7 @@ def draw(runs: list[dict], path):
         print("(pip install matplotlib draws the two rates as well)")
         return
     mean = lambda arm, name: statistics.mean(found["arms"][arm][name] for found in runs)
-    figure, axis = pyplot.subplots(figsize=(6, 4.5), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
     curves = {"SACPO, lambda 1, 2, 4, 10": ["r", *(f"rg{lam}" for lam in LAMBDAS)],
               "P-SACPO, q 0 .. 1": ["r", *(f"q{q:g}" for q in SHARES), f"rg{LAMBDAS[-1]}"],
               "average of r and g": ["r", *(f"naive{q:g}" for q in SHARES), "g"],
@@ -172,7 +172,7 @@ def draw(runs: list[dict], path):
                   markersize=4, label=label)
     axis.set(xlabel="right", ylabel="allowed", title="two metrics of greedy answers, means over the seeds")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    figure.legend(loc="outside right center")
     figure.savefig(path, dpi=150)
     print(f"wrote {path}")
 
