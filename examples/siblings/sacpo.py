@@ -146,7 +146,7 @@ def on_a_table(counts: tuple[int, ...], tables: int = 20, beta: float = 0.5, lam
         gr = from_pairs(from_pairs(ref, of_g, beta / lam), of_r, beta)
         lines.append(f"{count:>16,}{apart(rg, joint):>12.3f}{apart(gr, joint):>12.3f}{apart(rg, gr):>12.1e}")
     lines += ["On a table the order never shows, however few the pairs: DPO reads differences of log-ratios,",
-              "from which all that the other stage did cancels. What wears off is the nearness to the optimum."]
+              "from which all that the other stage did cancels. What wears off is how near the optimum is."]
     return "\n".join(lines)
 
 
