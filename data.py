@@ -126,12 +126,13 @@ class Example:
 
 
 def encode_dataset(source: str | Path | Iterable[tuple[str, dict]], tokenizer: Tokenizer, method: str,
-                   style: str, max_length: int | None = None) -> tuple[list[Example], Report]:
+                   style: str, max_length: int | None = None,
+                   of_row: Callable | None = None) -> tuple[list[Example], Report]:
     """Read, render and tokenise a file of rows: those that can be trained on, in order, and a Report.
 
     source: what `read_rows` takes, or (where, row) pairs. max_length: tokens of a side as the model sees it,
-    BOS and end token included; a longer row is dropped, never cut. DataError where a row is malformed, or
-    none is left.
+    BOS and end token included; a longer row is dropped, never cut. of_row: what takes the place of `texts_of`
+    for rows of another kind, of any number of responses. DataError where a row is malformed, or none is left.
     """
     if method not in METHODS:
         raise DataError(f"method {method!r} is not known; choose one of {', '.join(METHODS)}")
@@ -145,7 +146,8 @@ def encode_dataset(source: str | Path | Iterable[tuple[str, dict]], tokenizer: T
         texts = []
         for where, row in chunk:
             try:
-                texts.append(_render(where, row, tokenizer, method, style, max_length, report))
+                found = (of_row or texts_of)(row, method, where)
+                texts.append(_render(where, row, *found, tokenizer, method, style, max_length, report))
             except Unfit as reason:
                 report.drop(str(reason), where)
         examples += to_examples(texts, tokenizer, end, max_length, report, bos=style != "chat")
@@ -206,16 +208,15 @@ class Texts(NamedTuple):
     responses: list[str]
 
 
-def _render(where: str, row: dict, tokenizer: Tokenizer, method: str, style: str, max_length: int | None,
-            report: Report) -> Texts:
+def _render(where: str, row: dict, question: str | list[dict], steps: str, responses: list[str],
+            tokenizer: Tokenizer, method: str, style: str, max_length: int | None, report: Report) -> Texts:
     """A row's texts as they are trained. Unfit with the reason where it cannot be trained on."""
-    question, steps, responses = texts_of(row, method, where)
     if method != "stepdpo":                             # the end token is put there by us, once
         responses = [tokenizer.without_end(response, style) for response in responses]
     turns = [question] if isinstance(question, str) else [turn["content"] for turn in question]
     solutions = [steps + response for response in responses]
 
-    names = ("chosen", "rejected") if len(responses) == 2 else ("response",)
+    names = ("chosen", "rejected") if len(responses) == 2 else ("response",) * len(responses)
     for name, text in zip(("prompt", *names), (turns[-1], *responses)):
         if not text.strip():
             raise Unfit(f"empty {name}")

@@ -577,6 +577,14 @@ def draw(folders: list[Path], path: Path):
     print(f"wrote {path}")
 
 
+def seeds_of(text: str) -> list[int]:
+    """"0,1,2" -> [0, 1, 2], for argparse."""
+    parts = text.split(",")
+    if len(set(parts)) < len(parts) or not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text}: expected different whole numbers, such as 0,1,2")
+    return [int(part) for part in parts]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m examples.arithmetic",
@@ -588,7 +596,7 @@ def main(argv: list[str] | None = None) -> int:
     seeds = parser.add_mutually_exclusive_group()
     seeds.add_argument("--seed", type=int, default=0,
                        help="of problems, weights, sampling and order of rows (default 0)")
-    seeds.add_argument("--seeds", metavar="S,S,...",
+    seeds.add_argument("--seeds", type=seeds_of, metavar="S,S,...",
                        help="repeat everything under each, and test the arms in pairs")
     parser.add_argument("--quick", action="store_true",
                         help="everything small, under a minute: for a first look and tests")
@@ -598,12 +606,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dev", action="store_true",
                         help="score on development problems, on which all settings were chosen")
     args = parser.parse_args(argv)
-    try:
-        numbers = [int(s) for s in args.seeds.split(",")] if args.seeds else [args.seed]
-        if len(set(numbers)) < len(numbers):
-            raise ValueError
-    except ValueError:
-        parser.error(f"--seeds {args.seeds}: expected different whole numbers with commas, such as 0,1,2")
+    numbers = args.seeds or [args.seed]
     # a model this small gains little from a second thread, and on a busy machine loses much
     torch.set_num_threads(1)
     size, begun, runs = QUICK if args.quick else Size(), time.perf_counter(), []

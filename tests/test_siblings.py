@@ -21,6 +21,7 @@ from eval import grade
 from model import average_checkpoints
 from variants import full_step_dpo, prm, sacpo, scdpo, sdpo, spo, stepco
 
+NOT_WRITTEN = ("alphallm_cpl", "longdpo")         # siblings that are still to come; any other file must be there
 FOLDER = Path(os.environ.get("SIBLING_CASES") or ROOT.parent / "shared" / "methods")
 
 
@@ -31,7 +32,7 @@ def cases():
         yield pytest.param(None, None, None, marks=pytest.mark.skip(reason=f"numbers of released code are not here ({FOLDER})"))
     for file in files:
         table = json.loads(file.read_text())
-        here = (ROOT / "variants" / f"{file.stem}.py").exists()
+        here = file.stem not in NOT_WRITTEN or (ROOT / "variants" / f"{file.stem}.py").exists()
         missing = pytest.mark.skip(reason=f"variants/{file.stem}.py is not written yet")
         for case in table["cases"]:
             yield pytest.param(file.stem, case, table["tolerance"], id=f"{file.stem}-{case['id']}", marks=() if here else missing)

@@ -125,9 +125,10 @@ def full_step_objective(token_logps, ref_token_logps, batch, args):
     """losses (B,): of each prompt the mean over its ordered pairs; and metrics, likewise. accuracy, margin
     and dpo_loss are those of DPO on whole answers: at step 0 margin 0 and dpo_loss 0.6931.
 
-    Raises DataError where there is no reference: the loss was run on rows of SFT."""
-    if ref_token_logps is None:
-        raise DataError("this loss compares responses with a reference: run it as dpo")
+    Raises DataError for a flag of the other loss."""
+    if args.loss != "surrogate" and (args.as_released or args.kappa != 1):
+        raise DataError("--as_released and --kappa are of the surrogate loss: leave them out with --loss "
+                        f"{args.loss}")
     device, rows = token_logps.device, batch.examples
     prompt = torch.tensor([b for b, example in enumerate(rows) for _ in example.sides], device=device)
     rewards = torch.tensor([r for example in rows for r in example.row["rewards"]], device=device)
@@ -164,7 +165,8 @@ def options(group):
     add = group.add_argument
     add("--loss", choices=("surrogate", "weighted_dpo"), default="surrogate",
         help="surrogate (default): as released; weighted_dpo: the weights inside DPO's log-sigmoid")
-    add("--kappa", type=float, default=1.0, help="damps tokens that have moved already (default 1)")
+    add("--kappa", type=float, default=1.0,
+        help="surrogate: damps tokens that have moved already (default 1)")
     add("--tau", type=float, default=0.5,
         help="how much the steps' scores count; 0: not at all (default 0.5)")
     add("--as_released", action="store_true",
@@ -177,46 +179,25 @@ def options(group):
 
 def encode(source, tokenizer, method, style, max_length=None):
     """Rows {prompt, responses, rewards, rewards_list} as examples of K sides; see data.encode_dataset."""
-    report, texts = data.Report(str(source)), []
-    for where, row in data.read_rows(source):
-        report.rows += 1
-        try:
-            texts.append(rendered(where, row, tokenizer, style, report))
-        except data.Unfit as reason:
-            report.drop(str(reason), where)
-    end = tokenizer.end_of_turn_id(style)
-    kept = data.to_examples(texts, tokenizer, end, max_length, report, bos=style != "chat")
-    for example in kept:
-        example.reference = method != "sft"
-    report.kept = len(kept)
-    if not kept:
-        raise DataError(f"{source}: no row is left to use ({'; '.join(report.dropped) or 'it has none'})")
-    return kept, report
+    if method != "dpo":
+        raise DataError(f"the responses are whole answers, and are compared: run it as dpo, not {method}")
+    return data.encode_dataset(source, tokenizer, method, style, max_length, of_row=group_of)
 
 
-def rendered(where: str, row: dict, tokenizer, style: str, report: data.Report) -> data.Texts:
-    """A row's texts as they are trained. Unfit, with the reason, where there is nothing to learn from it."""
-    question = data.text_field(row, "prompt", where)
+def group_of(row: dict, method: str, where: str) -> tuple[str, str, list[str]]:
+    """(prompt, no steps that are context, responses), as data.texts_of. Unfit, with the reason, where there is
+    nothing to learn from the row."""
+    question, responses = data.text_field(row, "prompt", where), row.get("responses")
     check_row(row, where)
     if len(set(row["rewards"])) < 2:
         raise data.Unfit("the rewards tie: no response beats another")
-    if len({response.strip() for response in row["responses"]}) < len(row["responses"]):
+    if len({response.strip() for response in responses}) < len(responses):
         raise data.Unfit("two responses are the same")
-    answers = [tokenizer.without_end(response, style) for response in row["responses"]]
-    for text in answers if style == "raw" else (question, *answers):
-        if remark := tokenizer.check(text):
-            report.note(remark, where)
-    if style == "chat":
-        prompt, responses, remarks = tokenizer.render_answers(question, answers)
-        for remark, detail in remarks.items():
-            report.note(remark, where + detail)
-    else:
-        prompt, responses = data.render_prompt(style, question, tokenizer, answers[0]), answers
     for k, (response, scores) in enumerate(zip(responses, row["rewards_list"]), 1):
         if len(scores) != (steps := len(data.split_steps(response))):
             raise DataError(f"{where}: field 'rewards_list': found {len(scores)} scores for response {k}, "
                             f"which has {steps} steps; score it again with python -m variants.prm score")
-    return data.Texts(where, row, question, prompt, "", responses)
+    return question, "", responses
 
 
 def check_row(row: dict, where: str):
@@ -299,7 +280,8 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["groups"]:
         args = group_arguments().parse_args(argv[1:])
         return data.run_command(lambda: groups(args), args.debug)
-    if os.environ.get("RANK", "0") == "0" and "weighted_dpo" not in argv and not {"-h", "--help"} & set(argv):
+    surrogate = not any("weighted_dpo" in word for word in argv)
+    if os.environ.get("RANK", "0") == "0" and surrogate and not {"-h", "--help"} & set(argv):
         print("`loss` is a surrogate, no log-sigmoid: it may be negative, and only its gradient means "
               "anything. `dpo_loss` begins at 0.6931.")
     return stepdpo.main(argv, full_step_objective, options=options, encode=encode, defaults=DEFAULTS)

@@ -166,15 +166,16 @@ class PRM:
 
     def __init__(self, folder, prompt: str = "chat", *, device: str | None = None,
                  precision: str | None = None, micro_batch_tokens: int = 16384, system: str | None = None,
-                 template_args: dict | None = None):
+                 template_args: dict | None = None, base: str | None = None):
         folder, self.device, self.style = resolve(folder), choose_device(device), prompt
         self.precision = precision or ("fp32" if self.device.type == "cpu" else "bf16")
-        self.tokenizer = data.Tokenizer.from_pretrained(folder, system=system, template_args=template_args)
+        self.tokenizer = data.Tokenizer.from_pretrained(folder, system=system, template_args=template_args,
+                                                        base=base)
         verdict_tokens(self.tokenizer)
-        self.policy = stepdpo.Policy(Llama.from_pretrained(folder, device=self.device)).eval()
+        self.policy = stepdpo.Policy(Llama.from_pretrained(folder, device=self.device, base=base)).eval()
         self.max_length = self.policy.model.config.max_position_embeddings
         self.micro_batch_tokens = micro_batch_tokens
-        self.settings = {"model": f"{folder.resolve().name} {fingerprint(folder)[:12]}", "prompt": prompt,
+        self.settings = {"model": f"{folder.resolve().name} {fingerprint(folder, base)[:12]}", "prompt": prompt,
                          "precision": self.precision, "device": self.device.type, "system": system,
                          "template_args": template_args}
 
@@ -362,7 +363,7 @@ def score(args) -> int:
         settings, score_these = {"scores": data.digest(given)}, lambda places: [given[i] for i in places]
     else:
         prm = PRM(args.model, args.prompt, device=args.device, system=args.system,
-                  template_args=args.template_args)
+                  template_args=args.template_args, base=args.base)
         rows, examples = readable(rows, prm, bad)
         settings, score_these = prm.settings, lambda places: prm.scores([examples[i] for i in places])
     if not rows:

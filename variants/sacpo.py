@@ -37,6 +37,7 @@ Shapes: B single answers of a micro-batch, G of the global batch, M their tokens
 import argparse
 import copy
 import dataclasses
+import math
 import sys
 from pathlib import Path
 
@@ -132,7 +133,10 @@ class KTO:
         examples, report = single_answers(source, self.metric, tokenizer, method, style, max_length)
         if not self.mismatched:                         # the rows to train on come first, then held-out ones
             desirable = sum(example.row["label"] for example in examples)
-            self.undesirable_weight = desirable / max(1, len(examples) - desirable)
+            if desirable in (0, len(examples)):
+                raise DataError(f"{source}: KTO needs desirable and undesirable answers; found {desirable} "
+                                f"desirable ones of {len(examples)}")
+            self.undesirable_weight = desirable / (len(examples) - desirable)
             stepdpo.say(f"KTO: {desirable} desirable answers, {len(examples) - desirable} undesirable ones, "
                         f"weight {self.undesirable_weight:g}")
         found = {example.where: other for example, other in zip(examples, mismatch(examples, max_length))}
@@ -235,9 +239,13 @@ def single_answers(source, metric: str, tokenizer, method: str, style: str,
     """Rows -> one Example for each single answer, with a reference, and row["label"]: is it desirable? The
     two sides of a pair are two answers: the chosen one desirable, the rejected one not."""
     rows = list(data.read_rows(source))
-    single = [(f"{where}, answer {n}", answer) for where, row in rows
-              for n, answer in enumerate(labelled(row, metric, where))]
-    if single:
+    answers = [(where, labelled(row, metric, where)) for where, row in rows]
+    if any(found for _, found in answers):
+        if where := next((where for where, found in answers if not found), None):
+            raise DataError(f"{where}: no single answer with a label, as other rows of {source} are; keep "
+                            "pairs in a file of their own")
+        single = [(f"{where}, answer {n}", answer) for where, found in answers
+                  for n, answer in enumerate(found)]
         examples, report = data.encode_dataset(single, tokenizer, "sft", style, max_length)
         for example in examples:
             example.reference, example.units = True, 1
@@ -267,7 +275,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.method == "sft" or args.reference:
             raise DataError("SACPO is two stages of dpo or stepdpo, the second against what the first left: "
                             f"{'--reference' if args.reference else 'sft'} has no place in it")
-        if not args.lam > 0:
+        if not 0 < args.lam < math.inf:
             raise DataError(f"--lam is {args.lam:g}: expected a number above 0")
         if wrong := [q for q in args.merge if not 0 <= q <= 1]:
             raise DataError(f"--merge {wrong[0]:g}: expected a share from 0 to 1")

@@ -255,7 +255,8 @@ def make_pairs(args: argparse.Namespace) -> int:
     """Problems or attempts -> the file to train on. The exit status: 1 where rows were left out."""
     rank, world = join_processes()
     bad: list[DataError] = []
-    how = {"prompt": args.prompt, "system": args.system, "template_args": args.template_args}
+    how = {"prompt": args.prompt, "system": args.system, "template_args": args.template_args,
+           "base": args.base}
     if args.endpoint:
         sampler = Remote(args.endpoint, args.api_model, model=args.model, concurrency=args.batch_size, **how)
     else:
@@ -376,13 +377,14 @@ def collect(done: dict, sides: dict[str, list], forks: list[Fork], args) -> tupl
 # python -m variants.scdpo credit
 
 def credit(model, reference, solutions: list[tuple[str, str]], *, beta: float = 0.1, prompt: str = "chat",
-           system: str | None = None, template_args: dict | None = None, device: str | None = None,
-           **how) -> list[list[float]]:
+           system: str | None = None, template_args: dict | None = None, base: str | None = None,
+           device: str | None = None, **how) -> list[list[float]]:
     """Of each solution (question, text) the credit of its steps, as data.split_steps cuts it: beta (log pi -
     log ref), summed over a step's tokens, in nats. The end token belongs to the last step.
 
-    model, reference: checkpoint folders or hub ids. how: as stepdpo.score_tokens. Under torchrun all
-    processes call it and share the work. DataError where a solution cannot be scored: none is left out."""
+    model, reference: checkpoint folders or hub ids. base: of `model`, where that is a LoRA adapter whose base
+    model lies elsewhere than it says. how: as stepdpo.score_tokens. Under torchrun all processes call it and
+    share the work. DataError where a solution cannot be scored: none is left out."""
     tokenizer = data.Tokenizer.from_pretrained(resolve(reference), system=system, template_args=template_args)
     rows = [(f"solution {i}", {"prompt": question, "response": text})
             for i, (question, text) in enumerate(solutions, 1)]
@@ -390,12 +392,12 @@ def credit(model, reference, solutions: list[tuple[str, str]], *, beta: float = 
     if report.kept < report.rows:
         raise DataError(f"not every solution can be scored: {report}".replace("\n", "; "))
 
-    def token_logps(folder) -> list[torch.Tensor]:
-        policy = stepdpo.Policy(Llama.from_pretrained(folder, device=choose_device(device)))
+    def token_logps(folder, base=None) -> list[torch.Tensor]:
+        policy = stepdpo.Policy(Llama.from_pretrained(folder, device=choose_device(device), base=base))
         return stepdpo.score_tokens(policy, examples, **how)
 
     found = []
-    for example, logps, ref_logps in zip(examples, token_logps(model), token_logps(reference)):
+    for example, logps, ref_logps in zip(examples, token_logps(model, base), token_logps(reference)):
         of_token = torch.from_numpy(example.steps[0]).long()            # (tokens,): the step of each
         rewards = beta * (logps - ref_logps).cpu()                      # (tokens,): the paper's r(s_i, x_i)
         found.append(torch.zeros(int(of_token.max()) + 1).index_add(0, of_token, rewards).tolist())
@@ -412,7 +414,7 @@ def print_credit(args: argparse.Namespace) -> int:
         raise DataError(f"{args.attempts}: holds no wrong attempt that came to its end; nothing to show")
     credits = credit(args.model, args.reference, [(row["question"], row["text"]) for row in rows],
                      beta=args.beta, prompt=args.prompt, system=args.system,
-                     template_args=args.template_args, device=args.device)
+                     template_args=args.template_args, base=args.base, device=args.device)
     for row, of_steps in zip(rows, credits):
         lines = [f"\n{row['where']}: {row['question'].strip()}"]
         for step, value in zip(split_steps(row["text"]), of_steps):

@@ -90,8 +90,8 @@ def chain(args) -> int:
             losses = [row["loss"] for _, row in data.read_rows(target / "metrics.jsonl")]
             stage |= {"first_loss": losses[0], "last_loss": losses[-1]}
             stage |= gamma_figures("result", gammas(target, examples, args, device))
-            if args.kl_samples:
-                prompts = contexts(examples, args.kl_samples, args.seed)
+            prompts = contexts(examples, args.kl_samples, args.seed)
+            if len(prompts) > 1:                                # one alone has no standard error
                 kept = out / f"stage{t}.samples.jsonl"
                 stage["kl_to_S"], stage["kl_error"] = kl(target, args.model, prompts, kept, args, device)
             keep(out, plan)
@@ -288,6 +288,8 @@ def main(argv: list[str] | None = None) -> int:
                             f"{'--reference' if args.reference else 'sft'} has no place in it")
         if args.kl_samples is None:
             args.kl_samples = 0 if args.shard else 128
+        if args.kl_samples < 0 or args.kl_samples == 1:
+            raise DataError(f"--kl_samples is {args.kl_samples}: expected 0, or 2 and more")
         if args.kl_samples and args.shard:
             raise DataError("--kl_samples: a sharded model cannot sample; give 0")
         return chain(args)

@@ -748,6 +748,7 @@ def contact_sheet(pictures, path: Path, zoom: int = 4):
 
 KINDS_OF_PIPELINE = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+KEPT_PROMPTS = 256              # encoded prompts that are kept for their next turn
 
 
 def optional(name: str):
@@ -843,9 +844,10 @@ class Pipeline:
     def conditions(self, rows) -> list[torch.Tensor]:
         """What the UNet gets of prompts `rows` (n,), empty prompts first: hidden states (2n, L, C), and in
         SDXL pooled ones (2n, C')."""
-        for row in set(rows.tolist()) - self.encoded.keys():
-            if len(self.encoded) >= 256:
-                self.encoded.clear()
+        asked = set(rows.tolist())
+        if len(self.encoded.keys() | asked) > KEPT_PROMPTS:
+            self.encoded.clear()
+        for row in asked - self.encoded.keys():
             found = self.pipe.encode_prompt(self.texts[row], device=self.device, num_images_per_prompt=1,
                                             do_classifier_free_guidance=True)
             self.encoded[row] = found                   # text, empty; in SDXL also pooled text, pooled empty

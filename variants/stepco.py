@@ -295,7 +295,8 @@ def run(args) -> int:
             bad.append(error)
     if not problems:
         raise DataError(f"{args.problems}: holds no problem that can be used")
-    how = {"prompt": args.prompt, "system": args.system, "template_args": args.template_args}
+    how = {"prompt": args.prompt, "system": args.system, "template_args": args.template_args,
+           "base": args.base}
     if args.endpoint:
         sampler = Remote(args.endpoint, args.api_model, model=args.model, concurrency=args.concurrency, **how)
     else:

@@ -5,16 +5,10 @@ import sys
 from pathlib import Path
 
 import data
+from examples.arithmetic import seeds_of
 from model import CheckpointError
 
 METHODS = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
-
-
-def seeds_of(text: str) -> list[int]:
-    seeds = [int(part) for part in text.split(",")]
-    if len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise argparse.ArgumentTypeError(f"{text}: expected different whole numbers of 0 or more")
-    return seeds
 
 
 def arguments() -> argparse.ArgumentParser:

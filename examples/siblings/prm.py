@@ -116,11 +116,14 @@ TITLES = {"all_4": f"{SOLUTIONS} solutions, 4 rollouts a step", "all_8": f"{SOLU
 
 
 def run(args) -> int:
+    if args.dev:
+        raise data.DataError("--dev: a PRM is scored on held-out solutions, not on test problems; leave it "
+                             "out")
     runs = []
     for seed in args.seeds:
         size = arithmetic.QUICK if args.quick else arithmetic.Size()
         pool = (args.start or args.out) / f"seed{seed}"
-        bench = Bench(pool, args.out / "prm" / f"seed{seed}", size, seed, "dev" if args.dev else "test")
+        bench = Bench(pool, args.out / "prm" / f"seed{seed}", size, seed, "test")
         arithmetic.make_pool(pool, size, seed, "test")
         write_problems(bench)
         runs.append(run_seed(bench))

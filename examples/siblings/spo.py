@@ -374,6 +374,8 @@ judge, is that of their final true reward, which trajectory labels take for gran
 
 def run(args) -> int:
     """All seeds, the tables, DIR/spo/results.json and DIR/spo/sheet.png."""
+    if args.start is not None:
+        raise data.DataError("--start: SPO begins with no language model; leave it out")
     torch.set_num_threads(1)            # networks this small gain little from a second thread
     plan, begun, key = QUICK if args.quick else Plan(), time.perf_counter(), "dev" if args.dev else "test"
     root = args.out / "spo"
