@@ -1016,7 +1016,8 @@ def parser(options=None, manual: str | None = None, defaults: dict | None = None
     """The command line. A variant adds its `options`, its own text as `manual`, and the settings of its paper
     as `defaults`."""
     top = argparse.ArgumentParser(
-        prog=None if manual else "stepdpo.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=f"python -m variants.{Path(sys.argv[0]).stem}" if manual else "stepdpo.py",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description=manual or "Train a Llama / Qwen / Mistral checkpoint with SFT, DPO or Step-DPO.",
         epilog="One method's options: METHOD --help, as in: python stepdpo.py stepdpo --help")
     methods = top.add_subparsers(dest="method", required=True, metavar="{sft,dpo,stepdpo}")

@@ -205,6 +205,15 @@ def test_another_tau_is_another_run(work, tmp_path, capsys):
     assert go(file="other.jsonl") == 2 and "data: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("method, more, said", [("dpo", ["--loss", "weighted_dpo", "--as_released"], "are of the surrogate loss"),
+                                                ("dpo", ["--loss", "weighted_dpo", "--kappa", "2"], "are of the surrogate loss"),
+                                                ("stepdpo", [], "run it as dpo, not stepdpo"), ("sft", [], "run it as dpo, not sft")])
+def test_what_would_be_ignored_is_refused(work, tmp_path, capsys, method, more, said):
+    """A flag of the other loss, and a method that trains another text."""
+    argv = training(work, tmp_path / "out", *more)
+    assert full.main([method, *argv[1:]]) == 2 and said in capsys.readouterr().err
+
+
 def test_the_papers_settings_are_the_defaults():
     args = stepdpo.parser(full.options, "", full.DEFAULTS).parse_args(["dpo", "--model", "m", "--data", "d", "--out", "o"])
     stepdpo.settle(args)

@@ -17,6 +17,7 @@ import eval as evaluation
 import model as models
 import stepdpo
 from model import LORA_LAYERS, CheckpointError, Llama, LoRA
+from variants import prm, scdpo
 
 SHORT = ["--max_steps", "3", "--lora", "4"]
 IDS = torch.arange(3, 60)[None]
@@ -404,6 +405,21 @@ def test_it_is_scored_sampled_and_averaged_like_any_other(work, trained, tmp_pat
     config = json.loads((copy / "adapter_config.json").read_text())
     write_json(copy / "adapter_config.json", config | {"lora_alpha": 9})
     assert len(prints | {models.fingerprint(copy)}) == 4
+
+
+def test_the_siblings_take_an_adapter_whose_base_has_moved(work, trained, tmp_path):
+    """--base reaches what SCDPO's credit and a process reward model read; without it the error names the adapter."""
+    shutil.copytree(trained, tmp_path / "moved")
+    settings = json.loads((trained / "adapter_config.json").read_text())
+    write_json(tmp_path / "moved" / "adapter_config.json", settings | {"base_model_name_or_path": "/nowhere"})
+    solutions = [("2 + 3?", "Step 1: 2 + 3 = 5.\nStep 2: So it is 5.")]
+    there = scdpo.credit(trained, work / "model", solutions, prompt="alpaca")
+    assert scdpo.credit(tmp_path / "moved", work / "model", solutions, prompt="alpaca", base=work / "model") == there
+    asked = lambda folder, **how: (judge := prm.PRM(folder, "alpaca", **how)).scores([judge.read("row", *solutions[0][:1], [solutions[0][1]])])
+    assert asked(tmp_path / "moved", base=work / "model") == asked(trained)
+    for call in (lambda: scdpo.credit(tmp_path / "moved", work / "model", solutions, prompt="alpaca"), lambda: asked(tmp_path / "moved")):
+        with pytest.raises(CheckpointError, match="/nowhere.*--base"):
+            call()
 
 
 def test_others_stop_where_the_adapter_learned_to(work, tmp_path):

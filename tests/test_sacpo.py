@@ -1,16 +1,13 @@
 """variants/sacpo.py: two stages, two metrics; KTO's estimate of the KL; averages of weights."""
 import json
 import math
-import random
-import signal
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, pair_rows, tiny_checkpoint, write_rows
 from safetensors.torch import load_file
-from test_kill import numbered
-from test_sdpo import whole, without_paths
+from test_sdpo import killed_and_continued
 
 import data
 import stepdpo
@@ -177,10 +174,11 @@ def test_pairs_train_kto_as_two_answers(files, tmp_path):
 @pytest.mark.parametrize("row, more, said", [
     ({"prompt": "a", "completion": "b", "label": "yes"}, ["--first", "kto"], "label is 'yes'; expected true (desirable) or false"),
     ({"prompt": "a", "completion": "b", "label": True}, [], "a single answer with a label, where DPO takes pairs: choose kto"),
-    ({"prompt": "a", "completion": "b", "label": True}, ["--first", "kto"], "all rows have the same one"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, ["--first", "kto"], "all rows have the same one"),
     ({"prompt": "a", "response_0": "b", "response_1": "c", "better_response_id": 2}, [], "better_response_id is 2; expected 0 or 1"),
     ({"prompt": "a", "response_0": "b", "response_1": "c"}, ["--safety_first"], "safer_response_id is None; expected 0 or 1"),
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, ["--lam", "0"], "--lam is 0: expected a number above 0"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, ["--lam", "inf"], "--lam is inf: expected a number above 0"),
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, ["--merge", "0.5", "1.5"], "--merge 1.5: expected a share from 0 to 1"),
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, ["--reference", "x"], "--reference has no place in it")])
 def test_bad_input_gets_one_line(files, tmp_path, capsys, row, more, said):
@@ -190,6 +188,18 @@ def test_bad_input_gets_one_line(files, tmp_path, capsys, row, more, said):
     assert sacpo.main(argv) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and not (tmp_path / "out" / "stage1" / "config.json").exists()
+
+
+@pytest.mark.parametrize("rows, said", [
+    ([{"prompt": "a", "completion": "b", "label": True}, {"prompt": "c", "chosen": "d", "rejected": "e"}], "bad.jsonl:2: no single answer with a label"),
+    ([{"prompt": "a", "completion": "b", "label": True}, {"prompt": "c", "completion": "d", "label": True}], "found 2 desirable ones of 2"),
+    ([{"prompt": "a", "completion": "b", "label": False}, {"prompt": "c", "completion": "d", "label": False}], "found 0 desirable ones of 2")])
+def test_rows_that_kto_cannot_learn_from(files, tmp_path, capsys, rows, said):
+    """Pairs among single answers would be left out in silence; answers of one kind alone would have no weight."""
+    write_rows(tmp_path / "bad.jsonl", rows)
+    assert sacpo.main(["dpo", "--model", str(files / "model"), "--data", str(tmp_path / "bad.jsonl"), "--out", str(tmp_path / "out"), *COMMON, "--first", "kto"]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
 
 
 def test_averages(files, tmp_path):
@@ -205,17 +215,7 @@ def test_averages(files, tmp_path):
 @pytest.mark.parametrize("world", [1, 2])
 def test_killed_anywhere(processes, files, tmp_path, world):
     """A kill before any file operation, in any stage, and the same command again: the same files. Another lambda does not go on."""
-    rng, outs, count = random.Random(f"sacpo {world}"), numbered(tmp_path), processes.folder / "count"
     argv = lambda out: [str(ROOT / "variants" / "sacpo.py"), *arguments(files, out, "--first", "kto", "--checkpoint_every", "1", "--merge", "0.5")]
-    out = next(outs)
-    processes.start(argv(out), world, out, count=count)
-    assert processes.wait() == [0] * world, processes.log.read_text()
-    expected, operations, out = whole(out), len((processes.folder / "count-0").read_bytes()), next(outs)
-    for before in sorted(rng.sample(range(1, operations), 4), reverse=True):
-        processes.start(argv(out), world, out, kill={"before": before, "rank": 0, "all": True})
-        codes = processes.wait()
-        assert -signal.SIGKILL in codes or codes == [0] * world, processes.log.read_text()
-    processes.run(*argv(out), world=world)
-    assert without_paths(whole(out), out) == without_paths(expected, tmp_path / "0")
+    out = killed_and_continued(processes, argv, tmp_path, world, "sacpo")
     processes.start([*argv(out), "--lam", "9"], world)
     assert 2 in processes.wait() and "beta: 0.125 then, 0.05" in processes.log.read_text()

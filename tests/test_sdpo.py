@@ -3,6 +3,7 @@ import json
 import math
 import random
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,7 +115,8 @@ def test_a_chain_goes_on_only_as_it_began(chained, tmp_path, capsys, monkeypatch
 
 
 @pytest.mark.parametrize("argv, said", [
-    (["--reference", "model"], "--reference has no place in it"), (["--shard", "--kl_samples", "8"], "a sharded model cannot sample")])
+    (["--kl_samples", "-1"], "--kl_samples is -1"), (["--kl_samples", "1"], "--kl_samples is 1"), (["--reference", "model"], "--reference has no place in it"),
+    (["--shard", "--kl_samples", "8"], "a sharded model cannot sample")])
 def test_what_a_chain_cannot_be(chained, tmp_path, capsys, argv, said):
     assert sdpo.main(arguments(chained, tmp_path / "out", *argv)) == 2
     assert said in capsys.readouterr().err
@@ -126,6 +128,23 @@ def test_one_source_is_no_chain(chained, tmp_path, capsys):
     assert sdpo.main(alone) == 2 and "--more_data" in capsys.readouterr().err
     assert sdpo.main(["sft", *(part for part in alone[1:] if part not in ("--beta", "0.5"))]) == 2
     assert "sft has no place in it" in capsys.readouterr().err
+
+
+def killed_and_continued(processes, argv, folder, world, name):
+    """argv(OUT) killed before four of its file operations, in as many runs, and then run to its end leaves what one
+    undisturbed run leaves; returns the OUT that was disturbed."""
+    rng, outs, count = random.Random(f"{name} {world}"), numbered(folder), processes.folder / "count"
+    undisturbed = next(outs)
+    processes.start(argv(undisturbed), world, undisturbed, count=count)
+    assert processes.wait() == [0] * world, processes.log.read_text()
+    operations, out = len(Path(f"{count}-0").read_bytes()), next(outs)
+    for before in sorted(rng.sample(range(1, operations), 4), reverse=True):
+        processes.start(argv(out), world, out, kill={"before": before, "rank": 0, "all": True})
+        codes = processes.wait()
+        assert -signal.SIGKILL in codes or codes == [0] * world, processes.log.read_text()
+    processes.run(*argv(out), world=world)
+    assert without_paths(whole(out), out) == without_paths(whole(undisturbed), undisturbed)
+    return out
 
 
 def whole(out) -> dict:
@@ -148,22 +167,8 @@ def whole(out) -> dict:
 def test_killed_anywhere(processes, chained, tmp_path, world):
     """A kill before any of its file operations, in any stage, and the same command again: the same files. (--random_split, so that also the parts are
     written.)"""
-    rng, outs, count = random.Random(f"sdpo {world}"), numbered(tmp_path), processes.folder / "count"
-
-    def argv(out):
-        return [str(ROOT / "variants" / "sdpo.py"), *arguments(chained, out, "--random_split", "--checkpoint_every", "1", "--kl_samples", "6", "--max_length",
-                                                               "330")]
-    out = next(outs)
-    processes.start(argv(out), world, out, count=count)
-    assert processes.wait() == [0] * world, processes.log.read_text()
-    expected, operations = whole(out), len((processes.folder / "count-0").read_bytes())
-    out = next(outs)
-    for before in sorted(rng.sample(range(1, operations), 4), reverse=True):
-        processes.start(argv(out), world, out, kill={"before": before, "rank": 0, "all": True})
-        codes = processes.wait()
-        assert -signal.SIGKILL in codes or codes == [0] * world, processes.log.read_text()
-    processes.run(*argv(out), world=world)
-    assert without_paths(whole(out), out) == without_paths(expected, tmp_path / "0")
+    more = ["--random_split", "--checkpoint_every", "1", "--kl_samples", "6", "--max_length", "330"]
+    killed_and_continued(processes, lambda out: [str(ROOT / "variants" / "sdpo.py"), *arguments(chained, out, *more)], tmp_path, world, "sdpo")
 
 
 def without_paths(found: dict, out) -> dict:

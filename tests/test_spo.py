@@ -533,6 +533,17 @@ def test_the_scorer_gets_pictures_prompts_and_the_next_timestep(pipelines, score
         assert shape == (12, 3, 16, 16) and 0 <= low < high <= 1 and prompts == prompts[:3] * 4 and sorted(prompts[:3]) == sorted(PROMPTS)
 
 
+def test_more_prompts_than_are_kept_encoded(pipelines, scorer, monkeypatch):
+    """The cache of encoded prompts may overflow in the middle of a call: what that call needs is there all the same."""
+    task = open_pipeline(pipelines, "sd")
+    rows = [torch.tensor(rows) for rows in ([0], [1, 0], [2, 1, 0, 2], [0, 2])]
+    wanted = [task.conditions(each) for each in rows]
+    monkeypatch.setattr(spo, "KEPT_PROMPTS", 2)
+    task.encoded.clear()
+    for each, (hidden,) in zip(rows, wanted):
+        torch.testing.assert_close(task.conditions(each)[0], hidden)
+
+
 def test_weights_stored_in_half_precision_are_trained_in_fp32(pipelines, scorer, tmp_path):
     """At lr 1e-5 an fp16 weight would not move."""
     import diffusers
