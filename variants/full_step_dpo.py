@@ -185,8 +185,8 @@ def encode(source, tokenizer, method, style, max_length=None):
 
 
 def group_of(row: dict, method: str, where: str) -> tuple[str, str, list[str]]:
-    """(prompt, no steps that are context, responses), as data.texts_of. Unfit, with the reason, where there is
-    nothing to learn from the row."""
+    """(prompt, no steps that are context, responses), as data.texts_of. Unfit, with the reason, where there
+    is nothing to learn from the row."""
     question, responses = data.text_field(row, "prompt", where), row.get("responses")
     check_row(row, where)
     if len(set(row["rewards"])) < 2:

@@ -175,9 +175,9 @@ class PRM:
         self.policy = stepdpo.Policy(Llama.from_pretrained(folder, device=self.device, base=base)).eval()
         self.max_length = self.policy.model.config.max_position_embeddings
         self.micro_batch_tokens = micro_batch_tokens
-        self.settings = {"model": f"{folder.resolve().name} {fingerprint(folder, base)[:12]}", "prompt": prompt,
-                         "precision": self.precision, "device": self.device.type, "system": system,
-                         "template_args": template_args}
+        self.settings = {"model": f"{folder.resolve().name} {fingerprint(folder, base)[:12]}",
+                         "prompt": prompt, "precision": self.precision, "device": self.device.type,
+                         "system": system, "template_args": template_args}
 
     def read(self, where: str, question: str, steps: list[str]) -> data.Example:
         """A solution, ready to be scored. DataError, naming `where`, if it cannot be."""

@@ -76,9 +76,9 @@ class Bench:
 def run(args, method: str, arms: dict[str, Arm], run_seed: Callable[[Bench], dict[str, dict]],
         columns: dict[str, tuple[str, str]], remarks: Callable[[list[dict]], str] | None = None,
         verdict: str = "accuracy") -> int:
-    """All seeds, the table, results.json. run_seed gives each arm's verdicts and figures; `columns` says how
-    figures are shown (name -> heading, format); `remarks` may add what the table cannot say; `verdict` is
-    what a problem's verdict stands for."""
+    """All seeds, the table, results.json. run_seed gives each arm's verdicts and figures, and under "seed"
+    what is of no arm; `columns` says how figures are shown (name -> heading, format); `remarks` may add what
+    the table cannot say; `verdict` is what a problem's verdict stands for."""
     torch.set_num_threads(1)        # a model this small gains little from a second thread
     size, begun, runs = arithmetic.QUICK if args.quick else arithmetic.Size(), time.perf_counter(), []
     scored = "dev" if args.dev else "test"
@@ -88,7 +88,7 @@ def run(args, method: str, arms: dict[str, Arm], run_seed: Callable[[Bench], dic
         arithmetic.make_pool(pool, size, seed, "test")
         write_problems(bench)
         found = run_seed(bench)
-        runs.append({"arms": {arm: found[arm] for arm in arms}, **found.get("", {})})
+        runs.append({"arms": {arm: found[arm] for arm in arms}, **found.get("seed", {})})
     seconds = time.perf_counter() - begun
     summary, text = table(arms, runs, columns, verdict)
     interval = "Wilson, of the problems" if len(runs) == 1 else "t, over the seeds"
@@ -149,6 +149,12 @@ def table(arms: dict[str, Arm], runs: list[dict], columns: dict[str, tuple[str, 
             comparisons.append(compare(runs, name, other))
             lines.append(f"    {in_words(comparisons[-1], arms[other].title)}")
     return {"arms": summary, "comparisons": comparisons}, "\n".join(lines)
+
+
+def plus_minus(values: list[float], shape: str) -> str:
+    """Mean over the seeds and half of its t interval, "0.432 +- 0.099"; the mean alone of one seed."""
+    mean, half = over_seeds(values)
+    return format(mean, shape) + ("" if half is None else f" +- {format(half, shape.lstrip('+'))}")
 
 
 def interval_of(verdicts: list[list[bool]]) -> tuple[float, float, float]:

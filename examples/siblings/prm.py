@@ -12,8 +12,8 @@ from pathlib import Path
 import data
 import stepdpo
 from examples import arithmetic
-from examples.arithmetic import ANSWERS, CHECKER, command, over_seeds, rows_of
-from examples.siblings import Bench, write_problems
+from examples.arithmetic import ANSWERS, CHECKER, command, rows_of
+from examples.siblings import Bench, plus_minus, write_problems
 from variants import prm
 
 SOLUTIONS = 160         # of training problems, four each: what the PRM is learned from
@@ -148,8 +148,7 @@ def table(runs: list[dict]) -> str:
     for name, title in TITLES.items():
         line = f"{title:<36}"
         for of in columns.values():
-            mean, half = over_seeds([of(found[name]) for found in runs])
-            line += f"{f'{mean:.3f}' + (f' +- {half:.3f}' if half is not None else ''):>16}"
+            line += f"{plus_minus([of(found[name]) for found in runs], '.3f'):>16}"
         lines.append(line)
     by_step = defaultdict(list)
     for found in runs:

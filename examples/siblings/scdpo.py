@@ -13,9 +13,9 @@ import statistics
 import data
 from examples import siblings
 from examples.arithmetic import (FIRST_LINE, LAST_LINE, OPENINGS, STEPS, command, compare,
-                                 first_wrong_step, in_words, over_seeds, read_problem, rows_of, solve,
+                                 first_wrong_step, in_words, read_problem, rows_of, solve,
                                  training)
-from examples.siblings import Arm, Bench
+from examples.siblings import Arm, Bench, plus_minus
 from variants import scdpo
 
 ARMS = {
@@ -105,7 +105,7 @@ def run_seed(bench: Bench) -> dict[str, dict]:
         for kind in set(kinds):
             found[arm][kind] = statistics.mean(hit for hit, of in zip(hits, kinds) if of == kind)
     own = {"solutions": len(solutions), "habit": statistics.mean(kind == "habit" for kind in kinds)}
-    return found | {"": own | {"tails": {ramp: tails(rows) for ramp, rows in forked.items()}}}
+    return found | {"seed": own | {"tails": {ramp: tails(rows) for ramp, rows in forked.items()}}}
 
 
 def wrong_answers(bench: Bench) -> tuple[list[tuple[str, str]], list[int]]:
@@ -165,7 +165,8 @@ def remarks(runs: list[dict]) -> str:
              "problems, in how many the step of the lowest credit is the first wrong one"]
     for arm, (title, _, against) in ARMS.items():
         if arm != "sft":
-            lines.append(f"  {title:<32}{percent([found['arms'][arm]['located'] for found in runs])}")
+            rates = [found["arms"][arm]["located"] for found in runs]
+            lines.append(f"  {title:<32}{plus_minus(rates, '.1%')}")
             lines += [f"      {in_words(compare(located, arm, other), ARMS[other].title)}"
                       for other in against if other != "sft"]
     shares = {"at": "first error: step k+1", "before": "a kept step", "habit": "a multiplication",
@@ -173,17 +174,11 @@ def remarks(runs: list[dict]) -> str:
     lines += ["", f"{'wrong tails':<20}" + "".join(f"{heading:>25}" for heading in shares.values())]
     for ramp, title in (("scdpo", "rise 0.05"), ("steeper", "rise 0.1"), ("hot", "1.4 throughout"),
                         ("flat", "1 throughout")):
-        shown = [percent([found["tails"][ramp][name] for found in runs]) for name in shares]
+        shown = [plus_minus([found["tails"][ramp][name] for found in runs], ".1%") for name in shares]
         lines.append(f"  {title:<18}" + "".join(f"{share:>25}" for share in shown))
-    own = percent([found["habit"] for found in runs])
+    own = plus_minus([found["habit"] for found in runs], ".1%")
     lines.append(f"Of SFT's own wrong answers, {own} have their first error at a multiplication.")
     return "\n".join(lines)
-
-
-def percent(rates: list[float]) -> str:
-    """Mean over the seeds, with its t interval."""
-    mean, half = over_seeds(rates)
-    return f"{mean:.1%}" + (f" +- {100 * half:.1f}" if half is not None else "")
 
 
 def run(args) -> int:

@@ -112,7 +112,7 @@ def run_seed(bench: Bench) -> dict[str, dict]:
         found[arm] = bench.score(arm, bench.quoted(name)[0]) | {
             "kl": distance(bench, name), "beta": betas.get(arm, beta),
             "margin": beta * (moved[:, 0] - moved[:, 1]).mean().item()}
-    return found | {"": {"stages": stages(bench)}}
+    return found | {"seed": {"stages": stages(bench)}}
 
 
 def stages(bench: Bench) -> dict:

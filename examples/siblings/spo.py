@@ -22,7 +22,7 @@ import torch
 import data
 import stepdpo
 from examples.arithmetic import over_seeds
-from examples.siblings import Arm
+from examples.siblings import Arm, plus_minus
 from variants import spo
 
 
@@ -289,11 +289,6 @@ def difference(runs: list[dict], a: str, b: str, name: str) -> dict:
             "per_seed": values, "holds": half is not None and abs(mean) > half}
 
 
-def interval(values: list[float], shape: str) -> str:
-    mean, half = over_seeds(values)
-    return format(mean, shape) + (f" +- {format(half, shape.lstrip('+'))}" if half is not None else "")
-
-
 def table(runs: list[dict]) -> tuple[dict, str]:
     """results.json's arms and comparisons, and the table as text."""
     wide = 2 + max(len(arm.title) for arm in ARMS.values())
@@ -302,7 +297,7 @@ def table(runs: list[dict]) -> tuple[dict, str]:
     for name, arm in ARMS.items():
         values = {key: [run["arms"][name][key] for run in runs] for key in COLUMNS}
         summary[name] = {"title": arm.title} | values
-        lines.append(f"{arm.title:<{wide}}" + "".join(f"{interval(values[key], shape):>18}"
+        lines.append(f"{arm.title:<{wide}}" + "".join(f"{plus_minus(values[key], shape):>18}"
                                                      for key, (_, shape) in COLUMNS.items()))
         lines.append(f"    {arm.about}")
         for other in arm.against:
@@ -327,7 +322,8 @@ def curves(runs: list[dict], plan: Plan) -> str:
     for name, arm in ARMS.items():
         if name != "base":
             points = zip(*([row["detail"] for row in run["arms"][name]["curve"]] for run in runs))
-            lines.append(f"{arm.title:<{wide}}" + "".join(f"{interval(list(v), '.3f'):>16}" for v in points))
+            cells = "".join(f"{plus_minus(list(v), '.3f'):>16}" for v in points)
+            lines.append(f"{arm.title:<{wide}}{cells}")
     return "\n".join(lines)
 
 
@@ -347,7 +343,7 @@ def at_equal_kl(runs: list[dict]) -> str:
                     break
         said = "the curves do not meet"
         if gains:
-            said = f"{interval(gains, '+.3f')} ({len(gains)} of {len(runs)} seeds)"
+            said = f"{plus_minus(gains, '+.3f')} ({len(gains)} of {len(runs)} seeds)"
         lines.append(f"detail of SPO at the KL where {ARMS[arm].title} end, against them: {said}")
     return "\n".join(lines)
 
@@ -359,12 +355,12 @@ def labels_table(runs: list[dict]) -> str:
     whole = both[0]["two trajectories"]["t"]
     lines = [f"{'t':>5}{'moved, pixels':>18}{'label right':>18}{'without t':>18}{'two trajectories':>20}"]
     for m in range(0, len(at), max(1, len(at) // 8)):
-        cells = [interval([run["preference"]["moved"][m] for run in both], ".2f"),
-                 interval([run["preference"]["agreement"][m] for run in both], ".2f"),
-                 interval([run["blind"]["agreement"][m] for run in both], ".2f")]
-        order = interval([run["two trajectories"]["agreement"][whole.index(at[m])] for run in both], ".2f")
+        cells = [plus_minus([run["preference"]["moved"][m] for run in both], ".2f"),
+                 plus_minus([run["preference"]["agreement"][m] for run in both], ".2f"),
+                 plus_minus([run["blind"]["agreement"][m] for run in both], ".2f")]
+        order = plus_minus([run["two trajectories"]["agreement"][whole.index(at[m])] for run in both], ".2f")
         lines.append(f"{at[m]:>5}" + "".join(f"{cell:>18}" for cell in cells) + f"{order:>20}")
-    apart = interval([run["two trajectories"]["moved"] for run in both], ".2f")
+    apart = plus_minus([run["two trajectories"]["moved"] for run in both], ".2f")
     return "\n".join(lines) + f"""
 moved: from one side's shape to the other's, once both are completed with the same noise; two whole
 trajectories are {apart} pixels apart. label right: the side that the judge prefers at t has the higher true
